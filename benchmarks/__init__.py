@@ -1,0 +1,1 @@
+"""Measurements of layersample, each a command: ``python -m layersample_benchmarks.<name>``."""

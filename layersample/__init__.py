@@ -1,0 +1,45 @@
+"""layersample: fine-tune large models a few layers at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layersample.errors import ConfigError
+from layersample.layers import Layer, ModelLayers, find_layers
+from layersample.memory import MemoryUse, measure_memory
+from layersample.registry import create_sampler, list_samplers, load_plugin, register
+from layersample.sampler import LayerSampler, LayerStatistics, SamplingContext, WeightedSampler
+from layersample.scheduler import LayerScheduler
+
+if TYPE_CHECKING:
+    from layersample.integrations.transformers import LayerSamplingCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Layer",
+    "LayerSampler",
+    "LayerSamplingCallback",
+    "LayerScheduler",
+    "LayerStatistics",
+    "MemoryUse",
+    "ModelLayers",
+    "SamplingContext",
+    "WeightedSampler",
+    "create_sampler",
+    "find_layers",
+    "list_samplers",
+    "load_plugin",
+    "measure_memory",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the Trainer takes seconds that a plain torch loop need not spend.
+    if name == "LayerSamplingCallback":
+        from layersample.integrations.transformers import LayerSamplingCallback
+
+        return LayerSamplingCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

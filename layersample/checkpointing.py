@@ -1,0 +1,83 @@
+"""Gradient checkpointing without giving up the truncated backward: it still ends at the lowest active layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class TruncatedCheckpointing:
+    """Undoes what transformers does to the embedding's output under gradient checkpointing.
+
+    ``gradient_checkpointing_enable()`` makes the embedding's output require a gradient, so backward goes, and
+    every layer is computed again, down to the input. Non-reentrant checkpointing doesn't need it. Reentrant
+    checkpointing does need an input that requires a gradient, or it drops the layer's gradients without a
+    word; so there the input of the lowest active layer is made to require one.
+
+    Args:
+        model: The model; gradient checkpointing is looked up at each switch.
+        num_stacks: Stacks of layers in the model. Reentrant checkpointing is refused on two: the decoder's
+            gradients to the encoder would be lost.
+    """
+
+    def __init__(self, model: nn.Module, num_stacks: int) -> None:
+        self._model = model
+        self._num_stacks = num_stacks
+        self._removed: list[nn.Module] = []
+        self._handle: RemovableHandle | None = None
+
+    def switch(self, lowest_layer: nn.Module | None) -> None:
+        """Prepare for a period whose lowest active layer is this one; ``None`` where no layer is active.
+
+        Raises:
+            ValueError: If checkpointing is reentrant and the model has two stacks.
+        """
+        for module in self._model.modules():
+            if getattr(module, "_require_grads_hooks", None):
+                module.disable_input_require_grads()  # type: ignore[operator]
+                self._removed.append(module)
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if not _is_reentrant(self._model):
+            return
+        if self._num_stacks > 1:
+            raise ValueError(
+                "Gradient checkpointing must be non-reentrant on an encoder-decoder, because reentrant "
+                "checkpointing loses the encoder's gradients: pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        if lowest_layer is not None:
+            self._handle = lowest_layer.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True)
+
+    def close(self) -> None:
+        """Put everything back as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        for module in self._removed:
+            module.enable_input_require_grads()  # type: ignore[operator]
+        self._removed.clear()
+
+
+def _is_reentrant(model: nn.Module) -> bool:
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and function is not None:
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return False
+
+
+def _require_grad_of_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not (torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor)):
+        return None
+    hidden = args[0]
+    # Something below trains: its gradient must pass.
+    if hidden.requires_grad:
+        return None
+    return (hidden.detach().requires_grad_(True), *args[1:]), kwargs

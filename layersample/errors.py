@@ -1,0 +1,18 @@
+"""Errors of the user's making, said so that the user can mend them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ConfigError(ValueError):
+    """A configuration, option or file that can't be used: says what must hold, what came and what to do."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """A sentence on an unknown name: the closest ones first, then all there are."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {kind} {name!r}.{hint} There {'are' if len(names) != 1 else 'is'}: {', '.join(names) or 'none'}."

@@ -1,0 +1,337 @@
+"""LayerScheduler: every `period` optimizer steps, freeze what trained and let the sampler's next layers train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from layersample.checkpointing import TruncatedCheckpointing
+from layersample.errors import ConfigError
+from layersample.layers import GroupName, Layer, find_layers, unwrap
+from layersample.optimizer_state import StatePolicyName, create_policy
+from layersample.registry import create_sampler
+from layersample.sampler import LayerSampler, LayerStatistics, SamplingContext
+from layersample.selfcheck import SelfCheck
+
+logger = logging.getLogger(__name__)
+
+Rule = Literal["train", "freeze", "sample"]
+_STATE_VERSION = 1
+
+
+class LayerScheduler:
+    """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
+
+    The first set of layers is active once the scheduler is made; :meth:`step`, called after each
+    ``optimizer.step()``, draws the next one every ``period`` steps, before any of its gradients exist.
+    Sampling flips ``requires_grad`` and edits ``optimizer.state``; ``param_groups`` stay as they are. So the
+    optimizer must hold all parameters, and be made while they all require a gradient. A parameter that
+    doesn't require one when the scheduler is made stays frozen.
+
+    Args:
+        model: The model. A tied weight counts once.
+        optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
+        sampler: Name of a registered sampler, or a sampler.
+        num_active: Layers that train at a time (γ), between 1 and the number of layers.
+        period: Optimizer steps between draws (K), at least 1.
+        seed: Seed of the draws. They depend on it and on the period's number alone.
+        sampler_options: Options of a sampler given by name.
+        layers: Where the layers are, if they can't be found: see :func:`layersample.find_layers`.
+        embeddings: What happens to the embeddings: ``"train"`` always, as LISA does; ``"freeze"`` always;
+            ``"sample"`` them as one more layer. A tied head is the same weight: the stricter rule of the two
+            (freeze, then sample) holds for it.
+        head: The same for the output head.
+        norm: The same for the final norm.
+        other: The same for every parameter outside of these and the layers.
+        state: Optimizer state of frozen layers: ``"drop"`` frees it, ``"keep"`` leaves it, ``"offload"``
+            moves it to CPU memory until the layer trains again.
+        check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
+            did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
+
+    Raises:
+        ConfigError: If an argument is out of bounds or a name unknown; if the model has no layers, or layers
+            without a trainable parameter; if the optimizer lacks sampled parameters.
+
+    References:
+        LISA, arXiv 2403.17919.
+
+    Example:
+        >>> scheduler = LayerScheduler(model, optimizer, "lisa", num_active=2, period=20)  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sampler: str | LayerSampler,
+        *,
+        num_active: int = 2,
+        period: int = 20,
+        seed: int = 0,
+        sampler_options: Mapping[str, Any] | None = None,
+        layers: str | Sequence[str | nn.Module] | None = None,
+        embeddings: Rule = "train",
+        head: Rule = "train",
+        norm: Rule = "train",
+        other: Rule = "train",
+        state: StatePolicyName = "drop",
+        check: bool = False,
+    ) -> None:
+        if period < 1:
+            raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
+        if isinstance(sampler, str):
+            self.sampler = create_sampler(sampler, sampler_options)
+            self._sampler_name = sampler
+        else:
+            if sampler_options:
+                raise ConfigError("sampler_options go with a sampler's name; give them to the sampler itself.")
+            self.sampler = sampler
+            self._sampler_name = type(sampler).__name__
+        self._options = dict(sampler_options or {})
+        self._model = unwrap(model)
+        self._optimizer = optimizer
+        self.num_active, self.period, self.seed = num_active, period, seed
+        try:
+            self._policy = create_policy(state)
+            self.model_layers = find_layers(self._model, layers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
+        self._arrange(rules)
+        if not 1 <= num_active <= len(self._units):
+            raise ConfigError(
+                f"num_active must be between 1 and the {len(self._units)} layers to sample from, "
+                f"but got num_active={num_active}."
+            )
+        self._check_parameters()
+        self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
+        self._self_check = SelfCheck(optimizer, state) if check else None
+        self._round, self._steps = 0, 0
+        self._active: tuple[int, ...] = ()
+        self._visits = [0] * len(self._units)
+        self._last_active: list[int | None] = [None] * len(self._units)
+        self._start_round()
+
+    # What is active
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all that is sampled, from the input to the output."""
+        return tuple(unit.name for unit in self._units)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices into :attr:`layers` of those that train now, ascending."""
+        return self._active
+
+    @property
+    def active_layers(self) -> tuple[str, ...]:
+        """Names of the sampled layers that train now."""
+        return tuple(self._units[i].name for i in self._active)
+
+    @property
+    def round(self) -> int:
+        """Number of the current period, from 0."""
+        return self._round
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self._steps
+
+    # The run
+
+    def step(self) -> None:
+        """Count one optimizer step; at the end of a period, switch to the next set of layers.
+
+        Call it after ``optimizer.step()``. Under accelerate's gradient accumulation a call in between two
+        optimizer steps doesn't count.
+        """
+        gradient_state = getattr(self._optimizer, "gradient_state", None)
+        if gradient_state is not None and not gradient_state.sync_gradients:
+            return
+        self._steps += 1
+        if self._steps % self.period == 0:
+            self._finish_round()
+            self._round += 1
+            self._start_round()
+
+    def close(self) -> None:
+        """End sampling: every parameter requires a gradient again as it did before. Safe to call twice."""
+        if self._self_check is not None:
+            self._self_check.close()
+            self._self_check = None
+        self._checkpointing.close()
+        parameters = dict(self._model.named_parameters())
+        for name, trainable in self._trainable.items():
+            parameters[name].requires_grad_(trainable)
+
+    def __enter__(self) -> LayerScheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, of JSON types."""
+        return {
+            "version": _STATE_VERSION,
+            **self._identity(),
+            "round": self._round,
+            "steps": self._steps,
+            "active": list(self._active),
+            "visits": list(self._visits),
+            "last_active": list(self._last_active),
+            "sampler_state": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, in the middle of a period too.
+
+        Load the model and the optimizer first.
+
+        Raises:
+            ConfigError: If the state is of another version, sampler, seed, period, number or list of layers.
+        """
+        for key, here in {"version": _STATE_VERSION, **self._identity()}.items():
+            if state.get(key) != here:
+                raise ConfigError(
+                    f"A run must be resumed with the {key} it was begun with: it was {state.get(key)!r}, "
+                    f"but is {here!r} now."
+                )
+        self.sampler.load_state_dict(state["sampler_state"])
+        self._round, self._steps = state["round"], state["steps"]
+        self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
+        self._apply(tuple(state["active"]))
+        self._begin_check()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "sampler": self._sampler_name,
+            "sampler_options": self._options,
+            "num_active": self.num_active,
+            "period": self.period,
+            "seed": self.seed,
+            "layers": list(self.layers),
+        }
+
+    # How it is done
+
+    def _arrange(self, rules: Mapping[GroupName, Rule]) -> None:
+        """Sort layers and groups into those that are sampled and those that always train."""
+        for group, rule in rules.items():
+            if rule not in ("train", "freeze", "sample"):
+                raise ConfigError(f"{group} must be 'train', 'freeze' or 'sample', but got {rule!r}.")
+        rules = dict(rules)
+        if self.model_layers.tied_head:
+            strictness = ("train", "sample", "freeze")
+            rules["embeddings"] = max(rules["embeddings"], rules["head"], key=strictness.index)
+        groups = self.model_layers.groups
+
+        def sampled(*names: GroupName) -> list[Layer]:
+            return [groups[name] for name in names if rules[name] == "sample" and groups[name].parameters]
+
+        below, above = sampled("embeddings", "other"), sampled("norm", "head")
+        self._units: list[Layer] = [*below, *self.model_layers.layers, *above]
+        self._always = [group for name, group in groups.items() if rules[name] == "train"]
+
+    def _check_parameters(self) -> None:
+        """Note what is trainable, and make sure that the optimizer has what is going to train."""
+        parameters = dict(self._model.named_parameters())
+        self._trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        frozen = [unit.name for unit in self._units if not any(self._trainable[n] for n in unit.parameters)]
+        if frozen:
+            raise ConfigError(
+                f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
+                f"but {_some(frozen)} has none. Unfreeze them before you build the optimizer, or leave them out "
+                f"with layers=."
+            )
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        names = [n for unit in [*self._units, *self._always] for n in unit.parameters if self._trainable[n]]
+        lacking = [name for name in names if id(parameters[name]) not in held]
+        if len(lacking) == len(names):
+            raise ConfigError("The optimizer must hold this model's parameters, but holds none of them.")
+        if lacking:
+            raise ConfigError(
+                f"The optimizer must hold every parameter that may train, but it lacks {_some(lacking)}, which "
+                f"would never train. Build it while all of them require a gradient."
+            )
+
+    def _start_round(self) -> None:
+        context = SamplingContext(
+            layers=self.layers,
+            num_active=self.num_active,
+            round=self._round,
+            step=self._steps,
+            seed=self.seed,
+            statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
+            allow_empty=any(self._trainable[n] for group in self._always for n in group.parameters),
+        )
+        self._apply(self._checked(list(self.sampler.sample(context)), context))
+        self._begin_check()
+
+    def _begin_check(self) -> None:
+        if self._self_check is not None:
+            self._self_check.begin(dict(self._model.named_parameters()))
+
+    def _finish_round(self) -> None:
+        for index in self._active:
+            self._visits[index] += 1
+            self._last_active[index] = self._round
+        if self._self_check is not None:
+            units = [*(self._units[i] for i in self._active), *self._always]
+            active = {
+                unit.name: tuple(n for n in unit.parameters if self._trainable[n]) for unit in units
+            }
+            self._self_check.end(dict(self._model.named_parameters()), active)
+
+    def _checked(self, chosen: list[Any], context: SamplingContext) -> tuple[int, ...]:
+        name = type(self.sampler).__name__
+        if len(set(chosen)) != len(chosen) or not all(
+            isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
+        ):
+            raise ValueError(
+                f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
+                f"but returned {chosen} in period {context.round}."
+            )
+        if not chosen and not context.allow_empty:
+            raise ValueError(f"{name}.sample returned no layer in period {context.round}, and nothing else trains.")
+        return tuple(sorted(chosen))
+
+    def _apply(self, active: tuple[int, ...]) -> None:
+        """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
+        self._active = active
+        units = [*(self._units[i] for i in active), *self._always]
+        training = {name for unit in units for name in unit.parameters if self._trainable[name]}
+        frozen: list[nn.Parameter] = []
+        activated: list[nn.Parameter] = []
+        for name, parameter in self._model.named_parameters():
+            if name in training:
+                parameter.requires_grad_(True)
+                activated.append(parameter)
+            else:
+                parameter.requires_grad_(False)
+                parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+                frozen.append(parameter)
+        self._policy.freeze(self._optimizer, frozen)
+        self._policy.activate(self._optimizer, activated)
+        lowest = min((i for i in active if self._units[i] in self.model_layers.layers), default=None)
+        self._checkpointing.switch(
+            None if lowest is None else self._model.get_submodule(self._units[lowest].name)
+        )
+        logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,49 @@
+"""Groups of neighbouring layers, one after another."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from layersample import LayerSampler, SamplingContext, register
+
+Order = Literal["ascending", "descending", "mirror", "reshuffled"]
+
+
+@register("cyclic")
+class Cyclic(LayerSampler):
+    """Train groups of ``num_active`` neighbouring layers in turn, each once an epoch (BAdam, HiFT).
+
+    The last group is smaller where ``num_active`` doesn't divide the number of layers.
+
+    Args:
+        order: Order of the groups: ``"ascending"`` from the input to the output, ``"descending"`` the other
+            way, ``"mirror"`` up and down in turn (the turning groups come twice), ``"reshuffled"`` a new
+            random order in each epoch.
+
+    References:
+        BAdam (arXiv 2404.02827): block coordinate descent, reshuffled or in order. HiFT (arXiv 2401.15207):
+        bottom-up, top-down and random groups of m layers.
+    """
+
+    source = "BAdam, arXiv 2404.02827; HiFT, arXiv 2401.15207"
+
+    def __init__(self, *, order: Order = "ascending") -> None:
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, but got {order!r}.")
+        self.order = order
+
+    def sample(self, context: SamplingContext) -> range:
+        """Return the group of this period."""
+        num_groups = -(-context.num_layers // context.num_active)
+        epoch, place = divmod(context.round, num_groups)
+        if self.order == "reshuffled":
+            # One order for the whole epoch: the randomness of the epoch's first period.
+            generator = context.generator_at(epoch * num_groups)
+            place = int(torch.randperm(num_groups, generator=generator)[place])
+        elif self.order == "descending" or (self.order == "mirror" and epoch % 2):
+            place = num_groups - 1 - place
+        return range(
+            place * context.num_active, min((place + 1) * context.num_active, context.num_layers)
+        )

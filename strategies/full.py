@@ -1,0 +1,19 @@
+"""Every layer, always."""
+
+from __future__ import annotations
+
+from layersample import LayerSampler, SamplingContext, register
+
+
+@register("full")
+class Full(LayerSampler):
+    """Train every layer in every period: full fine-tuning, the reference for all others.
+
+    ``num_active`` has no effect.
+    """
+
+    source = "full fine-tuning"
+
+    def sample(self, context: SamplingContext) -> range:
+        """Return all layers."""
+        return range(context.num_layers)

@@ -1,0 +1,43 @@
+"""LISA: layers drawn uniformly."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from layersample import LayerSampler, SamplingContext, register
+
+
+@register("lisa")
+class Lisa(LayerSampler):
+    """Draw layers uniformly at random (LISA).
+
+    Args:
+        draw: ``"exact"`` draws exactly ``num_active`` layers without replacement, as the authors' code does.
+            ``"bernoulli"`` draws each layer on its own with probability ``num_active / num_layers``, as
+            Algorithm 1 of the paper does: the number varies from period to period. A draw without any layer
+            counts where embeddings, head or norm train anyway, and is drawn again where nothing would.
+
+    References:
+        LISA, arXiv 2403.17919; the exact draw is that of LMFlow's code.
+    """
+
+    source = "arXiv 2403.17919"
+
+    def __init__(self, *, draw: Literal["exact", "bernoulli"] = "exact") -> None:
+        if draw not in ("exact", "bernoulli"):
+            raise ValueError(f"draw must be 'exact' or 'bernoulli', but got {draw!r}.")
+        self.draw = draw
+        self.fixed_size = draw == "exact"
+
+    def sample(self, context: SamplingContext) -> list[int]:
+        """Return the layers of this period."""
+        if self.draw == "exact":
+            order = torch.randperm(context.num_layers, generator=context.generator)
+            return order[: context.num_active].tolist()
+        while True:
+            uniform = torch.rand(context.num_layers, generator=context.generator, dtype=torch.float64)
+            chosen = torch.nonzero(uniform < context.num_active / context.num_layers).flatten().tolist()
+            if chosen or context.allow_empty:
+                return chosen
