@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -95,7 +96,8 @@ class LayerScheduler:
                 raise ConfigError("sampler_options go with a sampler's name; give them to the sampler itself.")
             self.sampler = sampler
             self._sampler_name = type(sampler).__name__
-        self._options = dict(sampler_options or {})
+        # As a checkpoint in JSON will give it back.
+        self._options = json.loads(json.dumps(dict(sampler_options or {}), default=str))
         self._model = unwrap(model)
         self._optimizer = optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
@@ -114,6 +116,7 @@ class LayerScheduler:
         self._check_parameters()
         self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
         self._self_check = SelfCheck(optimizer, state) if check else None
+        self._state_is_placed = False
         self._round, self._steps = 0, 0
         self._active: tuple[int, ...] = ()
         self._visits = [0] * len(self._units)
@@ -158,14 +161,28 @@ class LayerScheduler:
         gradient_state = getattr(self._optimizer, "gradient_state", None)
         if gradient_state is not None and not gradient_state.sync_gradients:
             return
+        if not self._state_is_placed:
+            # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
+            # load_state_dict which layers its state belongs to.
+            self._place_state()
         self._steps += 1
         if self._steps % self.period == 0:
             self._finish_round()
             self._round += 1
             self._start_round()
+            self._place_state()
 
     def close(self) -> None:
-        """End sampling: every parameter requires a gradient again as it did before. Safe to call twice."""
+        """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
+
+        Raises:
+            SelfCheckError: With ``check=True``, if a period that is cut short fails its check.
+        """
+        if self._steps % self.period:
+            self._check_round()
+        self._release()
+
+    def _release(self) -> None:
         if self._self_check is not None:
             self._self_check.close()
             self._self_check = None
@@ -180,7 +197,10 @@ class LayerScheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
@@ -213,6 +233,7 @@ class LayerScheduler:
         self._round, self._steps = state["round"], state["steps"]
         self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
         self._apply(tuple(state["active"]))
+        self._place_state()
         self._begin_check()
 
     def _identity(self) -> dict[str, Any]:
@@ -288,10 +309,13 @@ class LayerScheduler:
         for index in self._active:
             self._visits[index] += 1
             self._last_active[index] = self._round
+        self._check_round()
+
+    def _check_round(self) -> None:
         if self._self_check is not None:
-            units = [*(self._units[i] for i in self._active), *self._always]
             active = {
-                unit.name: tuple(n for n in unit.parameters if self._trainable[n]) for unit in units
+                unit.name: tuple(n for n in unit.parameters if self._trainable[n])
+                for unit in self._training_units(self._active)
             }
             self._self_check.end(dict(self._model.named_parameters()), active)
 
@@ -311,25 +335,25 @@ class LayerScheduler:
     def _apply(self, active: tuple[int, ...]) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
         self._active = active
-        units = [*(self._units[i] for i in active), *self._always]
-        training = {name for unit in units for name in unit.parameters if self._trainable[name]}
-        frozen: list[nn.Parameter] = []
-        activated: list[nn.Parameter] = []
+        training = {n for unit in self._training_units(active) for n in unit.parameters if self._trainable[n]}
         for name, parameter in self._model.named_parameters():
-            if name in training:
-                parameter.requires_grad_(True)
-                activated.append(parameter)
-            else:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(name in training)
+            if name not in training:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
-                frozen.append(parameter)
-        self._policy.freeze(self._optimizer, frozen)
-        self._policy.activate(self._optimizer, activated)
         lowest = min((i for i in active if self._units[i] in self.model_layers.layers), default=None)
         self._checkpointing.switch(
             None if lowest is None else self._model.get_submodule(self._units[lowest].name)
         )
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
+
+    def _training_units(self, active: tuple[int, ...]) -> list[Layer]:
+        return [*(self._units[i] for i in active), *self._always]
+
+    def _place_state(self) -> None:
+        parameters = list(self._model.parameters())
+        self._policy.freeze(self._optimizer, [p for p in parameters if not p.requires_grad])
+        self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
+        self._state_is_placed = True
 
 
 def _some(names: list[str], limit: int = 5) -> str:

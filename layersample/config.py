@@ -1,0 +1,169 @@
+"""Every option of a run: its default, unit and bounds, behind the command line, YAML files and Python alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from layersample.errors import ConfigError, unknown
+from layersample.optimizer_state import StatePolicyName
+from layersample.scheduler import Rule
+
+BUILTIN_MODEL = "smollm2-135m"
+BUILTIN_DATA = "gsm_symbolic"
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=False)
+
+
+class SamplingOptions(_Options):
+    """Which layers train, and when."""
+
+    sampler: str = Field("lisa", description="Name of the sampler; `layersample list` shows them.")
+    sampler_options: dict[str, Any] = Field({}, description="Options of the sampler: `layersample list NAME`.")
+    num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
+    period: int = Field(5, ge=1, description="Optimizer steps between draws (K).")
+    layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
+    embeddings: Rule = Field("train", description="Embeddings: train always, freeze, or sample as a layer.")
+    head: Rule = Field("train", description="Output head: train, freeze or sample.")
+    norm: Rule = Field("train", description="Final norm: train, freeze or sample.")
+    other: Rule = Field("train", description="Parameters outside of these and the layers.")
+    state: StatePolicyName = Field("drop", description="Optimizer state of frozen layers.")
+    check: bool = Field(False, description="Check each period, bit by bit, that frozen weights don't move.")
+    plugin: Path | None = Field(None, description="Python file that registers samplers of your own.")
+
+
+class ModelOptions(_Options):
+    """The model."""
+
+    model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of weights and arithmetic.")
+    autocast: Literal["none", "bfloat16", "float16"] = Field(
+        "none", description="Type of the arithmetic alone (mixed precision)."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+
+class DataOptions(_Options):
+    """The data."""
+
+    data: str = Field(
+        BUILTIN_DATA,
+        description="Built-in name; JSONL, CSV or Parquet file in TRL's prompt-completion or conversational "
+        "format; or hub id.",
+    )
+    eval_data: str | None = Field(None, description="Held-out data; default: a part of the data.")
+    eval_size: int = Field(32, ge=1, description="Held-out problems, at most.")
+    max_length: int = Field(256, ge=8, description="Tokens of an example, at most; longer ones are cut.")
+
+
+class OptimizationOptions(_Options):
+    """How it trains."""
+
+    steps: int = Field(40, ge=1, description="Optimizer steps.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data, in place of steps.")
+    batch_size: int = Field(4, ge=1, description="Examples of a forward pass, on each device.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes of an optimizer step.")
+    learning_rate: float = Field(3e-4, ge=0, description="Peak learning rate.")
+    schedule: str = Field("linear", description="Learning-rate schedule, as transformers names it.")
+    warmup: float = Field(0.0, ge=0, description="Warm-up: steps, or a part of all steps below 1.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
+    seed: int = Field(0, ge=0, description="Seed of data order, dropout and draws.")
+
+
+class OutputOptions(_Options):
+    """What is written, and where."""
+
+    output: Path | None = Field(None, description="Folder of the run; default: runs/SAMPLER-DATE-TIME.")
+    save_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints; default: none.")
+    resume: bool = Field(False, description="Continue the run in the output folder.")
+    overwrite: bool = Field(False, description="Replace the run in the output folder.")
+
+
+class TrainConfig(SamplingOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions):
+    """All options of ``layersample train``."""
+
+    trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if self.resume and self.overwrite:
+            raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
+        if self.resume and self.output is None:
+            raise ValueError("resume needs output, the folder of the run to continue")
+        if self.dtype == "bfloat16" and self.autocast != "none":
+            raise ValueError("autocast is for float32 weights: choose dtype float32, or autocast none")
+        return self
+
+
+SECTIONS: tuple[type[_Options], ...] = (
+    SamplingOptions,
+    ModelOptions,
+    DataOptions,
+    OptimizationOptions,
+    OutputOptions,
+)
+
+
+def make_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
+    """Make a configuration from several sources.
+
+    Args:
+        layers: Pairs of a source's name ("run.yaml", "command line") and its options; a later one wins.
+
+    Raises:
+        ConfigError: If a key is unknown or a value has the wrong type or is out of bounds; it names the
+            source and the key.
+    """
+    merged: dict[str, Any] = {}
+    source_of: dict[str, str] = {}
+    for source, options in layers:
+        for key, value in options.items():
+            if key not in TrainConfig.model_fields:
+                raise ConfigError(f"{source}: {unknown('option', str(key), TrainConfig.model_fields)}")
+            merged[key] = value
+            source_of[key] = source
+    try:
+        return TrainConfig(**merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, source_of) for e in error.errors())) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options.
+
+    Raises:
+        ConfigError: If the file can't be read, is no YAML, or isn't a mapping; it names the line.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: a configuration file must be readable text, but: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: must be YAML, but {getattr(error, 'problem', error)}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping of options to values, but holds a {type(content).__name__}.")
+    return content
+
+
+def write_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that ``--config`` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _explain(error: Any, source_of: Mapping[str, str]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if not key:
+        return f"{error['msg'].removeprefix('Value error, ')}."
+    source = source_of.get(str(error["loc"][0]), "default")
+    return f"{source}: {key}: {error['msg']}, but got {error['input']!r}."

@@ -1,0 +1,156 @@
+"""A callback for Hugging Face's Trainer, and so for TRL's SFTTrainer and the others built on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from layersample.optimizer_state import StatePolicyName
+from layersample.sampler import LayerSampler
+from layersample.scheduler import LayerScheduler, Rule
+
+logger = logging.getLogger(__name__)
+
+
+class LayerSamplingCallback(TrainerCallback, ExportableState):
+    """Layer sampling in the Trainer you already have: ``Trainer(..., callbacks=[LayerSamplingCallback("lisa")])``.
+
+    It makes a :class:`~layersample.LayerScheduler` when training begins and switches layers at the beginning
+    of a step: once per gradient accumulation, before any gradient of it, and after a checkpoint of the step
+    before. Its state is part of the Trainer's checkpoints; ``train(resume_from_checkpoint=...)`` goes on with
+    the layers that were active. The active layers are added to the Trainer's logs as ``active_layers`` and
+    ``sampling_round``: they are in ``state.log_history`` and reach the callbacks behind this one. The Trainer
+    puts its own reporters (TensorBoard, W&B) in front of callbacks that it is given, so use :meth:`attach` to
+    have them report these too.
+
+    Args:
+        sampler: Name of a registered sampler, or a sampler.
+        num_active: Layers that train at a time (γ).
+        period: Optimizer steps between draws (K).
+        seed: Seed of the draws; the Trainer's ``args.seed`` by default.
+        sampler_options: Options of a sampler given by name.
+        layers: Where the layers are, if they can't be found.
+        embeddings: ``"train"``, ``"freeze"`` or ``"sample"``; as in :class:`~layersample.LayerScheduler`, like
+            all that follow.
+        head: The same for the output head.
+        norm: The same for the final norm.
+        other: The same for every other parameter.
+        state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
+        check: Check every period, bit by bit.
+
+    Raises:
+        ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does.
+    """
+
+    def __init__(
+        self,
+        sampler: str | LayerSampler,
+        *,
+        num_active: int = 2,
+        period: int = 20,
+        seed: int | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
+        layers: str | Sequence[str | nn.Module] | None = None,
+        embeddings: Rule = "train",
+        head: Rule = "train",
+        norm: Rule = "train",
+        other: Rule = "train",
+        state: StatePolicyName = "drop",
+        check: bool = False,
+    ) -> None:
+        self._sampler = sampler
+        self._arguments: dict[str, Any] = {
+            "num_active": num_active,
+            "period": period,
+            "seed": seed,
+            "sampler_options": sampler_options,
+            "layers": layers,
+            "embeddings": embeddings,
+            "head": head,
+            "norm": norm,
+            "other": other,
+            "state": state,
+            "check": check,
+        }
+        self.scheduler: LayerScheduler | None = None
+        # Set by the Trainer where restore_callback_states_from_checkpoint=True.
+        self.scheduler_state: dict[str, Any] | None = None
+
+    def attach(self, trainer: Trainer) -> LayerSamplingCallback:
+        """Add this callback to a Trainer in front of its reporters, so that they get the active layers too."""
+        if self in trainer.callback_handler.callbacks:
+            trainer.callback_handler.callbacks.remove(self)
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the scheduler; take back its state from a checkpoint."""
+        arguments = dict(self._arguments)
+        if arguments["seed"] is None:
+            arguments["seed"] = args.seed
+        self.scheduler = LayerScheduler(kwargs["model"], kwargs["optimizer"], self._sampler, **arguments)
+        # The Trainer saves the state of callbacks only under keys that are there.
+        exported = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if isinstance(exported, list):
+            exported = exported[-1] if exported else {}
+        saved = exported.get("attributes", {}).get("scheduler_state") or self.scheduler_state
+        if saved:
+            self.scheduler.load_state_dict(saved)
+        elif state.global_step:
+            logger.warning(
+                "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
+                state.global_step,
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step that has ended, and switch layers where its period has too."""
+        assert self.scheduler is not None
+        while self.scheduler.steps < state.global_step:
+            self.scheduler.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the active layers to the logs of a training step."""
+        if self.scheduler is None or logs is None or "loss" not in logs:
+            return
+        active = {
+            "sampling_round": self.scheduler.round,
+            "active_layers": " ".join(map(str, self.scheduler.active)),
+        }
+        logs.update(active)
+        state.log_history[-1].update(active)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the last step, and give every parameter its ``requires_grad`` back."""
+        assert self.scheduler is not None
+        self.on_step_begin(args, state, control)
+        self.scheduler.close()
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""
+        arguments = dict(self._arguments)
+        layers = arguments["layers"]
+        if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
+            arguments["layers"] = None  # JSON can't hold modules
+        sampler = self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
+        return {
+            "args": {"sampler": sampler, **arguments},
+            "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
+        }
