@@ -115,21 +115,23 @@ def create_sampler(name: str, options: Mapping[str, Any] | None = None) -> Layer
 
 def describe_options(cls: type[LayerSampler]) -> list[Option]:
     """The options of a sampler, as its constructor and docstring give them."""
+    hints = get_type_hints(cls.__init__)
     documented = {p.arg_name: p.description or "" for p in docstring_parser.parse(cls.__doc__ or "").params}
     return [
         Option(
             name=key,
-            type=inspect.formatannotation(parameter.annotation).strip("'"),
+            type=inspect.formatannotation(hints.get(key, parameter.annotation)).replace("typing.", ""),
             default="required" if parameter.default is parameter.empty else repr(parameter.default),
-            description=" ".join(documented.get(key, "").split()),
+            description=" ".join(documented.get(key, "").split()).replace("``", ""),
         )
         for key, parameter in _parameters(cls).items()
     ]
 
 
-def summary(cls: type[LayerSampler]) -> str:
-    """The first line of a sampler's docstring."""
-    return docstring_parser.parse(inspect.getdoc(cls) or "").short_description or ""
+def describe(cls: type[LayerSampler]) -> tuple[str, str]:
+    """The first line of a sampler's docstring, and what follows it up to the options."""
+    parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
+    return parsed.short_description or "", (parsed.long_description or "").replace("``", "")
 
 
 def load_plugin(path: str | Path) -> ModuleType:

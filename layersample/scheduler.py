@@ -274,8 +274,8 @@ class LayerScheduler:
         if frozen:
             raise ConfigError(
                 f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
-                f"but {_some(frozen)} has none. Unfreeze them before you build the optimizer, or leave them out "
-                f"with layers=."
+                f"but {_some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
+                f"layers=, or close() the scheduler that froze them."
             )
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         names = [n for unit in [*self._units, *self._always] for n in unit.parameters if self._trainable[n]]

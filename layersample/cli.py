@@ -1,0 +1,202 @@
+"""The command line: ``layersample list | train``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from layersample.config import SECTIONS, TrainConfig, make_config, read_yaml
+from layersample.errors import ConfigError, unknown
+from layersample.registry import describe, describe_options, get_sampler, list_samplers, load_plugin
+
+app = typer.Typer(
+    help="Fine-tune large models a few layers at a time.", no_args_is_help=True, add_completion=False
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; an error of the user's making ends it with one message and exit code 2."""
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    try:
+        app()
+    except ConfigError as error:
+        errors.print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command("list")
+def list_command(
+    name: Annotated[str | None, typer.Argument(help="A sampler, to see its options.")] = None,
+    plugin: Annotated[Path | None, typer.Option(help="Python file that registers samplers of your own.")] = None,
+) -> None:
+    """Show all samplers, or the options of one."""
+    if plugin is not None:
+        load_plugin(plugin)
+    if name is None:
+        table = Table("sampler", "what it does", "source", box=None, header_style="bold")
+        for sampler, cls in list_samplers().items():
+            table.add_row(sampler, _plain(describe(cls)[0].replace('``', '')), _plain(cls.source))
+        console.print(table)
+        console.print("\nOptions of one: layersample list NAME")
+        return
+    cls = get_sampler(name)
+    first, rest = describe(cls)
+    text = f"[bold]{name}[/]: {_plain(first)}\n{_plain(rest)}\nSource: {_plain(cls.source or 'not given')}\n"
+    console.print(text, highlight=False)
+    table = Table("option", "type", "default", "meaning", box=None, header_style="bold")
+    for option in describe_options(cls):
+        table.add_row(option.name, _plain(option.type), _plain(option.default), _plain(option.description))
+    console.print(table if table.row_count else "It has no options of its own.")
+
+
+def train(
+    *,
+    config: Path | None = None,
+    preset: str | None = None,
+    sampler_option: list[str] | None = None,
+    trainer_option: list[str] | None = None,
+    **flags: Any,
+) -> None:
+    """Fine-tune a model, a few layers at a time.
+
+    Without options: SmolLM2-135M on grade-school problems with LISA, about five minutes on two cores.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    sources: list[tuple[str, dict[str, Any]]] = []
+    if given.get("resume") and (stored := Path(given.get("output") or "") / "config.yaml").is_file():
+        sources.append((str(stored), read_yaml(stored)))
+    if preset is not None:
+        sources.append((f"preset {preset}", read_preset(preset)))
+    if config is not None:
+        sources.append((str(config), read_yaml(config)))
+    for key, pairs in (("sampler_options", sampler_option), ("trainer", trainer_option)):
+        if pairs:
+            base: dict[str, Any] = {}
+            for _, options in sources:
+                base = options.get(key, base)
+            given[key] = {**base, **_parse_pairs(pairs, key)}
+    settings = make_config(*sources, ("command line", given))
+    _run(settings)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a preset.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    folder = files("layersample_strategies") / "presets"
+    presets = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    if name not in presets:
+        raise ConfigError(unknown("preset", name, presets))
+    options: dict[str, Any] = yaml.safe_load(presets[name].read_text(encoding="utf-8"))
+    return options
+
+
+def _run(settings: TrainConfig) -> None:
+    # Seconds of imports that the other commands don't need.
+    from transformers.utils import logging as transformers_logging
+
+    import datasets
+    from layersample.display import LiveProgress, print_config, print_summary
+    from layersample.finetune import Interrupted, NonFiniteLossError, finetune
+
+    # What the libraries say to each other about their own next versions is nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    print_config(console, settings)
+    try:
+        summary = finetune(settings, progress=LiveProgress(console), report=console.print)
+    except NonFiniteLossError as error:
+        errors.print(f"[bold red]Stopped:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except Interrupted as error:
+        errors.print(
+            f"Interrupted. A checkpoint is in {error.checkpoint}; continue with: layersample train "
+            f"--output {error.checkpoint.parent.parent} --resume",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + error.signal_number) from error
+    print_summary(console, summary)
+
+
+def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
+    """Turn KEY=VALUE pairs into a dictionary; values are YAML scalars, so 0.5 is a number."""
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"command line: {option} must be given as KEY=VALUE, but got {pair!r}.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: {option}: the value of {key} must be YAML, but got {value!r}.") from error
+    return parsed
+
+
+def _plain(text: object) -> str:
+    """Text that rich shows as it is, brackets and all."""
+    return str(text).replace("[", r"\[")
+
+
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of the configuration; typer reads them from the signature.
+
+    A flag that isn't given is ``None``, so that it doesn't win over a file.
+    """
+    panel = "Configuration"
+    extra: list[tuple[str, Any, str]] = [
+        ("config", Path | None, "YAML file of options; flags win over it."),
+        ("preset", str | None, "Options of a paper: lisa."),
+        ("sampler_option", list[str] | None, "KEY=VALUE for the sampler; may be repeated."),
+        ("trainer_option", list[str] | None, "KEY=VALUE for TRL's SFTConfig; may be repeated."),
+    ]
+    parameters = [_flag(name, kind, text, panel) for name, kind, text in extra]
+    for section in SECTIONS:
+        for name, field in section.model_fields.items():
+            if name != "sampler_options":
+                text = f"{field.description} [dim]\\[default: {_default(field)}][/]"
+                parameters.append(_flag(name, _flag_type(field.annotation), text, (section.__doc__ or "").strip(".")))
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def _flag(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    declared = f"{flag}/--no{flag[1:]}" if kind == (bool | None) else flag
+    option = typer.Option(declared, help=text, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type that typer reads: choices as they are, everything else checked by pydantic."""
+    kinds = [k for k in get_args(annotation) if k is not type(None)]
+    kind = kinds[0] if get_origin(annotation) in (Union, UnionType) else annotation
+    return (kind if kind in (int, float, bool, Path) or get_origin(kind) is Literal else str) | None
+
+
+def _default(field: FieldInfo) -> str:
+    return "none" if field.default is None else str(field.default)
+
+
+app.command(rich_help_panel=None)(_with_options(train))

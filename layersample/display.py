@@ -1,0 +1,100 @@
+"""How a run looks on a terminal: its configuration, a live bar, and its summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from layersample.config import TrainConfig
+
+
+class LiveProgress:
+    """Bars for training and evaluation; where there is no terminal, a line every few steps."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks: dict[str, TaskID] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def begin(self, steps: int, done: int) -> None:
+        """Show the bar of training."""
+        self._show("training", done, steps)
+
+    def evaluate(self, batch: int, batches: int) -> None:
+        """Show how far an evaluation is; its bar goes with the last batch."""
+        self._show("held-out loss", batch, batches)
+        if batch == batches:
+            self._bar.remove_task(self._tasks.pop("held-out loss"))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Move the bar by one step."""
+        layers = " ".join(map(str, record["active"]))
+        status = f"loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  layers {layers}"
+        steps = self._bar.tasks[self._bar.task_ids.index(self._tasks["training"])].total or 1
+        self._show("training", record["step"], steps, status)
+        if self._bar.disable and (record["step"] % max(1, steps // 20) == 0 or record["step"] == steps):
+            self._console.print(f"step {record['step']}/{steps}  {status}", highlight=False)
+
+    def end(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+    def _show(self, name: str, done: int, total: float, status: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=total, status=status)
+            self._bar.start()
+        self._bar.update(self._tasks[name], completed=done, status=status)
+
+
+def print_config(console: Console, config: TrainConfig) -> None:
+    """Print every option that differs from its default, and the few that everyone asks for."""
+    always = ("model", "data", "sampler", "num_active", "period", "state", "steps", "batch_size", "learning_rate")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, field in TrainConfig.model_fields.items():
+        value = getattr(config, name)
+        if name in always or value != field.default:
+            table.add_row(f"[dim]{name}[/]", str(value).replace("[", r"\["))
+    console.print(table)
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print what a run measured."""
+    loss, peak = summary["held_out_loss"], summary["peak_bytes"]
+    trainable, total = summary["trainable_parameters"], summary["parameters"]
+    rows = [
+        ("held-out loss", f"{loss['before']:.4f} → {loss['after']:.4f}"),
+        ("layers trained", f"{summary['layers_trained']} of {len(summary['layers'])}"),
+        (
+            "trainable parameters",
+            f"{trainable['mean'] / 1e6:.1f}M at a time of {total / 1e6:.1f}M ({trainable['mean'] / total:.1%})",
+        ),
+        ("weights", _bytes(peak["weights"])),
+        ("gradients, at most", _bytes(peak["gradients"])),
+        ("optimizer state, at most", _bytes(peak["optimizer_state"])),
+        ("process, at most", _bytes(peak["process"])),
+        ("training", f"{summary['seconds']['training']:.0f} s"),
+    ]
+    if peak["offloaded_state"]:
+        rows.insert(6, ("optimizer state, offloaded", _bytes(peak["offloaded_state"])))
+    if peak["device"] is not None:
+        rows.insert(-1, ("GPU, at most", _bytes(peak["device"])))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[dim]{name}[/]", value)
+    console.print(table)
+    console.print(f"Written to {summary['output']}: " + ", ".join(summary["files"]), highlight=False, soft_wrap=True)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,41 @@
+"""Files and folders that are there whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: another process sees the old one or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole, readable for people."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move a finished folder to its place. Whatever was there is gone only once the new one is in place."""
+    sync_folder(new)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's files to disk, so that a rename can't come before their content."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

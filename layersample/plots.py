@@ -1,0 +1,75 @@
+"""Pictures of a run: which layers trained when, and the loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
+
+
+def plot_active_layers(
+    path: Path, layers: Sequence[str], active: Sequence[tuple[int, Sequence[int]]], title: str
+) -> None:
+    """Draw the layers that trained at each step.
+
+    Args:
+        path: The PNG to write.
+        layers: Names of the layers, from the input to the output.
+        active: Pairs of an optimizer step, from 1, and the indices of the layers that trained in it.
+        title: Above the picture.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 0.8 + max(2.0, 0.14 * len(layers))), layout="constrained")
+        axes = figure.subplots()
+        for step, indices in active:
+            for index in indices:
+                axes.broken_barh([(step - 0.5, 1)], (index - 0.5, 1), color="#1f5fa8", linewidth=0)
+        axes.set(xlabel="optimizer step", ylabel="layer", title=title)
+        axes.set_xlim(0.5, max((step for step, _ in active), default=1) + 0.5)
+        axes.set_ylim(-0.5, len(layers) - 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", linewidth=0.3, alpha=0.5)
+        _save(figure, path)
+
+
+def plot_loss(
+    path: Path, train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], title: str
+) -> None:
+    """Draw the training loss of each step and the held-out losses.
+
+    Args:
+        path: The PNG to write.
+        train: Pairs of an optimizer step and the mean loss over its tokens, in nats a token.
+        held_out: The same for the held-out data.
+        title: Above the picture.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*_columns(train), color="#1f5fa8", linewidth=1, alpha=0.8, label="training")
+        axes.plot(*_columns(held_out), "o-", color="#c8501e", linewidth=1.5, label="held out")
+        for step, loss in held_out:
+            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+        axes.margins(x=0.05, y=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(linewidth=0.3, alpha=0.5)
+        axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(scratch, format="png")
+    os.replace(scratch, path)

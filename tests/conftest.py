@@ -1,0 +1,83 @@
+"""Models and data that the tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness() -> None:
+    torch.manual_seed(0)
+
+
+def make_llama(num_layers: int = 4, *, tie: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama small enough for a unit test."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        bos_token_id=257,
+        eos_token_id=258,
+        pad_token_id=259,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
+    """Random tokens with labels."""
+    tokens = torch.randint(0, 256, (size, 12), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = ("<unk>", "<s>", "</s>", "<pad>")
+    vocabulary |= {token: 256 + i for i, token in enumerate(special)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=True)),
+        chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    ).save_pretrained(folder)
+    make_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 40 sums."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(8) for b in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M, fetched once into the user's cache."""
+    from layersample.models import fetch_builtin
+
+    return fetch_builtin("smollm2-135m")
