@@ -200,3 +200,5 @@ def _default(field: FieldInfo) -> str:
 
 
 app.command(rich_help_panel=None)(_with_options(train))
+if __name__ == "__main__":
+    main()

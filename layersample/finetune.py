@@ -110,8 +110,8 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         sampling.attach(trainer)
-        for name, count in trainer.too_long.items():
-            if count:
+        for name, data in (("training", "train"), ("held-out", "eval")):
+            if count := trainer.too_long.get(data):
                 report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
         try:
             if not any("held_out_loss" in record for record in recorder.records):
@@ -123,7 +123,7 @@ def finetune(
                 progress.end()
         _save_model(trainer, folder.path / "model")
         assert sampling.scheduler is not None
-        summary = summarize(folder.path, config, recorder, sampling.scheduler, trainer)
+        summary = summarize(folder.path, config, recorder, sampling.scheduler, trainer, trainer.too_long)
         write_pictures(folder.path, summary, recorder.records)
         write_json(folder.path / "summary.json", summary)
     return summary
@@ -254,6 +254,7 @@ def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:

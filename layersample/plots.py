@@ -54,7 +54,8 @@ def plot_loss(
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(*_columns(train), color="#1f5fa8", linewidth=1, alpha=0.8, label="training")
-        axes.plot(*_columns(held_out), "o-", color="#c8501e", linewidth=1.5, label="held out")
+        style = "o-" if len(held_out) > 2 else "o"  # a line between two points would say too much
+        axes.plot(*_columns(held_out), style, color="#c8501e", linewidth=1.5, label="held out")
         for step, loss in held_out:
             axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
         axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)

@@ -161,16 +161,25 @@ class LayerScheduler:
         gradient_state = getattr(self._optimizer, "gradient_state", None)
         if gradient_state is not None and not gradient_state.sync_gradients:
             return
-        if not self._state_is_placed:
-            # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
-            # load_state_dict which layers its state belongs to.
-            self._place_state()
-        self._steps += 1
-        if self._steps % self.period == 0:
-            self._finish_round()
-            self._round += 1
-            self._start_round()
-            self._place_state()
+        self.advance_to(self._steps + 1)
+
+    def advance_to(self, steps: int) -> None:
+        """Count optimizer steps up to a number, for a loop that keeps count itself.
+
+        Args:
+            steps: Optimizer steps done since training began; nothing happens if they are counted already.
+        """
+        while self._steps < steps:
+            if not self._state_is_placed:
+                # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
+                # load_state_dict which layers its state belongs to.
+                self._place_state()
+            self._steps += 1
+            if self._steps % self.period == 0:
+                self._finish_round()
+                self._round += 1
+                self._start_round()
+                self._place_state()
 
     def close(self) -> None:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.

@@ -19,7 +19,7 @@ FILES = ("config.yaml", "metrics.jsonl", "summary.json", "layers.png", "loss.png
 
 
 def summarize(
-    folder: Path, config: TrainConfig, recorder: RunRecorder, scheduler: LayerScheduler, trainer: Trainer
+    folder: Path, config: TrainConfig, recorder: RunRecorder, scheduler: LayerScheduler, trainer: Trainer, too_long: dict[str, int]
 ) -> dict[str, Any]:
     """Gather what a run measured.
 
@@ -29,6 +29,7 @@ def summarize(
         recorder: Its steps and peaks.
         scheduler: Its layer scheduler.
         trainer: The Trainer that ran it.
+        too_long: Examples that were cut to ``max_length``, by data set.
     """
     steps = [record for record in recorder.records if "loss" in record]
     held_out = [record for record in recorder.records if "held_out_loss" in record]
@@ -44,6 +45,7 @@ def summarize(
         "held_out_loss": {"before": held_out[0]["held_out_loss"], "after": held_out[-1]["held_out_loss"]},
         "held_out_problems": len(trainer.eval_dataset),
         "training_examples": len(trainer.train_dataset),
+        "longer_than_max_length": too_long,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
         "layers": list(scheduler.layers),

@@ -11,6 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
+# Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _same_randomness() -> None:
     torch.manual_seed(0)

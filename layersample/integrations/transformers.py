@@ -114,8 +114,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Count the step that has ended, and switch layers where its period has too."""
         assert self.scheduler is not None
-        while self.scheduler.steps < state.global_step:
-            self.scheduler.step()
+        self.scheduler.advance_to(state.global_step)
 
     def on_log(
         self,

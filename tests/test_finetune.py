@@ -1,0 +1,231 @@
+"""The whole job on a tiny model; on the real one where marked slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from layersample import ConfigError
+from layersample.config import make_config
+from layersample.finetune import NonFiniteLossError, finetune
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
+
+
+@pytest.fixture
+def options(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_model),
+        "data": str(sums),
+        "output": str(tmp_path / "run"),
+        "steps": 6,
+        "period": 2,
+        "eval_size": 4,
+        "learning_rate": 1e-2,
+        "max_length": 16,
+        "check": True,
+    }
+
+
+def run(options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return finetune(make_config(("test", {**options, **more})))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (AutoModelForCausalLM.from_pretrained(p / "model").state_dict() for p in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_writes_all_that_a_run_is(options: dict[str, Any]) -> None:
+    summary = run(options)
+    folder = Path(options["output"])
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*summary["files"], "checkpoints"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["period"] == 2
+    assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"]
+    lines = records(folder)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert [line["round"] for line in lines if "loss" in line] == [0, 0, 1, 1, 2, 2]
+    assert all(len(line["active"]) == 2 for line in lines if "loss" in line)
+    for name in ("layers.png", "loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert not list(folder.rglob("*.bin")), "nothing pickled but the Trainer's own checkpoints"
+
+
+def test_memory_is_counted_from_the_tensors(options: dict[str, Any]) -> None:
+    peak = run(options, embeddings="freeze", head="freeze", norm="freeze", trainer={"optim": "adamw_torch"})["peak_bytes"]
+    layer = 4 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16)
+    assert peak["gradients"] == 2 * layer
+    assert peak["optimizer_state"] == 2 * 2 * layer + 2 * 9 * 4  # two moments; a step counter a tensor
+    assert peak["weights"] >= 4 * layer
+
+
+@pytest.mark.parametrize("sampler", ["lisa", "cyclic"])
+def test_resumes_in_the_middle_of_a_period_to_the_bit(options: dict[str, Any], sampler: str, tmp_path: Path) -> None:
+    options |= {"sampler": sampler, "steps": 8, "period": 3}
+    run(options, output=str(tmp_path / "whole"))
+    run(options, output=str(tmp_path / "part"), save_steps=4)
+    part = tmp_path / "part"
+    # As a run that was killed after step 5: no model, a checkpoint of step 4, lines of later steps.
+    last = max((part / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert last.name == "checkpoint-8"
+    for path in sorted(last.rglob("*"), reverse=True):
+        path.unlink()
+    last.rmdir()
+    run(options, output=str(part), save_steps=4, resume=True)
+    assert same_weights(tmp_path / "whole", part)
+    keep = ("step", "loss", "active", "learning_rate")
+    whole, resumed = (
+        [{k: line[k] for k in keep} for line in records(p) if "loss" in line] for p in (tmp_path / "whole", part)
+    )
+    assert whole == resumed
+
+
+def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None:
+    run(options, save_steps=3)
+    with pytest.raises(ConfigError, match="resumed with the num_active it was begun with: it was 2, but is 1 now"):
+        run(options, save_steps=3, resume=True, num_active=1, steps=9)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import SFTTrainer
+
+    compute_loss = SFTTrainer.compute_loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * float("nan") if self.model.training and self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", poisoned)
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 5, .* checkpoint is .*checkpoint-3"):
+        run(options, save_steps=3)
+    checkpoint = Path(options["output"]) / "checkpoints" / "checkpoint-3"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_active": 5}, "num_active must be between 1 and the 4 layers .* but got num_active=5"),
+        ({"sampler": "liza"}, "Did you mean 'lisa'"),
+        ({"max_length": 500}, "max_length must be at most the model's 128 positions, but got 500"),
+        ({"trainer": {"optm": "sgd"}}, "trainer: Unknown option of SFTConfig 'optm'. Did you mean 'optim'"),
+        ({"trainer": {"optim": "sgdd"}}, "training options don't go together: .*sgdd"),
+        ({"schedule": "zigzag"}, "training options don't go together: .*zigzag"),
+        ({"data": "no.jsonl"}, "no file 'no.jsonl'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(
+    options: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(options, **change)
+    assert not Path(options["output"]).exists()
+
+
+def test_examples_that_are_too_long_are_counted(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "x" * (40 if i < 5 else 4)} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: list[str] = []
+    finetune(make_config(("test", {**options, "data": str(path), "eval_data": str(options["data"])})), report=said.append)
+    assert "5 training examples are longer than 16 tokens and are cut." in said
+
+
+def test_prompts_that_leave_no_room(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"{i}" + "x" * 40, "completion": "y"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="prompts alone fill max_length=16 tokens: raise it"):
+        run(options, data=str(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient_checkpointing": True, "embeddings": "sample"},
+        {"gradient_accumulation": 2, "clip": 0.1},
+        {"autocast": "bfloat16"},
+        {"dtype": "bfloat16"},
+        {"epochs": 0.5},
+        {"state": "offload", "warmup": 0.5, "schedule": "cosine"},
+        {"trainer": {"optim": "adafactor", "eval_strategy": "steps", "eval_steps": 2}},
+    ],
+)
+def test_options_go_through_to_the_trainer(options: dict[str, Any], change: dict[str, Any]) -> None:
+    summary = run(options, **change)
+    assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"]
+
+
+def start(options: dict[str, Any], **more: Any) -> subprocess.Popen[str]:
+    """The command a user types, in a process of its own."""
+    flags = [
+        part
+        for key, value in {**options, **more}.items()
+        for part in ([f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", str(value)])
+    ]
+    command = [sys.executable, "-m", "layersample.cli", "train", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and any(line["step"] >= step for line in records(folder)):
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_to_resume_from(smollm2: Path, tmp_path: Path) -> None:
+    """On the real model: interrupted, resumed, and the same as if it had never been."""
+    options = {"steps": 5, "period": 2, "batch_size": 1, "eval_size": 1, "max_length": 48}
+    whole = start(options, output=tmp_path / "whole")
+    assert whole.wait(600) == 0, whole.communicate()[0]
+    process = start(options, output=tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    assert not (tmp_path / "run" / "model").exists()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "layersample.cli", "train", "--output", str(tmp_path / "run"), "--resume"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_trains_the_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> None:
+    options = {"steps": 4, "period": 2, "eval_size": 2, "batch_size": 2, "max_length": 96, "check": True}
+    summary = run(options, output=str(tmp_path / "run"), embeddings="freeze", learning_rate=1e-3)
+    assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"]
+    assert summary["peak_bytes"]["optimizer_state"] == 56_646_216 + 2 * 4 * 577 + 68  # 2 layers, final norm
+    assert os.path.getsize(tmp_path / "run" / "model" / "model.safetensors") > 5e8
