@@ -32,7 +32,9 @@ errors = Console(stderr=True)
 
 def main() -> None:
     """Run the command line; an error of the user's making ends it with one message and exit code 2."""
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    logging.basicConfig(
+        level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
+    )
     try:
         app()
     except ConfigError as error:
@@ -43,7 +45,9 @@ def main() -> None:
 @app.command("list")
 def list_command(
     name: Annotated[str | None, typer.Argument(help="A sampler, to see its options.")] = None,
-    plugin: Annotated[Path | None, typer.Option(help="Python file that registers samplers of your own.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file that registers samplers of your own.")
+    ] = None,
 ) -> None:
     """Show all samplers, or the options of one."""
     if plugin is not None:
@@ -51,7 +55,7 @@ def list_command(
     if name is None:
         table = Table("sampler", "what it does", "source", box=None, header_style="bold")
         for sampler, cls in list_samplers().items():
-            table.add_row(sampler, _plain(describe(cls)[0].replace('``', '')), _plain(cls.source))
+            table.add_row(sampler, _plain(describe(cls)[0].replace("``", "")), _plain(cls.source))
         console.print(table)
         console.print("\nOptions of one: layersample list NAME")
         return
@@ -102,7 +106,9 @@ def read_preset(name: str) -> dict[str, Any]:
         ConfigError: If there is none of that name.
     """
     folder = files("layersample_strategies") / "presets"
-    presets = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    presets = {
+        entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    }
     if name not in presets:
         raise ConfigError(unknown("preset", name, presets))
     options: dict[str, Any] = yaml.safe_load(presets[name].read_text(encoding="utf-8"))
@@ -111,9 +117,9 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def _run(settings: TrainConfig) -> None:
     # Seconds of imports that the other commands don't need.
+    import datasets
     from transformers.utils import logging as transformers_logging
 
-    import datasets
     from layersample.display import LiveProgress, print_config, print_summary
     from layersample.finetune import Interrupted, NonFiniteLossError, finetune
 
@@ -149,7 +155,9 @@ def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
         try:
             parsed[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"command line: {option}: the value of {key} must be YAML, but got {value!r}.") from error
+            raise ConfigError(
+                f"command line: {option}: the value of {key} must be YAML, but got {value!r}."
+            ) from error
     return parsed
 
 
@@ -175,7 +183,9 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
         for name, field in section.model_fields.items():
             if name != "sampler_options":
                 text = f"{field.description} [dim]\\[default: {_default(field)}][/]"
-                parameters.append(_flag(name, _flag_type(field.annotation), text, (section.__doc__ or "").strip(".")))
+                parameters.append(
+                    _flag(name, _flag_type(field.annotation), text, (section.__doc__ or "").strip("."))
+                )
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function
@@ -185,7 +195,9 @@ def _flag(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     declared = f"{flag}/--no{flag[1:]}" if kind == (bool | None) else flag
     option = typer.Option(declared, help=text, show_default=False, rich_help_panel=panel)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )
 
 
 def _flag_type(annotation: Any) -> Any:

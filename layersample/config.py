@@ -25,7 +25,9 @@ class SamplingOptions(_Options):
     """Which layers train, and when."""
 
     sampler: str = Field("lisa", description="Name of the sampler; `layersample list` shows them.")
-    sampler_options: dict[str, Any] = Field({}, description="Options of the sampler: `layersample list NAME`.")
+    sampler_options: dict[str, Any] = Field(
+        {}, description="Options of the sampler: `layersample list NAME`."
+    )
     num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
     period: int = Field(5, ge=1, description="Optimizer steps between draws (K).")
     layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
@@ -81,7 +83,9 @@ class OutputOptions(_Options):
     """What is written, and where."""
 
     output: Path | None = Field(None, description="Folder of the run; default: runs/SAMPLER-DATE-TIME.")
-    save_steps: int | None = Field(None, ge=1, description="Optimizer steps between checkpoints; default: none.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between checkpoints; default: none."
+    )
     resume: bool = Field(False, description="Continue the run in the output folder.")
     overwrite: bool = Field(False, description="Replace the run in the output folder.")
 
@@ -152,7 +156,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a mapping of options to values, but holds a {type(content).__name__}.")
+        raise ConfigError(
+            f"{path}: must hold a mapping of options to values, but holds a {type(content).__name__}."
+        )
     return content
 
 

@@ -55,10 +55,14 @@ def load_split(
             )
         # Half at most, so that a small file still trains on something.
         test = set(random.Random(seed).sample(problems, min(eval_size, len(problems) // 2)))
-        held_out = data.select(sorted({key: i for i, key in reversed([*enumerate(keys)]) if key in test}.values()))
+        held_out = data.select(
+            sorted({key: i for i, key in reversed([*enumerate(keys)]) if key in test}.values())
+        )
     train = data.select([i for i, key in enumerate(keys) if key not in test][:train_size])
     if not len(train):
-        raise ConfigError(f"{source}: no training example is left, because all of them are in the held-out data.")
+        raise ConfigError(
+            f"{source}: no training example is left, because all of them are in the held-out data."
+        )
     return train, held_out
 
 
@@ -100,7 +104,9 @@ def _gsm_symbolic() -> list[Row]:
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
-        raise ConfigError('The data "gsm_symbolic" needs the demo extra: pip install "layersample[demo]".') from error
+        raise ConfigError(
+            'The data "gsm_symbolic" needs the demo extra: pip install "layersample[demo]".'
+        ) from error
     problems = create_dataset("gsm_symbolic", size=2500, seed=42)
     return [
         {"prompt": problem["question"] + "\n", "completion": problem["metadata"]["answer_cot"]}
@@ -130,10 +136,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             for row in reader:
                 place = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ConfigError(f"{place}: must have {len(reader.fieldnames or ())} fields, as the first line.")
+                    raise ConfigError(
+                        f"{place}: must have {len(reader.fieldnames or ())} fields, as the first line."
+                    )
                 yield place, row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}, line {reader.line_num + 1}: must be CSV in UTF-8, but: {error}.") from error
+            raise ConfigError(
+                f"{path}, line {reader.line_num + 1}: must be CSV in UTF-8, but: {error}."
+            ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -179,7 +189,13 @@ def _check(row: Any, place: str) -> Row:
     else:
         raise ConfigError(f"{place}: {_FORMATS}, but it has {', '.join(map(repr, row)) or 'nothing'}.")
     for name in fields:
-        may_be = [_is_messages] if name == "messages" else [_is_text] if name == "text" else [_is_text, _is_messages]
+        may_be = (
+            [_is_messages]
+            if name == "messages"
+            else [_is_text]
+            if name == "text"
+            else [_is_text, _is_messages]
+        )
         if not any(test(row[name]) for test in may_be):
             raise ConfigError(f"{place}: {_FORMATS}, but {name!r} is {_short(row[name])}.")
         if not row[name] or _is_text(row[name]) and not row[name].strip():

@@ -59,7 +59,17 @@ class LiveProgress:
 
 def print_config(console: Console, config: TrainConfig) -> None:
     """Print every option that differs from its default, and the few that everyone asks for."""
-    always = ("model", "data", "sampler", "num_active", "period", "state", "steps", "batch_size", "learning_rate")
+    always = (
+        "model",
+        "data",
+        "sampler",
+        "num_active",
+        "period",
+        "state",
+        "steps",
+        "batch_size",
+        "learning_rate",
+    )
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, field in TrainConfig.model_fields.items():
         value = getattr(config, name)
@@ -93,7 +103,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     for name, value in rows:
         table.add_row(f"[dim]{name}[/]", value)
     console.print(table)
-    console.print(f"Written to {summary['output']}: " + ", ".join(summary["files"]), highlight=False, soft_wrap=True)
+    console.print(
+        f"Written to {summary['output']}: " + ", ".join(summary["files"]), highlight=False, soft_wrap=True
+    )
 
 
 def _bytes(count: int) -> str:

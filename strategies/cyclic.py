@@ -44,6 +44,4 @@ class Cyclic(LayerSampler):
             place = int(torch.randperm(num_groups, generator=generator)[place])
         elif self.order == "descending" or (self.order == "mirror" and epoch % 2):
             place = num_groups - 1 - place
-        return range(
-            place * context.num_active, min((place + 1) * context.num_active, context.num_layers)
-        )
+        return range(place * context.num_active, min((place + 1) * context.num_active, context.num_layers))

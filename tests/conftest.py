@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-
 # Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
 torch.set_num_threads(1)
 
@@ -20,7 +19,9 @@ def _same_randomness() -> None:
     torch.manual_seed(0)
 
 
-def make_llama(num_layers: int = 4, *, tie: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def make_llama(
+    num_layers: int = 4, *, tie: bool = False, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """A Llama small enough for a unit test."""
     torch.manual_seed(0)
     config = LlamaConfig(

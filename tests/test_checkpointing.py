@@ -11,12 +11,16 @@ from test_scheduler import Given, weights_of
 from layersample import LayerScheduler
 
 
-def run(checkpointing: bool | None, active: tuple[int, ...], embeddings: Any = "freeze") -> tuple[Any, list[int]]:
+def run(
+    checkpointing: bool | None, active: tuple[int, ...], embeddings: Any = "freeze"
+) -> tuple[Any, list[int]]:
     """Gradients, and how often each layer ran: checkpointing None is off, else whether it is reentrant."""
     model = make_llama()
     model.train()
     if checkpointing is not None:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": checkpointing}
+        )
     forwards = [0] * 4
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, i=i: forwards.__setitem__(i, forwards[i] + 1))

@@ -23,7 +23,12 @@ PLAIN = {"prompt": "1+1=", "completion": "2", "id": 7}
 
 @pytest.mark.parametrize(
     ("row", "columns"),
-    [(PLAIN, ["prompt", "completion"]), (CHAT, ["prompt", "completion"]), (MESSAGES, ["messages"]), ({"text": "a"}, ["text"])],
+    [
+        (PLAIN, ["prompt", "completion"]),
+        (CHAT, ["prompt", "completion"]),
+        (MESSAGES, ["messages"]),
+        ({"text": "a"}, ["text"]),
+    ],
 )
 def test_reads_each_of_trl_s_formats(tmp_path: Path, row: Any, columns: list[str]) -> None:
     for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
@@ -46,14 +51,26 @@ def test_reads_csv(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.jsonl", "", "must hold at least one example, but is empty"),
-        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "a.jsonl, line 2: must be one JSON object"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": \n',
+            "a.jsonl, line 2: must be one JSON object",
+        ),
         ("a.jsonl", '{"question": "a"}\n', "line 1: an example must have .* but it has 'question'"),
         ("a.jsonl", "[1]\n", "line 1: .* but it is a list"),
         ("a.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: .* but 'completion' is 3"),
         ("a.jsonl", '{"prompt": "a", "completion": " "}\n', "line 1: 'completion' must not be empty"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: .* but 'messages' is"),
-        ("a.jsonl", '{"prompt": "a", "completion": [{"role": "x", "content": "y"}]}\n', "it mixes text and messages"),
-        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"text": "c"}\n', "line 2: all examples must have the same"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": [{"role": "x", "content": "y"}]}\n',
+            "it mixes text and messages",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"text": "c"}\n',
+            "line 2: all examples must have the same",
+        ),
         ("a.csv", "prompt,completion\na\n", "line 2: must have 2 fields, as the first line"),
         ("a.csv", "question,answer\na,b\n", "line 2: an example must have"),
         ("a.csv", 'prompt,completion\n"a,b\n', "a.csv, line .*: must be CSV"),
@@ -100,7 +117,9 @@ def test_a_hub_id_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(load_data("someone/something")) == 1
     assert asked == [("someone/something", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    with pytest.raises(ConfigError, match="someone/something: could not be loaded from the hub: division by zero"):
+    with pytest.raises(
+        ConfigError, match="someone/something: could not be loaded from the hub: division by zero"
+    ):
         load_data("someone/something")
 
 
@@ -118,7 +137,10 @@ def test_split_is_by_problem(tmp_path: Path) -> None:
 def test_held_out_file_is_taken_out_of_the_training_data(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}", "completion": "x"} for i in range(6)]
     train, held_out = load_split(
-        write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:2]), eval_size=9, seed=0
+        write_jsonl(tmp_path / "a.jsonl", rows),
+        write_jsonl(tmp_path / "b.jsonl", rows[:2]),
+        eval_size=9,
+        seed=0,
     )
     assert train["prompt"][:] == ["2", "3", "4", "5"]
     assert held_out["prompt"][:] == ["0", "1"]
@@ -126,7 +148,9 @@ def test_held_out_file_is_taken_out_of_the_training_data(tmp_path: Path) -> None
 
 def test_too_little_to_split(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [PLAIN, PLAIN])
-    with pytest.raises(ConfigError, match="at least 2 different problems are needed to hold one out, but there is 1"):
+    with pytest.raises(
+        ConfigError, match="at least 2 different problems are needed to hold one out, but there is 1"
+    ):
         load_split(one, None, eval_size=4, seed=0)
     with pytest.raises(ConfigError, match="no training example is left"):
         load_split(one, one, eval_size=4, seed=0)

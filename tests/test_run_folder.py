@@ -36,7 +36,9 @@ def test_default_is_a_new_folder_each_time(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    with pytest.raises(ConfigError, match="holds config.yaml. Add --resume to continue that run, --overwrite"):
+    with pytest.raises(
+        ConfigError, match="holds config.yaml. Add --resume to continue that run, --overwrite"
+    ):
         choose(tmp_path / "run")
 
 
@@ -67,7 +69,9 @@ def test_overwrite_removes_the_old_run_only_after_the_new_one_ends_well(tmp_path
 
 def test_overwrite_replaces_runs_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="--overwrite replaces a run, but .* holds thesis.tex and no config.yaml"):
+    with pytest.raises(
+        ConfigError, match="--overwrite replaces a run, but .* holds thesis.tex and no config.yaml"
+    ):
         choose(tmp_path, overwrite=True)
 
 

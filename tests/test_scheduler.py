@@ -34,7 +34,11 @@ class Given(LayerSampler):
 
 
 def train(
-    model: nn.Module, optimizer: Optimizer, scheduler: LayerScheduler | None, steps: range, accumulate: int = 1
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LayerScheduler | None,
+    steps: range,
+    accumulate: int = 1,
 ) -> None:
     for step in steps:
         for micro in range(accumulate):
@@ -98,9 +102,7 @@ def test_matches_a_naive_loop_to_the_bit() -> None:
     for step in range(6):
         active = sets[step // 2]
         frozen = [
-            p
-            for n, p in naive.named_parameters()
-            if ".layers." in n and int(n.split(".")[2]) not in active
+            p for n, p in naive.named_parameters() if ".layers." in n and int(n.split(".")[2]) not in active
         ]
         naive(**make_batch(step)).loss.backward()
         for p in frozen:
@@ -233,7 +235,11 @@ def test_resumes_in_the_middle_of_a_period_to_the_bit(name: str, state: Any, tmp
     def fresh() -> tuple[nn.Module, Optimizer, LayerScheduler]:
         model = make_llama()
         optimizer = OPTIMIZERS[name](model.parameters())
-        return model, optimizer, LayerScheduler(model, optimizer, "lisa", period=3, seed=5, state=state, check=True)
+        return (
+            model,
+            optimizer,
+            LayerScheduler(model, optimizer, "lisa", period=3, seed=5, state=state, check=True),
+        )
 
     model, optimizer, scheduler = fresh()
     train(model, optimizer, scheduler, range(11))
@@ -301,7 +307,10 @@ def test_counts_visits() -> None:
     ("arguments", "message"),
     [
         ({"sampler": "liza"}, "Unknown sampler 'liza'. Did you mean 'lisa'"),
-        ({"sampler_options": {"drw": "exact"}}, "Unknown option of sampler 'lisa' 'drw'. Did you mean 'draw'"),
+        (
+            {"sampler_options": {"drw": "exact"}},
+            "Unknown option of sampler 'lisa' 'drw'. Did you mean 'draw'",
+        ),
         ({"sampler_options": {"draw": "all"}}, "Option 'draw' of sampler 'lisa': .* but got 'all'"),
         ({"num_active": 0}, "num_active must be between 1 and the 4 layers .* but got num_active=0"),
         ({"num_active": 5}, "num_active must be between 1 and the 4 layers .* but got num_active=5"),
@@ -337,7 +346,9 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("chosen", [(4,), (-1,), (0, 0), (0.5,), ("0",)])
 def test_a_sampler_that_returns_nonsense_is_named(chosen: Any) -> None:
     model = make_llama()
-    with pytest.raises(ValueError, match=r"Given.sample must return distinct integers from 0 to 3, but returned"):
+    with pytest.raises(
+        ValueError, match=r"Given.sample must return distinct integers from 0 to 3, but returned"
+    ):
         LayerScheduler(model, OPTIMIZERS["adamw"](model.parameters()), Given(chosen))
 
 
@@ -359,12 +370,16 @@ def test_self_check_sees_what_goes_wrong() -> None:
     optimizer.step()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight += 1
-    with pytest.raises(SelfCheckError, match="layers.2.mlp.up_proj.weight was frozen .* but its weights changed"):
+    with pytest.raises(
+        SelfCheckError, match="layers.2.mlp.up_proj.weight was frozen .* but its weights changed"
+    ):
         scheduler.step()
 
 
 def test_plain_modules_by_path_or_list() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
+    )
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     by_path = LayerScheduler(model, optimizer, "lisa", num_active=1, layers="1")
     assert by_path.layers == ("1.0", "1.1")

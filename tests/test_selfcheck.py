@@ -9,7 +9,9 @@ from torch import nn
 from layersample.selfcheck import SelfCheck, SelfCheckError
 
 
-def prepare(state: Any = "drop", lr: float = 0.1) -> tuple[nn.Module, torch.optim.Optimizer, SelfCheck, dict[str, Any]]:
+def prepare(
+    state: Any = "drop", lr: float = 0.1
+) -> tuple[nn.Module, torch.optim.Optimizer, SelfCheck, dict[str, Any]]:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model[0].requires_grad_(False)

@@ -19,7 +19,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(o.values())}" for n, o in VARIANTS])
+@pytest.mark.parametrize(
+    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(o.values())}" for n, o in VARIANTS]
+)
 class TestBuiltIn(SamplerContract):
     @pytest.fixture(autouse=True)
     def _choose(self, name: str, options: dict[str, Any]) -> None:
@@ -30,12 +32,16 @@ class TestBuiltIn(SamplerContract):
 
 
 def test_every_built_in_sampler_is_in_the_contract() -> None:
-    built_in = {n for n, cls in list_samplers().items() if cls.__module__.startswith("layersample_strategies")}
+    built_in = {
+        n for n, cls in list_samplers().items() if cls.__module__.startswith("layersample_strategies")
+    }
     assert built_in == {name for name, _ in VARIANTS}
     assert all(cls.source for cls in list_samplers().values() if cls.__module__.startswith("layersample_"))
 
 
-def draws(sampler: LayerSampler, rounds: int, layers: int = 5, active: int = 2, empty: bool = False) -> list[Any]:
+def draws(
+    sampler: LayerSampler, rounds: int, layers: int = 5, active: int = 2, empty: bool = False
+) -> list[Any]:
     names = tuple(map(str, range(layers)))
     return [
         sorted(sampler.sample(SamplingContext(names, active, round=i, seed=1, allow_empty=empty)))

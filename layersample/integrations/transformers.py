@@ -97,7 +97,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             arguments["seed"] = args.seed
         self.scheduler = LayerScheduler(kwargs["model"], kwargs["optimizer"], self._sampler, **arguments)
         # The Trainer saves the state of callbacks only under keys that are there.
-        exported = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        exported = stored.setdefault(type(self).__name__, {})
         if isinstance(exported, list):
             exported = exported[-1] if exported else {}
         saved = exported.get("attributes", {}).get("scheduler_state") or self.scheduler_state
@@ -132,7 +133,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "active_layers": " ".join(map(str, self.scheduler.active)),
         }
         logs.update(active)
-        state.log_history[-1].update(active)
+        state.log_history[-1].update(active)  # type: ignore[arg-type]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,7 +149,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         layers = arguments["layers"]
         if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
             arguments["layers"] = None  # JSON can't hold modules
-        sampler = self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
+        sampler = (
+            self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
+        )
         return {
             "args": {"sampler": sampler, **arguments},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},

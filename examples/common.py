@@ -1,0 +1,40 @@
+"""What the examples share: a model, its tokenizer, and worked problems, from the command line's options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layersample.data import load_data
+from layersample.models import load_model
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """Options of every example."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder or hub id")
+    parser.add_argument("--data", default="gsm_symbolic", help="built-in name, file or hub id")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--output", default="runs/example", help="folder for the Trainer's files")
+    return parser.parse_args()
+
+
+def model_and_tokenizer(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model."""
+    return load_model(options.model, report=print)
+
+
+def batches(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, size: int = 4, length: int = 192
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a batch for each step: token ids and labels of shape ``(size, length)`` at most."""
+    data = load_data(options.data)
+    for step in range(options.steps):
+        rows = [data[(step * size + i) % len(data)] for i in range(size)]
+        texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        yield dict(batch)
