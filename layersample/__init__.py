@@ -8,7 +8,13 @@ from layersample.errors import ConfigError
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
 from layersample.registry import create_sampler, list_samplers, load_plugin, register
-from layersample.sampler import LayerSampler, LayerStatistics, SamplingContext, WeightedSampler
+from layersample.sampler import (
+    LayerSampler,
+    LayerStatistics,
+    Measurement,
+    SamplingContext,
+    WeightedSampler,
+)
 from layersample.scheduler import LayerScheduler
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ __all__ = [
     "LayerSamplingCallback",
     "LayerScheduler",
     "LayerStatistics",
+    "Measurement",
     "MemoryUse",
     "ModelLayers",
     "SamplingContext",

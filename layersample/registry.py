@@ -116,7 +116,12 @@ def create_sampler(name: str, options: Mapping[str, Any] | None = None) -> Layer
 def describe_options(cls: type[LayerSampler]) -> list[Option]:
     """The options of a sampler, as its constructor and docstring give them."""
     hints = get_type_hints(cls.__init__)
-    documented = {p.arg_name: p.description or "" for p in docstring_parser.parse(cls.__doc__ or "").params}
+    # An inherited option is documented where it comes from.
+    documented = {
+        p.arg_name: p.description or ""
+        for base in reversed(cls.__mro__)
+        for p in docstring_parser.parse(base.__doc__ or "").params
+    }
     return [
         Option(
             name=key,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ from layersample.errors import ConfigError
 from layersample.layers import GroupName, Layer, find_layers, unwrap
 from layersample.optimizer_state import StatePolicyName, create_policy
 from layersample.registry import create_sampler
-from layersample.sampler import LayerSampler, LayerStatistics, SamplingContext
+from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.selfcheck import SelfCheck
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["train", "freeze", "sample"]
+Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 _STATE_VERSION = 1
 
 
@@ -51,6 +52,10 @@ class LayerScheduler:
         other: The same for every parameter outside of these and the layers.
         state: Optimizer state of frozen layers: ``"drop"`` frees it, ``"keep"`` leaves it, ``"offload"``
             moves it to CPU memory until the layer trains again.
+        batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
+            in an iterable that can be read more than once, or a function that gives one.
+        state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
+            measuring and drawing a first set in vain.
         check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
             did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
 
@@ -84,6 +89,8 @@ class LayerScheduler:
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        batches: Batches | None = None,
+        state_dict: Mapping[str, Any] | None = None,
         check: bool = False,
     ) -> None:
         if period < 1:
@@ -121,9 +128,15 @@ class LayerScheduler:
         self._state_is_placed = False
         self._round, self._steps = 0, 0
         self._active: tuple[int, ...] = ()
+        self._inclusion: Sequence[float] | None = None
         self._visits = [0] * len(self._units)
         self._last_active: list[int | None] = [None] * len(self._units)
-        self._start_round()
+        self._changed = set(range(len(self._units)))
+        self._batches = batches
+        if state_dict is None:
+            self._start_round()
+        else:
+            self.load_state_dict(state_dict)
 
     # What is active
 
@@ -151,6 +164,22 @@ class LayerScheduler:
     def steps(self) -> int:
         """Optimizer steps done."""
         return self._steps
+
+    @property
+    def inclusion_probabilities(self) -> list[float] | None:
+        """The chance that each of :attr:`layers` had to be active now, computed; ``None`` if not known."""
+        return None if self._inclusion is None else list(self._inclusion)
+
+    @property
+    def coverage(self) -> float:
+        """Share of :attr:`layers` that have trained so far, those that train now included."""
+        return sum(visits > 0 or i in self._active for i, visits in enumerate(self._visits)) / len(self._visits)
+
+    @property
+    def staleness(self) -> list[int]:
+        """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
+        last = [-1 if period is None else period for period in self._last_active]
+        return [0 if i in self._active else self._round - period for i, period in enumerate(last)]
 
     # The run
 
@@ -223,6 +252,8 @@ class LayerScheduler:
             "active": list(self._active),
             "visits": list(self._visits),
             "last_active": list(self._last_active),
+            "changed": sorted(self._changed),
+            "inclusion": self.inclusion_probabilities,
             "sampler_state": self.sampler.state_dict(),
         }
 
@@ -243,6 +274,7 @@ class LayerScheduler:
         self.sampler.load_state_dict(state["sampler_state"])
         self._round, self._steps = state["round"], state["steps"]
         self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
+        self._changed, self._inclusion = set(state["changed"]), state["inclusion"]
         self._apply(tuple(state["active"]))
         self._place_state()
         self._begin_check()
@@ -300,6 +332,9 @@ class LayerScheduler:
             )
 
     def _start_round(self) -> None:
+        every = self.sampler.measure_every
+        if self._round == 0 or (every is not None and self._round % every == 0):
+            self._measure()
         context = SamplingContext(
             layers=self.layers,
             num_active=self.num_active,
@@ -309,8 +344,22 @@ class LayerScheduler:
             statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
             allow_empty=any(self._trainable[n] for group in self._always for n in group.parameters),
         )
+        self._inclusion = self.sampler.inclusion_probabilities(context)
         self._apply(self._checked(list(self.sampler.sample(context)), context))
         self._begin_check()
+
+    def _measure(self) -> None:
+        batches = self._batches
+        measurement = Measurement(
+            model=self._model,
+            model_layers=self.model_layers,
+            layers=self.layers,
+            num_active=self.num_active,
+            changed=tuple(self.layers[i] for i in sorted(self._changed)),
+            batches=batches if batches is None or callable(batches) else lambda: batches,
+        )
+        self.sampler.measure(measurement)
+        self._changed.clear()
 
     def _begin_check(self) -> None:
         if self._self_check is not None:
@@ -320,6 +369,7 @@ class LayerScheduler:
         for index in self._active:
             self._visits[index] += 1
             self._last_active[index] = self._round
+        self._changed.update(self._active)
         self._check_round()
 
     def _check_round(self) -> None:

@@ -34,6 +34,13 @@ class Cyclic(LayerSampler):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, but got {order!r}.")
         self.order = order
 
+    def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
+        """1 for the group whose turn it is; equal for all where the order is random."""
+        if self.order == "reshuffled":
+            return [1 / -(-context.num_layers // context.num_active)] * context.num_layers
+        group = self.sample(context)
+        return [float(index in group) for index in range(context.num_layers)]
+
     def sample(self, context: SamplingContext) -> range:
         """Return the group of this period."""
         num_groups = -(-context.num_layers // context.num_active)

@@ -14,6 +14,10 @@ class Full(LayerSampler):
 
     source = "full fine-tuning"
 
+    def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
+        """1 for each layer."""
+        return [1.0] * context.num_layers
+
     def sample(self, context: SamplingContext) -> range:
         """Return all layers."""
         return range(context.num_layers)

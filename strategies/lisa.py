@@ -31,6 +31,13 @@ class Lisa(LayerSampler):
         self.draw = draw
         self.fixed_size = draw == "exact"
 
+    def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
+        """γ / N for each layer; a little more where an empty Bernoulli draw doesn't count."""
+        chance = context.num_active / context.num_layers
+        if self.draw == "bernoulli" and not context.allow_empty:
+            chance /= 1 - (1 - chance) ** context.num_layers
+        return [chance] * context.num_layers
+
     def sample(self, context: SamplingContext) -> list[int]:
         """Return the layers of this period."""
         if self.draw == "exact":

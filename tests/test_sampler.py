@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from layersample import LayerSampler, SamplingContext, WeightedSampler
+from layersample.draws import Draw
 from layersample.testing import SamplerContract
 
 LAYERS = tuple(f"layers.{i}" for i in range(5))
@@ -72,9 +74,56 @@ def test_weights_are_followed() -> None:
         ((1, 1, math.nan, 1, 1), "weight of layers.2 is nan"),
         ((1, 1, -1, 1, 1), "weight of layers.2 is -1"),
         ((1, 1, math.inf, 1, 1), "weight of layers.2 is inf"),
-        ((0, 0, 0, 0, 0), "num_active=2 layers must have a weight above 0, but 0 have"),
+        ((0, 0, 3, 0, 0), "num_active=2 layers must have a probability above 0, but 1 have"),
+        ((0, 0, 0, 0, 0), "At least one of the 5 weights must be above 0"),
     ],
 )
 def test_bad_weights_are_named(weights: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Weights(weights=weights).sample(SamplingContext(LAYERS, 2))
+
+
+class Tempered(WeightedSampler):
+    """Weights 1, 2, 4 and so on."""
+
+    def weights(self, context: SamplingContext) -> list[float]:
+        return [2.0**i for i in range(context.num_layers)]
+
+
+@pytest.mark.parametrize("draw", ["sequential", "systematic"])
+class TestDraws(SamplerContract):
+    @pytest.fixture(autouse=True)
+    def _choose(self, draw: Draw) -> None:
+        self._draw = draw
+
+    def make(self) -> LayerSampler:
+        return Tempered(temperature=2.0, min_probability=0.05, draw=self._draw)
+
+
+def test_temperature_and_floor() -> None:
+    context = SamplingContext(LAYERS, 2)
+    assert Tempered().probabilities(context) == pytest.approx([1 / 31, 2 / 31, 4 / 31, 8 / 31, 16 / 31])
+    flat = Tempered(temperature=1e6).probabilities(context)
+    assert flat == pytest.approx([0.2] * 5, abs=1e-4)
+    sharp = Tempered(temperature=0.01).probabilities(context)
+    assert sharp[4] == pytest.approx(1)
+    floored = Tempered(temperature=0.01, min_probability=0.1).probabilities(context)
+    assert min(floored) == pytest.approx(0.1) and sum(floored) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature must be finite and above 0, but got 0"),
+        ({"min_probability": -0.1}, "min_probability must be between 0 and 1, but got -0.1"),
+        ({"draw": "lots"}, "draw must be 'sequential' or 'systematic', but got 'lots'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tempered(**options)
+
+
+def test_a_floor_above_uniform() -> None:
+    with pytest.raises(ValueError, match="min_probability must be at most 1 / 5 layers, but got 0.3"):
+        Tempered(min_probability=0.3).probabilities(SamplingContext(LAYERS, 2))

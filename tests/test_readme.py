@@ -1,0 +1,72 @@
+"""The README's code runs, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_batch, make_llama
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
+
+from layersample import cli, list_samplers, registry
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^(layersample .*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def _forget_new_names() -> Iterator[None]:
+    before = list_samplers()
+    yield
+    registry._samplers.clear()
+    registry._samplers.update(before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(block: str, tmp_path: Path) -> None:
+    model = make_llama()
+    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(8)]
+    names: dict[str, Any] = {
+        "__name__": "readme",
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "loader": [make_batch(i) for i in range(3)],
+        "Trainer": Trainer,
+        "args": TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False),
+        "data": Dataset.from_list(rows),
+    }
+    exec(compile(block, "README.md", "exec"), names)
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "_run", lambda config: None)
+    (tmp_path / "run.yaml").write_text("steps: 3\n")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, command.split()[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_every_built_in_sampler_is_in_the_table() -> None:
+    for name, cls in list_samplers().items():
+        if cls.__module__.startswith("layersample_strategies"):
+            assert f"| `{name}` |" in TEXT
+
+
+def test_pictures_and_commands_of_ci_are_there() -> None:
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
+        assert (ROOT / path).is_file()
+    assert len(re.findall(r"^pip install -c constraints.txt -e \"\.\[(?:demo|test)\]\" && ", TEXT, re.MULTILINE)) == 2
