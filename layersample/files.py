@@ -8,6 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """Where models and metrics are kept: ``$LAYERSAMPLE_CACHE``, or the user's cache folder."""
+    override = os.environ.get("LAYERSAMPLE_CACHE")
+    return Path(override).expanduser() if override else platformdirs.user_cache_path("layersample")
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole: another process sees the old one or the new one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError, unknown
-from layersample.files import replace_folder
+from layersample.files import cache_folder, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +48,6 @@ BUILTIN_MODELS = {
         license="Apache-2.0",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept: ``$LAYERSAMPLE_CACHE``, or the user's cache folder."""
-    return Path(os.environ.get("LAYERSAMPLE_CACHE") or platformdirs.user_cache_path("layersample"))
 
 
 def load_model(

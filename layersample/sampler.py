@@ -213,7 +213,9 @@ def check_weights(weights: Sequence[float], context: SamplingContext) -> torch.T
     """
     values = [float(weight) for weight in weights]
     if len(values) != context.num_layers:
-        raise ValueError(f"A sampler must give {context.num_layers} weights, one a layer, but gave {len(values)}.")
+        raise ValueError(
+            f"A sampler must give {context.num_layers} weights, one a layer, but gave {len(values)}."
+        )
     for name, value in zip(context.layers, values, strict=True):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"Weights must be finite and at least 0, but the weight of {name} is {value}.")

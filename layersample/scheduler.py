@@ -173,7 +173,9 @@ class LayerScheduler:
     @property
     def coverage(self) -> float:
         """Share of :attr:`layers` that have trained so far, those that train now included."""
-        return sum(visits > 0 or i in self._active for i, visits in enumerate(self._visits)) / len(self._visits)
+        return sum(visits > 0 or i in self._active for i, visits in enumerate(self._visits)) / len(
+            self._visits
+        )
 
     @property
     def staleness(self) -> list[int]:

@@ -37,7 +37,9 @@ def enumerate_inclusion(weights: list[float], num_active: int) -> list[float]:
 
 @pytest.mark.parametrize(("weights", "num_active"), CASES)
 def test_sequential_inclusion_is_that_of_all_orders(weights: list[float], num_active: int) -> None:
-    assert sequential_inclusion(weights, num_active) == pytest.approx(enumerate_inclusion(weights, num_active), abs=1e-10)
+    assert sequential_inclusion(weights, num_active) == pytest.approx(
+        enumerate_inclusion(weights, num_active), abs=1e-10
+    )
 
 
 @pytest.mark.parametrize(("weights", "num_active"), CASES)
@@ -45,7 +47,9 @@ def test_systematic_inclusion_is_in_proportion_up_to_1(weights: list[float], num
     inclusion = systematic_inclusion(weights, num_active)
     assert sum(inclusion) == pytest.approx(num_active)
     below = [i for i, value in enumerate(inclusion) if 0 < value < 1]
-    assert all(inclusion[i] / weights[i] == pytest.approx(inclusion[below[0]] / weights[below[0]]) for i in below)
+    assert all(
+        inclusion[i] / weights[i] == pytest.approx(inclusion[below[0]] / weights[below[0]]) for i in below
+    )
     if max(weights) * num_active <= sum(weights):
         assert inclusion == pytest.approx([num_active * w / sum(weights) for w in weights])
 
@@ -72,7 +76,9 @@ def test_20000_draws_match_the_computed_inclusion(draw: Any) -> None:
     certain = [i for i, pi in enumerate(inclusion) if pi >= 1]
     assert all(counts[i] == draws for i in certain)
     rest = [i for i in range(len(SPREAD)) if i not in certain]
-    statistic = sum((counts[i] - draws * inclusion[i]) ** 2 / (draws * inclusion[i] * (1 - inclusion[i])) for i in rest)
+    statistic = sum(
+        (counts[i] - draws * inclusion[i]) ** 2 / (draws * inclusion[i] * (1 - inclusion[i])) for i in rest
+    )
     assert stats.chi2.sf(statistic, len(rest)) > 1e-3
 
 

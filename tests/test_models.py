@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from layersample import ConfigError
-from layersample.models import BUILTIN_MODELS, cache_folder, fetch_builtin, load_model
+from layersample.files import cache_folder
+from layersample.models import BUILTIN_MODELS, fetch_builtin, load_model
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": [make_batch(i) for i in range(3)],
         "Trainer": Trainer,
-        "args": TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False),
+        "args": TrainingArguments(
+            str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
+        ),
         "data": Dataset.from_list(rows),
     }
     exec(compile(block, "README.md", "exec"), names)
@@ -69,4 +71,7 @@ def test_every_built_in_sampler_is_in_the_table() -> None:
 def test_pictures_and_commands_of_ci_are_there() -> None:
     for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
         assert (ROOT / path).is_file()
-    assert len(re.findall(r"^pip install -c constraints.txt -e \"\.\[(?:demo|test)\]\" && ", TEXT, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(r"^pip install -c constraints.txt -e \"\.\[(?:demo|test)\]\" && ", TEXT, re.MULTILINE))
+        == 2
+    )

@@ -1,0 +1,45 @@
+"""What a layer's weights say of it: heavy tails, outliers and the norms of a LoRA adapter."""
+
+from __future__ import annotations
+
+from layersample.metrics.adapters import LoraNorms, lora_norms
+from layersample.metrics.cache import MetricCache
+from layersample.metrics.matrices import WeightMatrix, weight_matrices
+from layersample.metrics.measures import (
+    METRICS,
+    alpha,
+    alpha_hat,
+    hill,
+    log_alpha_norm,
+    measure_weight,
+    stable_rank,
+)
+from layersample.metrics.model import LayerMetrics, MatrixMetrics, layer_metrics
+from layersample.metrics.outliers import outlier_ratios
+from layersample.metrics.parallel import map_parallel
+from layersample.metrics.power_law import PowerLaw, fit_power_law
+from layersample.metrics.spectrum import DegenerateMatrixError, spectrum
+
+__all__ = [
+    "METRICS",
+    "DegenerateMatrixError",
+    "LayerMetrics",
+    "LoraNorms",
+    "MatrixMetrics",
+    "MetricCache",
+    "PowerLaw",
+    "WeightMatrix",
+    "alpha",
+    "alpha_hat",
+    "fit_power_law",
+    "hill",
+    "layer_metrics",
+    "log_alpha_norm",
+    "lora_norms",
+    "map_parallel",
+    "measure_weight",
+    "outlier_ratios",
+    "spectrum",
+    "stable_rank",
+    "weight_matrices",
+]
