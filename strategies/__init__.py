@@ -3,5 +3,8 @@
 from layersample_strategies.cyclic import Cyclic
 from layersample_strategies.full import Full
 from layersample_strategies.lisa import Lisa
+from layersample_strategies.lora_norm import LoraNorm
+from layersample_strategies.owlore import OwLore
+from layersample_strategies.prior import Prior
 
-__all__ = ["Cyclic", "Full", "Lisa"]
+__all__ = ["Cyclic", "Full", "Lisa", "LoraNorm", "OwLore", "Prior"]

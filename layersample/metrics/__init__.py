@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layersample.metrics.adapter_files import has_lora
 from layersample.metrics.adapters import LoraNorms, lora_norms
 from layersample.metrics.cache import MetricCache
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
@@ -12,12 +13,14 @@ from layersample.metrics.measures import (
     hill,
     log_alpha_norm,
     measure_weight,
+    random_hill,
     stable_rank,
 )
 from layersample.metrics.model import LayerMetrics, MatrixMetrics, layer_metrics
 from layersample.metrics.outliers import outlier_ratios
 from layersample.metrics.parallel import map_parallel
 from layersample.metrics.power_law import PowerLaw, fit_power_law
+from layersample.metrics.probe import probe_lora
 from layersample.metrics.spectrum import DegenerateMatrixError, spectrum
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "alpha",
     "alpha_hat",
     "fit_power_law",
+    "has_lora",
     "hill",
     "layer_metrics",
     "log_alpha_norm",
@@ -39,6 +43,8 @@ __all__ = [
     "map_parallel",
     "measure_weight",
     "outlier_ratios",
+    "probe_lora",
+    "random_hill",
     "spectrum",
     "stable_rank",
     "weight_matrices",

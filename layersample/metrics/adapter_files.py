@@ -82,6 +82,11 @@ def read_live_adapter(model: nn.Module, adapter_name: str | None = None) -> list
     return [_read_module(path, module, name) for path, module in layers.items() if name in module.scaling]
 
 
+def has_lora(model: nn.Module) -> bool:
+    """Whether a model has LoRA layers of PEFT in it."""
+    return any(_is_lora(module) for module in model.modules())
+
+
 def _is_lora(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling"))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from layersample.errors import ConfigError, unknown
@@ -88,6 +89,20 @@ def hill(weight: Tensor) -> float:
         TempBalance, arXiv 2312.00359; AlphaPruning, arXiv 2410.10912.
     """
     return measure_weight(weight, ("hill",))["hill"]
+
+
+@lru_cache(maxsize=256)
+def random_hill(shape: tuple[int, int]) -> float:
+    """Return PL_Alpha_Hill of a random Gaussian matrix: what the shape alone makes of it.
+
+    Args:
+        shape: ``(m, n)``.
+
+    References:
+        FARMS, arXiv 2506.06280, on the bias of the aspect ratio.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return hill(torch.randn(shape, generator=generator))
 
 
 def stable_rank(weight: Tensor) -> float:

@@ -1,0 +1,118 @@
+"""A short LoRA run on a model, to see which layers it changes, that leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layersample.errors import ConfigError
+from layersample.layers import ModelLayers, find_layers
+from layersample.metrics.adapters import LoraNorms, lora_norms
+
+_ADAPTER = "layersample_probe"
+
+
+def probe_lora(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: ModelLayers | None = None,
+    *,
+    steps: int = 20,
+    rank: int = 8,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, LoraNorms]:
+    """Train a LoRA on all linear weights of a model's layers, measure it, and take it away again.
+
+    Weights, ``requires_grad``, mode and the global random state are afterwards what they were, bit by bit.
+
+    Args:
+        model: A model whose forward returns a ``loss``.
+        batches: Mappings of its arguments, with labels; used again from the start if there are fewer than
+            ``steps``.
+        layers: Its layers; found by default.
+        steps: Optimizer steps (AdamW, no weight decay).
+        rank: Of the LoRA; its alpha is twice that.
+        learning_rate: Of the LoRA.
+        seed: Of its initial weights.
+
+    Raises:
+        ConfigError: If there are no batches, PEFT isn't installed, or the loss isn't a finite number.
+
+    References:
+        LoRA, arXiv 2106.09685; LISA, arXiv 2403.17919.
+    """
+    layers = find_layers(model) if layers is None else layers
+    batches = list(islice(batches, steps))
+    if not batches:
+        raise ConfigError("A LoRA probe needs at least one training batch, but got none.")
+    with _with_lora(model, layers, rank, seed):
+        _train(model, islice(cycle(batches), steps), learning_rate)
+        # The wrappers have changed the names of the parameters, not those of the layers.
+        return lora_norms(model, layers=find_layers(model, [layer.name for layer in layers.layers]))
+
+
+@contextmanager
+def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> Iterator[None]:
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError as error:
+        raise ConfigError('A LoRA probe needs the train extra: pip install "layersample[train]".') from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_paths(model, layers))
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {module: module.training for module in model.modules()}
+    attributes = set(vars(model))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        lora = LoraModel(model, {_ADAPTER: config}, _ADAPTER)
+        try:
+            model.train()
+            yield
+        finally:
+            lora.unload()
+            for name in set(vars(model)) - attributes:
+                delattr(model, name)
+            for module, mode in modes.items():
+                module.training = mode
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(requires_grad[name])
+
+
+def _linear_paths(model: nn.Module, layers: ModelLayers) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(path.startswith(layer.name + ".") or path == layer.name for layer in layers.layers)
+    ]
+    if not paths:
+        raise ConfigError(
+            f"A LoRA probe needs linear weights in the layers of {type(model).__name__}: it has none."
+        )
+    return paths
+
+
+def _train(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
+    trainable = [p for name, p in model.named_parameters() if _ADAPTER in name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_ADAPTER in name)
+    device = trainable[0].device
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    for step, batch in enumerate(batches, 1):
+        loss = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
+        if not bool(torch.isfinite(loss)):
+            raise ConfigError(
+                f"The loss of the LoRA probe must be finite, but is {loss.item()} at step {step}."
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,104 @@
+"""LISA's own importance: how much LoRA changes each layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from layersample import ConfigError, Measurement, SamplingContext, WeightedSampler, register
+from layersample.draws import Draw
+from layersample.metrics import LoraNorms, has_lora, lora_norms, probe_lora
+
+logger = logging.getLogger(__name__)
+
+Measure = Literal["ratio", "delta", "merged"]
+
+
+@register("lora_norm")
+class LoraNorm(WeightedSampler):
+    """Draw layers by how much LoRA changes them (LISA's importance).
+
+    The norms come from an adapter folder; or, without one, from the LoRA layers of the model itself if it is a
+    PeftModel; or else from a short LoRA run on the first training batches, which leaves no trace.
+
+    LISA's importance is w̃ / w, the mean norm of a layer's weights under LoRA over that under full fine-tuning.
+    ``"merged"`` is it at the end of the LoRA run, with the norm both start from for w. It hardly differs
+    between layers, since weights move little; ``"ratio"`` is the part of it that does.
+
+    Args:
+        adapter: Folder that PEFT saved (``adapter_config.json``, ``adapter_model.safetensors``).
+        measure: ``"ratio"`` is ‖s·BA‖_F / ‖W‖_F, ``"delta"`` is ‖s·BA‖_F, ``"merged"`` is
+            ‖W + s·BA‖_F / ‖W‖_F; over all modules of the layer that the adapter changes.
+        probe_steps: Optimizer steps of the LoRA run, at least 1.
+        probe_rank: Its rank, at least 1.
+        probe_learning_rate: Its learning rate (AdamW).
+        every: Periods between measurements; none measures once.
+
+    References:
+        LISA, arXiv 2403.17919; LoRA, arXiv 2106.09685. No public code of LISA ships this sampler.
+    """
+
+    source = "arXiv 2403.17919"
+
+    def __init__(
+        self,
+        *,
+        adapter: str | None = None,
+        measure: Measure = "ratio",
+        probe_steps: int = 20,
+        probe_rank: int = 8,
+        probe_learning_rate: float = 1e-3,
+        every: int | None = None,
+        temperature: float = 1.0,
+        min_probability: float = 0.0,
+        draw: Draw = "sequential",
+    ) -> None:
+        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        if measure not in get_args(Measure):
+            raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}, but got {measure!r}.")
+        for name, value in (("probe_steps", probe_steps), ("probe_rank", probe_rank), ("every", every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}.")
+        self._adapter, self._measure = adapter, measure
+        self._probe = {"steps": probe_steps, "rank": probe_rank, "learning_rate": probe_learning_rate}
+        self.measure_every = every
+        self._scores: dict[str, float] = {}
+
+    def measure(self, measurement: Measurement) -> None:
+        """Find the norms of all layers: an adapter changes them together."""
+        norms = self._norms(measurement)
+        self._scores = {name: _value(found, self._measure) for name, found in norms.items()}
+        logger.info("%s of LoRA by layer: %s", self._measure, self._scores)
+
+    def weights(self, context: SamplingContext) -> list[float]:
+        """Return the measured norms; what the adapter doesn't know (a sampled embedding) gets their mean."""
+        known = [self._scores[name] for name in context.layers if name in self._scores]
+        mean = sum(known) / max(len(known), 1)
+        return [self._scores.get(name, mean) for name in context.layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms that were measured."""
+        return {"scores": self._scores}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the norms back."""
+        self._scores = dict(state["scores"])
+
+    def _norms(self, measurement: Measurement) -> dict[str, LoraNorms]:
+        if self._adapter is not None:
+            return lora_norms(self._adapter, measurement.model, measurement.model_layers)
+        if has_lora(measurement.model):
+            return lora_norms(measurement.model, layers=measurement.model_layers)
+        if measurement.batches is None:
+            raise ConfigError(
+                "The sampler 'lora_norm' needs an adapter folder (adapter=), a PeftModel, or batches to train "
+                "a LoRA on (batches= of the scheduler), but got none of them."
+            )
+        return probe_lora(measurement.model, measurement.batches(), measurement.model_layers, **self._probe)  # type: ignore[arg-type]
+
+
+def _value(norms: LoraNorms, measure: Measure) -> float:
+    if measure == "merged":
+        return norms.merged / norms.base if norms.base else 0.0
+    return norms.ratio if measure == "ratio" else norms.delta

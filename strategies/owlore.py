@@ -1,0 +1,161 @@
+"""OwLore: layers with more outliers, or heavier tails, are drawn more often."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Literal, get_args
+
+from layersample import ConfigError, Measurement, SamplingContext, WeightedSampler, register
+from layersample.draws import Draw
+from layersample.metrics import layer_metrics, outlier_ratios, random_hill
+
+logger = logging.getLogger(__name__)
+
+Metric = Literal["outlier", "alpha", "hill"]
+Baseline = Literal["module", "random"]
+THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
+
+
+@register("owlore")
+class OwLore(WeightedSampler):
+    """Draw layers by their outliers or the heaviness of their tails (OwLore).
+
+    A layer's probability is its share of the scores, p_l = D_l / ΣD. The low-rank projection of the method is
+    not part of the sampler.
+
+    Args:
+        metric: ``"outlier"`` is OWL's layer outlier distribution: percent of weights whose |W|·‖X‖₂ is above
+            ``threshold`` times the layer's mean; it needs calibration batches, which a Trainer's callback
+            takes from the training data. ``"alpha"`` is 1 / the mean power-law exponent of the layer's
+            matrices, as weightwatcher defines it: a heavier tail, a higher probability. ``"hill"`` is the same
+            with PL_Alpha_Hill relative to ``baseline``, because the aspect ratio of a matrix dominates it.
+        threshold: M of ``"outlier"``: 13 in OwLore's file for LLaMA2-7B, 3 by default in OWL. Where too few
+            layers have outliers at M, the largest of 3, 5, 7, 10, 13 below it that serves is taken, and said.
+        num_batches: Calibration batches of ``"outlier"``, at most; at least 1.
+        baseline: What ``"hill"`` is compared with: ``"module"``, the mean over the layers of the same module;
+            ``"random"``, a Gaussian matrix of the same shape.
+        every: Periods between measurements of the layers that have trained; none measures once.
+
+    References:
+        OwLore, arXiv 2405.18380 (M from its repository's file); OWL, arXiv 2310.05175; weightwatcher 0.7.7;
+        AlphaPruning, arXiv 2410.10912.
+    """
+
+    source = "arXiv 2405.18380"
+
+    def __init__(
+        self,
+        *,
+        metric: Metric = "outlier",
+        threshold: float = 13.0,
+        num_batches: int = 8,
+        baseline: Baseline = "module",
+        every: int | None = None,
+        temperature: float = 1.0,
+        min_probability: float = 0.0,
+        draw: Draw = "sequential",
+    ) -> None:
+        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        for name, value, allowed in (("metric", metric, Metric), ("baseline", baseline, Baseline)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, but got {value!r}.")
+        if not threshold > 0:
+            raise ValueError(f"threshold must be above 0, but got {threshold}.")
+        for name, number in (("num_batches", num_batches), ("every", every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, but got {number}.")
+        self._metric, self._threshold, self._baseline = metric, threshold, baseline
+        self._num_batches = num_batches
+        self.measure_every = every
+        # Of each layer: a score, or the metric of each of its matrices where layers are compared with others.
+        self._scores: dict[str, float] = {}
+        self._hills: dict[str, dict[str, float]] = {}
+
+    def measure(self, measurement: Measurement) -> None:
+        """Score the layers that have changed."""
+        changed = [layer for layer in measurement.model_layers.layers if layer.name in measurement.changed]
+        if not changed:
+            return
+        some = replace(measurement, model_layers=replace(measurement.model_layers, layers=tuple(changed)))
+        if self._metric == "outlier":
+            self._scores.update(self._count_outliers(some))
+        elif self._metric == "alpha":
+            exponents = layer_metrics(some.model, some.model_layers, ("alpha",)).by_layer("alpha")
+            self._scores.update({name: 1 / alpha for name, alpha in exponents.items()})
+        else:
+            metrics = layer_metrics(some.model, some.model_layers, ("hill",))
+            for layer in changed:
+                self._hills[layer.name] = {
+                    m.name.removeprefix(layer.name): m.values["hill"]
+                    / (random_hill(m.shape) if self._baseline == "random" else 1.0)
+                    for m in metrics.matrices
+                    if m.layer == layer.name and "hill" in m.values
+                }
+            self._scores = _compare(self._hills)
+        logger.info("scores of %s by layer: %s", self._metric, self._scores)
+
+    def weights(self, context: SamplingContext) -> list[float]:
+        """Return the scores; what has none (a sampled embedding) gets their mean."""
+        known = [self._scores[name] for name in context.layers if name in self._scores]
+        mean = sum(known) / max(len(known), 1)
+        return [self._scores.get(name, mean) for name in context.layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores that were measured, and the M that serves."""
+        return {"scores": self._scores, "hills": self._hills, "threshold": self._threshold}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the scores back."""
+        self._scores, self._hills = dict(state["scores"]), dict(state["hills"])
+        self._threshold = state["threshold"]
+
+    def _count_outliers(self, measurement: Measurement) -> dict[str, float]:
+        if measurement.batches is None:
+            raise ConfigError(
+                "The sampler 'owlore' counts outliers on calibration batches, but got none: give batches= to the "
+                "scheduler, or choose metric='alpha' or 'hill', which need no data."
+            )
+        thresholds = sorted({*THRESHOLDS, self._threshold})
+        ratios = outlier_ratios(
+            measurement.model,
+            islice(measurement.batches(), self._num_batches),
+            measurement.model_layers,
+            thresholds,
+        )
+        if not self._scores:  # the first measurement: all layers
+            self._choose_threshold(ratios, measurement.num_active)
+        return {layer: by_threshold[self._threshold] for layer, by_threshold in ratios.items()}
+
+    def _choose_threshold(self, ratios: Mapping[str, Mapping[float, float]], num_active: int) -> None:
+        wanted = self._threshold
+        for threshold in [wanted, *(t for t in reversed(THRESHOLDS) if t < wanted)]:
+            found = sum(by_threshold[threshold] > 0 for by_threshold in ratios.values())
+            if found >= min(len(ratios), num_active + 1):
+                break
+        else:
+            return  # the draw will say that there are too few
+        if threshold != wanted:
+            logger.warning(
+                "At M=%g too few of the %d layers have outliers to draw from; M=%g is used.",
+                wanted,
+                len(ratios),
+                threshold,
+            )
+            self._threshold = threshold
+
+
+def _compare(hills: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """1 / the mean over a layer's matrices of Hill over the mean Hill of that module in all layers."""
+    of_module: dict[str, list[float]] = {}
+    for matrices in hills.values():
+        for module, value in matrices.items():
+            of_module.setdefault(module, []).append(value)
+    means = {module: sum(values) / len(values) for module, values in of_module.items()}
+    return {
+        layer: len(matrices) / sum(value / means[module] for module, value in matrices.items())
+        for layer, matrices in hills.items()
+        if matrices
+    }
