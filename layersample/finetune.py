@@ -34,7 +34,6 @@ from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
 from layersample.registry import load_plugin
 from layersample.run_folder import RunFolder
-from layersample.scheduler import LayerScheduler
 from layersample.summary import summarize, write_pictures
 
 Report = Callable[[str], None]
@@ -92,11 +91,6 @@ def finetune(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
     sampling = LayerSamplingCallback(config.sampler, **_scheduler_arguments(config))
-    # Everything that the scheduler checks, before minutes are spent on a first evaluation.
-    LayerScheduler(
-        model, torch.optim.SGD(model.parameters()), config.sampler, **_scheduler_arguments(config)
-    ).close()
-
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -118,11 +112,11 @@ def finetune(
         for name, count in trainer.too_long.items():
             if count:
                 report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
+        # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
+        trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
         try:
-            if not any("held_out_loss" in record for record in recorder.records):
-                report(f"Held-out loss before: {trainer.evaluate()['eval_loss']:.4f}")
             _train(trainer, checkpoint)
-            report(f"Held-out loss after: {trainer.evaluate()['eval_loss']:.4f}")
+            trainer.evaluate()
         finally:
             if progress:
                 progress.end()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
 from datasets import Dataset
+from helpers import make_batch, make_llama
 from test_scheduler import Given, weights_of
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
 from datasets import Dataset
+from helpers import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
