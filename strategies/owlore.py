@@ -89,12 +89,11 @@ class OwLore(WeightedSampler):
             metrics = layer_metrics(some.model, some.model_layers, ("hill",))
             for layer in changed:
                 self._hills[layer.name] = {
-                    m.name.removeprefix(layer.name): m.values["hill"]
-                    / (random_hill(m.shape) if self._baseline == "random" else 1.0)
+                    m.name.removeprefix(layer.name): m.values["hill"] / self._expected_hill(m.shape)
                     for m in metrics.matrices
                     if m.layer == layer.name and "hill" in m.values
                 }
-            self._scores = _compare(self._hills)
+            self._scores = _invert(_relate(self._hills) if self._baseline == "module" else self._hills)
         logger.info("scores of %s by layer: %s", self._metric, self._scores)
 
     def weights(self, context: SamplingContext) -> list[float]:
@@ -111,6 +110,9 @@ class OwLore(WeightedSampler):
         """Take the scores back."""
         self._scores, self._hills = dict(state["scores"]), dict(state["hills"])
         self._threshold = state["threshold"]
+
+    def _expected_hill(self, shape: tuple[int, int]) -> float:
+        return random_hill(shape) if self._baseline == "random" else 1.0
 
     def _count_outliers(self, measurement: Measurement) -> dict[str, float]:
         if measurement.batches is None:
@@ -147,15 +149,19 @@ class OwLore(WeightedSampler):
             self._threshold = threshold
 
 
-def _compare(hills: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """1 / the mean over a layer's matrices of Hill over the mean Hill of that module in all layers."""
+def _relate(hills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Each layer's Hill of a module over the mean Hill of that module in all layers."""
     of_module: dict[str, list[float]] = {}
     for matrices in hills.values():
         for module, value in matrices.items():
             of_module.setdefault(module, []).append(value)
     means = {module: sum(values) / len(values) for module, values in of_module.items()}
     return {
-        layer: len(matrices) / sum(value / means[module] for module, value in matrices.items())
+        layer: {module: value / means[module] for module, value in matrices.items()}
         for layer, matrices in hills.items()
-        if matrices
     }
+
+
+def _invert(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """1 / the mean over a layer's matrices: a heavier tail, a higher score."""
+    return {layer: len(matrices) / sum(matrices.values()) for layer, matrices in values.items() if matrices}

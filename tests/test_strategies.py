@@ -30,7 +30,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(o.values())}" for n, o in VARIANTS]
+    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in VARIANTS]
 )
 class TestBuiltIn(SamplerContract):
     @pytest.fixture(autouse=True)

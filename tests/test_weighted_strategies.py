@@ -15,6 +15,8 @@ from torch import nn
 from layersample import ConfigError, LayerScheduler, Measurement, SamplingContext, create_sampler, find_layers
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios, random_hill
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+
 # OwLore's published values of LLaMA2-7B, M=13 (metric_cache/llama2_7b_ratio_13.txt of its repository), 4 digits.
 LLAMA2_7B = (
     *(0.2678, 0.2953, 0.1274, 0.1145, 0.09875, 0.08837, 0.08784, 0.08377, 0.08014, 0.07218, 0.07066),
