@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from helpers import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from layersample import list_samplers, registry
+
 # Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
 torch.set_num_threads(1)
 
@@ -18,6 +21,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_randomness() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_new_names() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    before = list_samplers()
+    yield
+    registry._samplers.clear()
+    registry._samplers.update(before)
 
 
 @pytest.fixture(autouse=True)

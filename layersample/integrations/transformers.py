@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 
 from layersample.optimizer_state import StatePolicyName
 from layersample.sampler import LayerSampler
-from layersample.scheduler import LayerScheduler, Rule
+from layersample.scheduler import LayerScheduler
+from layersample.units import Rule
 
 logger = logging.getLogger(__name__)
 

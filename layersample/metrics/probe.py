@@ -95,7 +95,7 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
 def _linear_modules(model: nn.Module, layers: ModelLayers) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
-    found = {
+    found: dict[str, nn.Module] = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
