@@ -218,10 +218,9 @@ class LayerScheduler:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
 
         Raises:
-            SelfCheckError: With ``check=True``, if a period that is cut short fails its check.
+            SelfCheckError: With ``check=True``, if the current period, cut short, fails its check.
         """
-        if self._steps % self.period:
-            self._check_round()
+        self._check_round()
         self._release()
 
     def _release(self) -> None:
@@ -294,9 +293,6 @@ class LayerScheduler:
     # How it is done
 
     def _start_round(self) -> None:
-        every = self.sampler.measure_every
-        if self._round == 0 or (every is not None and self._round % every == 0):
-            self._measure()
         context = SamplingContext(
             layers=self.layers,
             num_active=self.num_active,
@@ -306,8 +302,15 @@ class LayerScheduler:
             statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
             allow_empty=self._units.always_trains_something,
         )
-        self._inclusion = self.sampler.inclusion_probabilities(context)
-        self._apply(self._checked(list(self.sampler.sample(context)), context))
+        try:
+            every = self.sampler.measure_every
+            if self._round == 0 or (every is not None and self._round % every == 0):
+                self._measure()
+            self._inclusion = self.sampler.inclusion_probabilities(context)
+            chosen = self._checked(list(self.sampler.sample(context)), context)
+        except ValueError as error:
+            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
+        self._apply(chosen)
         self._begin_check()
 
     def _measure(self) -> None:

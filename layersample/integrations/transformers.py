@@ -150,9 +150,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the last step, and give every parameter its ``requires_grad`` back."""
+        """Give every parameter its ``requires_grad`` back."""
         assert self.scheduler is not None
-        self.on_step_begin(args, state, control)
         self.scheduler.close()
 
     def state(self) -> dict[str, Any]:
