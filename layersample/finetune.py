@@ -39,6 +39,9 @@ from layersample.summary import summarize, write_pictures
 Report = Callable[[str], None]
 
 
+_NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message says at which step, and which checkpoint is good."""
 
@@ -111,7 +114,9 @@ def finetune(
         sampling.attach(trainer)
         for name, count in trainer.too_long.items():
             if count:
-                report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
+                report(
+                    f"{count} {name.replace('_', '-')} examples are longer than {config.max_length} tokens and are cut."
+                )
         # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
         trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
         try:
@@ -166,13 +171,11 @@ class _Trainer(SFTTrainer):
         finally:
             args.max_length = limit
         if limit is not None and not packing:
-            self.too_long[{"train": "training", "eval": "held_out"}.get(name, name)] = sum(
-                len(ids) > limit for ids in whole["input_ids"]
-            )
+            self.too_long[_NAMES.get(name, name)] = sum(len(ids) > limit for ids in whole["input_ids"])
         ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
         if not len(ready):
             raise ConfigError(
-                f"No {name} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
+                f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
             )
         return ready
 
