@@ -101,12 +101,12 @@ def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> N
             axes.margins(y=0.15)
             axes.grid(linewidth=0.3, alpha=0.5)
             if len(keys) > 1 or name == "probability":
-                axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+                axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.97), ncols=4, fontsize=9)
         all_axes[-1].set_ylim(bottom=0)
         all_axes[-1].set_xlabel("layer")
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels()
-        all_axes[0].set_title(title)
+        figure.suptitle(title, fontsize=12)
         _save(figure, path)
 
 
