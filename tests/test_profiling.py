@@ -90,11 +90,13 @@ def test_any_model(make: Any, with_data: bool) -> None:
         assert [getattr(layer, metric) for layer in found.layers] == list(reference.by_layer(metric).values())
     if batches is None:
         assert {layer.outlier_percent for layer in found.layers} == {None}
-        assert found.notes == ("No outliers: they need calibration data, and none was given.",)
+        assert "No outliers: they need calibration data, and none was given." in found.notes
     else:
         ratios = outlier_ratios(model, batches, thresholds=(5.0,))
         assert [layer.outlier_percent for layer in found.layers] == [ratio[5.0] for ratio in ratios.values()]
-        assert not found.notes
+        assert not any("outliers" in note for note in found.notes)
+    # Of all of these, only T5's table of relative positions is too small for some of the metrics.
+    assert all("outliers" in note or "relative_attention_bias" in note for note in found.notes)
     for sampler in ("lisa", ALPHA):
         assert sum(layer.probabilities[sampler] or 0 for layer in found.layers) == pytest.approx(1)
         assert sum(layer.inclusion[sampler] or 0 for layer in found.layers) == pytest.approx(2)
