@@ -1,9 +1,10 @@
-"""The command line: ``layersample list | train``."""
+"""The command line: ``layersample list | profile | train``."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from layersample.config import SECTIONS, TrainConfig, make_config, read_yaml
+from layersample.config import (
+    PROFILE_DATA_SAMPLERS,
+    PROFILE_SAMPLERS,
+    SECTIONS,
+    TrainConfig,
+    make_config,
+    read_yaml,
+)
 from layersample.errors import ConfigError, unknown
 from layersample.registry import describe, describe_options, get_sampler, list_samplers, load_plugin
 
@@ -67,6 +75,74 @@ def list_command(
     for option in describe_options(cls):
         table.add_row(option.name, _plain(option.type), _plain(option.default), _plain(option.description))
     console.print(table if table.row_count else "It has no options of its own.")
+
+
+@app.command("profile")
+def profile_command(
+    model: Annotated[str, typer.Argument(help="Built-in name, local folder or hub id.")],
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:key=value,key=value; may be repeated.")
+    ] = None,
+    num_active: Annotated[int, typer.Option(min=1, help="Layers that train at a time (γ).")] = 2,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data, as train takes it; needed for outliers.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 4 examples.")] = 8,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example, at most.")] = 256,
+    threshold: Annotated[float, typer.Option(help="M: an outlier is above M times the layer's mean.")] = 5.0,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of this model.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Path of the ModuleList of layers, if it can't be found.")
+    ] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file that registers samplers of your own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for profile.json, .csv and .png.")] = None,
+    cache: Annotated[bool, typer.Option(help="Keep the table's spectral metrics on disk.")] = True,
+) -> None:
+    """Show what the weights of a model say of each layer, and how likely each sampler is to train it."""
+    # Seconds of imports that the other commands don't need.
+    from transformers.utils import logging as transformers_logging
+
+    from layersample.models import load_any_model, resolve_model
+    from layersample.profile_report import ProfileProgress, make_batches, print_profile, write_profile
+    from layersample.profiling import profile
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if plugin is not None:
+        load_plugin(plugin)
+    chosen = [
+        _parse_sampler(text)
+        for text in sampler or (PROFILE_SAMPLERS if data is None else PROFILE_DATA_SAMPLERS)
+    ]
+    for name, _ in chosen:
+        get_sampler(name)  # a misspelt one is told before the model loads
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"The output folder must be writable, but: {error}.") from error
+    loaded = load_any_model(model, console.print)
+    calibration = None
+    if data is not None:
+        calibration = make_batches(loaded, resolve_model(model), data, count=batches, max_length=max_length)
+    with ProfileProgress(console) as progress:
+        measured = profile(
+            loaded,
+            samplers=chosen,
+            num_active=num_active,
+            batches=calibration,
+            threshold=threshold,
+            adapter=adapter,
+            layers=layers,
+            cache=cache,
+            progress=progress,
+        )
+    print_profile(console, measured)
+    if output is not None:
+        written = ", ".join(write_profile(output, measured, model))
+        console.print(f"Written to {_plain(output)}: {written}", highlight=False, soft_wrap=True)
 
 
 def train(
@@ -143,6 +219,13 @@ def _run(settings: TrainConfig) -> None:
         )
         raise typer.Exit(128 + error.signal_number) from error
     print_summary(console, summary)
+
+
+def _parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
+    """Split NAME:key=value,key=value; a comma inside of a value (a list) doesn't end it."""
+    name, _, options = text.partition(":")
+    pairs = re.split(r",(?=\w+=)", options) if options else []
+    return name, _parse_pairs(pairs, f"an option of sampler {name!r}")
 
 
 def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:

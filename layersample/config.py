@@ -16,6 +16,10 @@ from layersample.units import Rule
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"
 
+# Samplers that `layersample profile` compares, as its --sampler takes them: without data, and with it.
+PROFILE_SAMPLERS = ("lisa", "owlore:metric=alpha")
+PROFILE_DATA_SAMPLERS = (*PROFILE_SAMPLERS, "owlore:metric=outlier")
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=False)

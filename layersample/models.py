@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 import subprocess
@@ -13,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from layersample.errors import ConfigError, unknown
 from layersample.files import cache_folder, replace_folder
@@ -63,20 +73,59 @@ def load_model(
     Raises:
         ConfigError: If it can't be had; the message says why and what to do.
     """
+    path = resolve_model(name, report)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(name, error)) from error
+    return model, tokenizer
+
+
+def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
+    """Load a model of any kind, without a tokenizer, in the class that its configuration names.
+
+    Args:
+        name: A built-in name, a folder, or a hub id.
+        report: Told what takes long, and which weights the files lack.
+
+    Returns:
+        The model in eval mode, its weights of the type they are stored in.
+
+    Raises:
+        ConfigError: If it can't be had; the message says why and what to do.
+    """
+    path = resolve_model(name, report)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        cls = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        # A class that transformers doesn't have (remote code) leaves the bare model, which has the layers.
+        known = inspect.isclass(cls) and issubclass(cls, PreTrainedModel)
+        loader = cls if known and cls is not None else AutoModel
+        model, loading = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
+    # A damaged file raises an error of safetensors, a missing package ImportError, wrong shapes RuntimeError.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ConfigError(_not_loaded(name, error)) from error
+    if missing := sorted(loading["missing_keys"]):
+        report(
+            f"{len(missing)} weights aren't in the files of {name} and are random: {', '.join(missing[:3])}."
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def resolve_model(name: str, report: Report = logger.info) -> str:
+    """The folder of a built-in model; a folder or a hub id as it is.
+
+    Raises:
+        ConfigError: If it is none of them, or a built-in model can't be fetched.
+    """
     path = str(fetch_builtin(name, report)) if name in BUILTIN_MODELS else name
     if path == name and not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1):
         raise ConfigError(
             f"{unknown('model', name, BUILTIN_MODELS)} A folder or a hub id (organisation/name) will do too."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The model {name!r} could not be loaded as a folder or from the hub: {_first_line(error)} "
-            f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
-        ) from error
-    return model, tokenizer
+    return path
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:
@@ -150,6 +199,13 @@ def _convert(folder: Path, gguf: str, target: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    return (
+        f"The model {name!r} could not be loaded as a folder or from the hub: {_first_line(error)} "
+        f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
+    )
 
 
 def _first_line(error: Exception) -> str:

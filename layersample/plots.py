@@ -1,9 +1,9 @@
-"""Pictures of a run: which layers trained when, and the loss."""
+"""Pictures: which layers of a run trained when, its loss, and the profile of a model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
+_COLORS = ("#1f5fa8", "#c8501e", "#2f8f4e", "#7a4fa3", "#8a6d1f", "#555555")
+_MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
 
 
 def plot_active_layers(
@@ -65,6 +67,51 @@ def plot_loss(
         axes.grid(linewidth=0.3, alpha=0.5)
         axes.legend(frameon=False)
         _save(figure, path)
+
+
+def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw what was measured on each layer, and the probability each sampler gives it.
+
+    Args:
+        path: The PNG to write.
+        rows: Of ``Profile.to_rows``, one a layer. A series without any value is left out, and a panel without
+            any series too; the sizes of the layers are drawn where nothing else is left.
+        title: Above the picture.
+    """
+    samplers = [key for key in rows[0] if key.startswith("probability:")]
+    panels = [
+        ("exponent", {"alpha": "alpha", "hill": "Hill"}),
+        ("stable rank", {"stable_rank": "stable rank"}),
+        ("outliers (%)", {"outlier_percent": "outliers"}),
+        ("LoRA ratio", {"lora_ratio": "LoRA ratio"}),
+        ("probability", {key: key.partition(":")[2] for key in samplers}),
+    ]
+    series = [(name, {k: v for k, v in keys.items() if _has(rows, k)}) for name, keys in panels]
+    drawn = [(name, keys) for name, keys in series if keys] or [("parameters", {"parameters": "parameters"})]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 0.9 + 1.9 * len(drawn)), layout="constrained")
+        all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, keys) in zip(all_axes, drawn, strict=True):
+            for number, (key, label) in enumerate(keys.items()):
+                values = [float("nan") if row[key] is None else row[key] for row in rows]
+                # Lines that lie on one another stay visible by their markers and dashes.
+                style: Any = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % 4]}
+                axes.plot(range(len(rows)), values, _DASHES[number % 4], **style, ms=4, lw=1.3, label=label)
+            axes.set_ylabel(name)
+            axes.margins(y=0.15)
+            axes.grid(linewidth=0.3, alpha=0.5)
+            if len(keys) > 1 or name == "probability":
+                axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.97), ncols=4, fontsize=9)
+        all_axes[-1].set_ylim(bottom=0)
+        all_axes[-1].set_xlabel("layer")
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.align_ylabels()
+        figure.suptitle(title, fontsize=12)
+        _save(figure, path)
+
+
+def _has(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(row[key] is not None for row in rows)
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
