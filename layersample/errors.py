@@ -16,3 +16,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} There {'are' if len(names) != 1 else 'is'}: {', '.join(names) or 'none'}."
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + more

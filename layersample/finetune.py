@@ -114,9 +114,8 @@ def finetune(
         sampling.attach(trainer)
         for name, count in trainer.too_long.items():
             if count:
-                report(
-                    f"{count} {name.replace('_', '-')} examples are longer than {config.max_length} tokens and are cut."
-                )
+                kind = name.replace("_", "-")
+                report(f"{count} {kind} examples are longer than {config.max_length} tokens and are cut.")
         # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
         trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
         try:
@@ -175,7 +174,8 @@ class _Trainer(SFTTrainer):
         ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
         if not len(ready):
             raise ConfigError(
-                f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
+                f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill "
+                f"max_length={limit} tokens: raise it."
             )
         return ready
 

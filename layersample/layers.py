@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
+
+from layersample.errors import some
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ def find_layers(model: nn.Module, layers: str | Sequence[str | nn.Module] | None
     if not paths:
         raise ValueError(
             f"No layers found in {type(model).__name__}: it has no ModuleList of transformer blocks. Name them with "
-            f"layers=: the path of a ModuleList, or a list of paths. It has: {_some(_list_paths(modules))}."
+            f"layers=: the path of a ModuleList, or a list of paths. It has: {some(map(repr, _list_paths(modules)))}."
         )
     return _sort_parameters(model, modules, paths, towers, num_stacks=len(stacks))
 
@@ -232,7 +234,7 @@ def _named_layers(modules: dict[str, nn.Module], layers: str | Sequence[str | nn
         if not isinstance(modules.get(layers), nn.ModuleList | nn.Sequential):
             raise ValueError(
                 f"layers={layers!r} must be the path of a ModuleList or Sequential. "
-                f"The model has: {_some(_list_paths(modules))}."
+                f"The model has: {some(map(repr, _list_paths(modules)))}."
             )
         return _children(modules, layers)
     path_of = {id(module): path for path, module in modules.items()}
@@ -285,9 +287,3 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
 
 def _inside(name: str, path: str) -> bool:
     return path == "" or name == path or name.startswith(path + ".")
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(map(repr, listed[:limit])) or "none") + more

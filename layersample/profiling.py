@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, some
 from layersample.layers import ModelLayers, find_layers, unwrap
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
-from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext, WeightedSampler
+from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.scheduler import Batches
+from layersample.weighted import WeightedSampler
 
 SamplerChoice = str | tuple[str, Mapping[str, Any]]
 Progress = Callable[[str, int, int | None], None]
@@ -182,7 +183,7 @@ def _lora_ratios(
     ratios = {layer.name: norms[layer.name].ratio for layer in layers.layers}
     bad = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
     if bad:
-        notes.append(f"No LoRA ratio of {_some(bad)}: the adapter's weights or the model's aren't finite.")
+        notes.append(f"No LoRA ratio of {some(bad)}: the adapter's weights or the model's aren't finite.")
     return {name: ratio for name, ratio in ratios.items() if name not in bad}
 
 
@@ -208,10 +209,10 @@ def _spectra(
             else:
                 lacking.setdefault((metric, matrix.problems[metric]), []).append(matrix.name)
         means[metric] = {layer: sum(found) / len(found) for layer, found in values.items()}
-    notes += [f"No {metric} of {_some(names)}: {reason}" for (metric, reason), names in lacking.items()]
+    notes += [f"No {metric} of {some(names)}: {reason}" for (metric, reason), names in lacking.items()]
     seen = {matrix.layer for matrix in measured.matrices}
     if without := [layer.name for layer in layers.layers if layer.name not in seen]:
-        notes.append(f"No spectra of {_some(without)}: there is no weight matrix in it.")
+        notes.append(f"No spectra of {some(without)}: there is no weight matrix in it.")
     return means
 
 
@@ -328,11 +329,6 @@ def _quiet(name: str) -> Iterator[None]:
 def _describe(error: Exception) -> str:
     text = str(error).strip()
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _ignore(what: str, done: int, total: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, some
 from layersample.layers import GroupName, Layer, ModelLayers
 
 Rule = Literal["train", "freeze", "sample"]
@@ -76,7 +76,7 @@ def arrange(model: nn.Module, layers: ModelLayers, rules: Mapping[GroupName, Rul
     if frozen:
         raise ConfigError(
             f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
-            f"but {_some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
+            f"but {some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
             f"layers=, or close() the scheduler that froze them."
         )
     return units
@@ -96,11 +96,6 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, units: Units) -> Non
         raise ConfigError("The optimizer must hold this model's parameters, but holds none of them.")
     if lacking:
         raise ConfigError(
-            f"The optimizer must hold every parameter that may train, but it lacks {_some(lacking)}, which "
+            f"The optimizer must hold every parameter that may train, but it lacks {some(lacking)}, which "
             f"would never train. Build it while all of them require a gradient."
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
