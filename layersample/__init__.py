@@ -13,9 +13,9 @@ from layersample.sampler import (
     LayerStatistics,
     Measurement,
     SamplingContext,
-    WeightedSampler,
 )
 from layersample.scheduler import LayerScheduler
+from layersample.weighted import MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
     from layersample.integrations.transformers import LayerSamplingCallback
@@ -29,6 +29,7 @@ __all__ = [
     "LayerSamplingCallback",
     "LayerScheduler",
     "LayerStatistics",
+    "MeasuredSampler",
     "Measurement",
     "MemoryUse",
     "ModelLayers",

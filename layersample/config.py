@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from layersample.errors import ConfigError, unknown
 from layersample.optimizer_state import StatePolicyName
-from layersample.scheduler import Rule
+from layersample.units import Rule
 
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"

@@ -37,6 +37,10 @@ class LiveProgress:
         if batch == batches:
             self._bar.remove_task(self._tasks.pop("held-out loss"))
 
+    def held_out(self, step: int, loss: float) -> None:
+        """Say what an evaluation gave."""
+        self._console.print(f"Held-out loss after step {step}: {loss:.4f}", highlight=False)
+
     def step(self, record: dict[str, Any]) -> None:
         """Move the bar by one step."""
         layers = " ".join(map(str, record["active"]))

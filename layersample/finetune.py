@@ -34,10 +34,12 @@ from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
 from layersample.registry import load_plugin
 from layersample.run_folder import RunFolder
-from layersample.scheduler import LayerScheduler
 from layersample.summary import summarize, write_pictures
 
 Report = Callable[[str], None]
+
+
+_NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do
 
 
 class NonFiniteLossError(RuntimeError):
@@ -92,11 +94,6 @@ def finetune(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
     sampling = LayerSamplingCallback(config.sampler, **_scheduler_arguments(config))
-    # Everything that the scheduler checks, before minutes are spent on a first evaluation.
-    LayerScheduler(
-        model, torch.optim.SGD(model.parameters()), config.sampler, **_scheduler_arguments(config)
-    ).close()
-
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -117,12 +114,14 @@ def finetune(
         sampling.attach(trainer)
         for name, count in trainer.too_long.items():
             if count:
-                report(f"{count} {name} examples are longer than {config.max_length} tokens and are cut.")
+                report(
+                    f"{count} {name.replace('_', '-')} examples are longer than {config.max_length} tokens and are cut."
+                )
+        # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
+        trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
         try:
-            if not any("held_out_loss" in record for record in recorder.records):
-                report(f"Held-out loss before: {trainer.evaluate()['eval_loss']:.4f}")
             _train(trainer, checkpoint)
-            report(f"Held-out loss after: {trainer.evaluate()['eval_loss']:.4f}")
+            trainer.evaluate()
         finally:
             if progress:
                 progress.end()
@@ -172,13 +171,11 @@ class _Trainer(SFTTrainer):
         finally:
             args.max_length = limit
         if limit is not None and not packing:
-            self.too_long[{"train": "training", "eval": "held_out"}.get(name, name)] = sum(
-                len(ids) > limit for ids in whole["input_ids"]
-            )
+            self.too_long[_NAMES.get(name, name)] = sum(len(ids) > limit for ids in whole["input_ids"])
         ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
         if not len(ready):
             raise ConfigError(
-                f"No {name} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
+                f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill max_length={limit} tokens: raise it."
             )
         return ready
 

@@ -28,6 +28,9 @@ class Progress(Protocol):
     def evaluate(self, batch: int, batches: int) -> None:
         """One more batch of held-out data is done."""
 
+    def held_out(self, step: int, loss: float) -> None:
+        """An evaluation has ended."""
+
     def step(self, record: dict[str, Any]) -> None:
         """A step has ended; ``record`` is its line in metrics.jsonl."""
 
@@ -64,6 +67,7 @@ class RunRecorder(TrainerCallback):
         self._started = time.perf_counter()
         self._trainable = 0
         self._evaluated = 0
+        self._round: int | None = None
         if resume_step is not None and path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self.records = [line for line in lines if line["step"] <= resume_step]
@@ -103,6 +107,8 @@ class RunRecorder(TrainerCallback):
         """Write the line of a step, or of an evaluation."""
         if logs and "eval_loss" in logs:
             self._write({"step": state.global_step, "held_out_loss": logs["eval_loss"]})
+            if self._progress:
+                self._progress.held_out(state.global_step, logs["eval_loss"])
         elif logs and "loss" in logs:
             scheduler = self._scheduler()
             assert scheduler is not None
@@ -113,10 +119,15 @@ class RunRecorder(TrainerCallback):
                 "grad_norm": logs.get("grad_norm"),
                 "round": scheduler.round,
                 "active": list(scheduler.active),
+                "coverage": scheduler.coverage,
+                "staleness": max(scheduler.staleness),
                 "trainable_parameters": self._trainable,
                 "bytes": asdict(self._now),
                 "seconds": round(time.perf_counter() - self._started, 4),
             }
+            if scheduler.round != self._round:  # once a period
+                self._round = scheduler.round
+                record["inclusion_probabilities"] = scheduler.inclusion_probabilities
             self._write(record)
             if self._progress:
                 self._progress.step(record)

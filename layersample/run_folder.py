@@ -71,7 +71,8 @@ class RunFolder:
     def open(self) -> Iterator[Path | None]:
         """Make the folder ready, and give the checkpoint to resume from.
 
-        A run that is replaced is set aside first, and removed only once the new one has ended well.
+        A run that is replaced is set aside first, and removed only once the new one has ended well. A new run
+        that fails before it has measured anything leaves nothing behind.
         """
         aside: Path | None = None
         if self.overwrite and self.path.exists():
@@ -83,7 +84,12 @@ class RunFolder:
         try:
             yield self._last_checkpoint() if self.resume else None
         except BaseException:
-            if aside is not None:
+            metrics = self.path / "metrics.jsonl"
+            if not self.resume and not (metrics.exists() and metrics.stat().st_size):
+                shutil.rmtree(self.path)  # it was new or empty
+                if aside is not None:
+                    aside.rename(self.path)
+            elif aside is not None:
                 logger.warning(
                     "The run in %s didn't end well; the one it was to replace is in %s.", self.path, aside
                 )

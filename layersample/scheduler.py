@@ -6,22 +6,22 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.errors import ConfigError
-from layersample.layers import GroupName, Layer, find_layers, unwrap
+from layersample.layers import GroupName, find_layers, unwrap
 from layersample.optimizer_state import StatePolicyName, create_policy
 from layersample.registry import create_sampler
 from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.selfcheck import SelfCheck
+from layersample.units import Rule, arrange, check_optimizer
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["train", "freeze", "sample"]
 Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 _STATE_VERSION = 1
 
@@ -116,22 +116,22 @@ class LayerScheduler:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
-        self._arrange(rules)
-        if not 1 <= num_active <= len(self._units):
+        self._units = arrange(self._model, self.model_layers, rules)
+        if not 1 <= num_active <= len(self._units.sampled):
             raise ConfigError(
-                f"num_active must be between 1 and the {len(self._units)} layers to sample from, "
+                f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
                 f"but got num_active={num_active}."
             )
-        self._check_parameters()
+        check_optimizer(self._model, optimizer, self._units)
         self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
         self._self_check = SelfCheck(optimizer, state) if check else None
         self._state_is_placed = False
         self._round, self._steps = 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
-        self._visits = [0] * len(self._units)
-        self._last_active: list[int | None] = [None] * len(self._units)
-        self._changed = set(range(len(self._units)))
+        self._visits = [0] * len(self._units.sampled)
+        self._last_active: list[int | None] = [None] * len(self._units.sampled)
+        self._changed = set(range(len(self._units.sampled)))
         self._batches = batches
         if state_dict is None:
             self._start_round()
@@ -143,7 +143,7 @@ class LayerScheduler:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of all that is sampled, from the input to the output."""
-        return tuple(unit.name for unit in self._units)
+        return tuple(unit.name for unit in self._units.sampled)
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -153,7 +153,7 @@ class LayerScheduler:
     @property
     def active_layers(self) -> tuple[str, ...]:
         """Names of the sampled layers that train now."""
-        return tuple(self._units[i].name for i in self._active)
+        return tuple(self._units.sampled[i].name for i in self._active)
 
     @property
     def round(self) -> int:
@@ -218,10 +218,9 @@ class LayerScheduler:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
 
         Raises:
-            SelfCheckError: With ``check=True``, if a period that is cut short fails its check.
+            SelfCheckError: With ``check=True``, if the current period, cut short, fails its check.
         """
-        if self._steps % self.period:
-            self._check_round()
+        self._check_round()
         self._release()
 
     def _release(self) -> None:
@@ -230,7 +229,7 @@ class LayerScheduler:
             self._self_check = None
         self._checkpointing.close()
         parameters = dict(self._model.named_parameters())
-        for name, trainable in self._trainable.items():
+        for name, trainable in self._units.trainable.items():
             parameters[name].requires_grad_(trainable)
 
     def __enter__(self) -> LayerScheduler:
@@ -293,50 +292,7 @@ class LayerScheduler:
 
     # How it is done
 
-    def _arrange(self, rules: Mapping[GroupName, Rule]) -> None:
-        """Sort layers and groups into those that are sampled and those that always train."""
-        for group, rule in rules.items():
-            if rule not in ("train", "freeze", "sample"):
-                raise ConfigError(f"{group} must be 'train', 'freeze' or 'sample', but got {rule!r}.")
-        rules = dict(rules)
-        if self.model_layers.tied_head:
-            strictness = ("train", "sample", "freeze")
-            rules["embeddings"] = max(rules["embeddings"], rules["head"], key=strictness.index)
-        groups = self.model_layers.groups
-
-        def sampled(*names: GroupName) -> list[Layer]:
-            return [groups[name] for name in names if rules[name] == "sample" and groups[name].parameters]
-
-        below, above = sampled("embeddings", "other"), sampled("norm", "head")
-        self._units: list[Layer] = [*below, *self.model_layers.layers, *above]
-        self._always = [group for name, group in groups.items() if rules[name] == "train"]
-
-    def _check_parameters(self) -> None:
-        """Note what is trainable, and make sure that the optimizer has what is going to train."""
-        parameters = dict(self._model.named_parameters())
-        self._trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        frozen = [unit.name for unit in self._units if not any(self._trainable[n] for n in unit.parameters)]
-        if frozen:
-            raise ConfigError(
-                f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
-                f"but {_some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
-                f"layers=, or close() the scheduler that froze them."
-            )
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        names = [n for unit in [*self._units, *self._always] for n in unit.parameters if self._trainable[n]]
-        lacking = [name for name in names if id(parameters[name]) not in held]
-        if len(lacking) == len(names):
-            raise ConfigError("The optimizer must hold this model's parameters, but holds none of them.")
-        if lacking:
-            raise ConfigError(
-                f"The optimizer must hold every parameter that may train, but it lacks {_some(lacking)}, which "
-                f"would never train. Build it while all of them require a gradient."
-            )
-
     def _start_round(self) -> None:
-        every = self.sampler.measure_every
-        if self._round == 0 or (every is not None and self._round % every == 0):
-            self._measure()
         context = SamplingContext(
             layers=self.layers,
             num_active=self.num_active,
@@ -344,10 +300,17 @@ class LayerScheduler:
             step=self._steps,
             seed=self.seed,
             statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
-            allow_empty=any(self._trainable[n] for group in self._always for n in group.parameters),
+            allow_empty=self._units.always_trains_something,
         )
-        self._inclusion = self.sampler.inclusion_probabilities(context)
-        self._apply(self._checked(list(self.sampler.sample(context)), context))
+        try:
+            every = self.sampler.measure_every
+            if self._round == 0 or (every is not None and self._round % every == 0):
+                self._measure()
+            self._inclusion = self.sampler.inclusion_probabilities(context)
+            chosen = self._checked(list(self.sampler.sample(context)), context)
+        except ValueError as error:
+            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
+        self._apply(chosen)
         self._begin_check()
 
     def _measure(self) -> None:
@@ -376,11 +339,7 @@ class LayerScheduler:
 
     def _check_round(self) -> None:
         if self._self_check is not None:
-            active = {
-                unit.name: tuple(n for n in unit.parameters if self._trainable[n])
-                for unit in self._training_units(self._active)
-            }
-            self._self_check.end(dict(self._model.named_parameters()), active)
+            self._self_check.end(dict(self._model.named_parameters()), self._units.training(self._active))
 
     def _checked(self, chosen: list[Any], context: SamplingContext) -> tuple[int, ...]:
         name = type(self.sampler).__name__
@@ -400,27 +359,17 @@ class LayerScheduler:
     def _apply(self, active: tuple[int, ...]) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
         self._active = active
-        training = {n for unit in self._training_units(active) for n in unit.parameters if self._trainable[n]}
+        training = {name for own in self._units.training(active).values() for name in own}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name in training)
             if name not in training:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
-        lowest = min((i for i in active if self._units[i] in self.model_layers.layers), default=None)
-        self._checkpointing.switch(
-            None if lowest is None else self._model.get_submodule(self._units[lowest].name)
-        )
+        in_stack = [unit for i in active if (unit := self._units.sampled[i]) in self.model_layers.layers]
+        self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
-
-    def _training_units(self, active: tuple[int, ...]) -> list[Layer]:
-        return [*(self._units[i] for i in active), *self._always]
 
     def _place_state(self) -> None:
         parameters = list(self._model.parameters())
         self._policy.freeze(self._optimizer, [p for p in parameters if not p.requires_grad])
         self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
         self._state_is_placed = True
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -37,7 +37,8 @@ def summarize(
     steps = [record for record in recorder.records if "loss" in record]
     held_out = [record for record in recorder.records if "held_out_loss" in record]
     trainable = [record["trainable_parameters"] for record in steps]
-    visited = {index for record in steps for index in record["active"]}
+    rounds = [record for record in steps if "inclusion_probabilities" in record]
+    last_round = {index: record["round"] for record in steps for index in record["active"]}
     return {
         "output": str(folder),
         "files": list(FILES),
@@ -50,7 +51,10 @@ def summarize(
         "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
         "layers": list(layers),
-        "layers_trained": len(visited),
+        "layers_trained": len(last_round),
+        # Periods since each layer last trained, at the end; and its mean chance to be drawn, computed.
+        "staleness": [steps[-1]["round"] - last_round.get(index, -1) for index in range(len(layers))],
+        "inclusion_probabilities": _mean([record["inclusion_probabilities"] for record in rounds]),
         "peak_bytes": {
             "process": peak_process_bytes(),
             "device": peak_device_bytes(),
@@ -59,6 +63,11 @@ def summarize(
         "seconds": {"training": sum(record["seconds"] for record in steps)},
         "environment": environment(),
     }
+
+
+def _mean(rows: list[list[float] | None]) -> list[float] | None:
+    known = [row for row in rows if row is not None]
+    return [sum(column) / len(column) for column in zip(*known, strict=True)] if known else None
 
 
 def write_pictures(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
+from layersample.layers import find_layers
 from layersample.registry import describe, describe_options
-from layersample.sampler import LayerSampler, LayerStatistics, SamplingContext
+from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.scheduler import LayerScheduler
 
 
@@ -29,6 +34,26 @@ class SamplerContract:
         """Return a new sampler; it is called once or more a test."""
         raise NotImplementedError
 
+    def model(self) -> nn.Module:
+        """A model of :attr:`num_layers` layers; override it where the sampler measures what this one hasn't."""
+        return _Layers(self.num_layers)
+
+    def batches(self) -> Iterable[Mapping[str, Any]]:
+        """Arguments of the model's forward, labels included."""
+        generator = torch.Generator().manual_seed(0)
+        return [{"inputs": torch.randn(3, 4, generator=generator)} for _ in range(2)]
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in find_layers(self.model()).layers)
+
+    def measured(self) -> LayerSampler:
+        """A new sampler that has measured the model, as a scheduler lets it."""
+        sampler = self.make()
+        model = self.model()
+        sampler.measure(Measurement(model, find_layers(model), self._names, 2, self._names, self.batches))
+        return sampler
+
     def draw(self, sampler: LayerSampler, *, rounds: int | None = None, seed: int = 0) -> list[list[int]]:
         """The layers of each period from 0 on, as a scheduler would ask for them."""
         return [
@@ -38,7 +63,7 @@ class SamplerContract:
     def context(self, *, round: int = 0, seed: int = 0, num_active: int = 2) -> SamplingContext:
         """A context of :attr:`num_layers` layers."""
         return SamplingContext(
-            layers=tuple(f"layers.{i}" for i in range(self.num_layers)),
+            layers=self._names,
             num_active=num_active,
             round=round,
             step=round * 5,
@@ -48,36 +73,37 @@ class SamplerContract:
 
     def test_draws_distinct_layers_that_exist(self) -> None:
         """Each draw holds indices of layers, none twice, and at least one."""
-        for chosen in self.draw(self.make()):
+        for chosen in self.draw(self.measured()):
             assert chosen, "a period without any layer, where nothing else trains"
             assert len(set(chosen)) == len(chosen)
             assert all(type(i) is int and 0 <= i < self.num_layers for i in chosen)
 
     def test_draws_num_active_layers_if_it_says_so(self) -> None:
         """A sampler with ``fixed_size`` draws exactly ``num_active``, for every possible number."""
-        sampler = self.make()
+        sampler = self.measured()
         if sampler.fixed_size:
             for num_active in range(1, self.num_layers + 1):
                 assert len(list(sampler.sample(self.context(num_active=num_active)))) == num_active
 
     def test_same_seed_gives_same_draws(self) -> None:
         """Ranks that share a seed must agree, and a run must be repeatable."""
-        assert self.draw(self.make()) == self.draw(self.make())
+        assert self.draw(self.measured()) == self.draw(self.measured())
 
     def test_leaves_global_randomness_alone(self) -> None:
         """Draws neither depend on torch's global generator nor move it."""
+        one, other = self.measured(), self.measured()
         torch.manual_seed(1)
-        first = self.draw(self.make())
+        first = self.draw(one)
         torch.manual_seed(2)
         before = torch.get_rng_state()
-        assert self.draw(self.make()) == first
+        assert self.draw(other) == first
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_resumes_from_its_state(self) -> None:
         """A new sampler with the state of an old one, by way of JSON, goes on as the old one would."""
-        old, new = self.make(), self.make()
+        old, new = self.measured(), self.make()
         whole = self.draw(old, rounds=10)
-        interrupted = self.make()
+        interrupted = self.measured()
         self.draw(interrupted, rounds=4)
         new.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
         rest = [sorted(new.sample(self.context(round=i))) for i in range(4, 10)]
@@ -85,7 +111,7 @@ class SamplerContract:
 
     def test_reaches_every_layer(self) -> None:
         """In the long run no layer is left out."""
-        assert {i for chosen in self.draw(self.make()) for i in chosen} == set(range(self.num_layers))
+        assert {i for chosen in self.draw(self.measured()) for i in chosen} == set(range(self.num_layers))
 
     def test_is_documented(self) -> None:
         """The docstring has a first line, and says what each option means."""
@@ -97,15 +123,46 @@ class SamplerContract:
 
     def test_trains_a_model(self) -> None:
         """With a real scheduler: what is drawn moves, all else stays, checked bit by bit."""
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(self.num_layers)))
+        model = self.model()
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        layers = [str(i) for i in range(self.num_layers)]
         with LayerScheduler(
-            model, optimizer, self.make(), num_active=2, period=2, layers=layers, check=True
+            model, optimizer, self.make(), num_active=2, period=2, batches=self.batches, check=True
         ) as scheduler:
-            for _ in range(8):
-                model(torch.randn(3, 4)).square().mean().backward()
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+            assert all(map(torch.equal, weights, model.parameters())), "measuring moved the weights"
+            for _ in range(4):
+                for batch in self.batches():
+                    model(**batch).loss.backward()
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+
+    def test_inclusion_probabilities_fit_the_draws(self) -> None:
+        """If the sampler knows them: one a layer, from 0 to 1; what can't be drawn never is."""
+        sampler = self.measured()
+        for round in range(5):
+            context = self.context(round=round)
+            inclusion = sampler.inclusion_probabilities(context)
+            if inclusion is None:
+                continue
+            assert len(inclusion) == self.num_layers
+            assert all(-1e-9 <= value <= 1 + 1e-9 for value in inclusion)
+            chosen = set(sampler.sample(context))
+            assert all(inclusion[i] > 0 for i in chosen)
+            if sampler.fixed_size:
+                assert abs(sum(inclusion) - len(chosen)) < 1e-6
+
+
+class _Layers(nn.Module):
+    """A chain of linear layers with a loss."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_hidden_layers=num_layers)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(num_layers))
+
+    def forward(self, inputs: torch.Tensor) -> SimpleNamespace:
+        for layer in self.layers:
+            inputs = layer(inputs)
+        return SimpleNamespace(loss=inputs.square().mean())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from layersample import ConfigError, Measurement, SamplingContext, WeightedSampler, register
+from layersample import ConfigError, MeasuredSampler, Measurement, register
 from layersample.draws import Draw
 from layersample.metrics import LoraNorms, has_lora, lora_norms, probe_lora
 
@@ -16,7 +15,7 @@ Measure = Literal["ratio", "delta", "merged"]
 
 
 @register("lora_norm")
-class LoraNorm(WeightedSampler):
+class LoraNorm(MeasuredSampler):
     """Draw layers by how much LoRA changes them (LISA's importance).
 
     The norms come from an adapter folder; or, without one, from the LoRA layers of the model itself if it is a
@@ -33,7 +32,6 @@ class LoraNorm(WeightedSampler):
         probe_steps: Optimizer steps of the LoRA run, at least 1.
         probe_rank: Its rank, at least 1.
         probe_learning_rate: Its learning rate (AdamW).
-        every: Periods between measurements; none measures once.
 
     References:
         LISA, arXiv 2403.17919; LoRA, arXiv 2106.09685. No public code of LISA ships this sampler.
@@ -54,36 +52,20 @@ class LoraNorm(WeightedSampler):
         min_probability: float = 0.0,
         draw: Draw = "sequential",
     ) -> None:
-        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(every=every, temperature=temperature, min_probability=min_probability, draw=draw)
         if measure not in get_args(Measure):
             raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}, but got {measure!r}.")
-        for name, value in (("probe_steps", probe_steps), ("probe_rank", probe_rank), ("every", every)):
-            if value is not None and value < 1:
+        for name, value in (("probe_steps", probe_steps), ("probe_rank", probe_rank)):
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}.")
         self._adapter, self._measure = adapter, measure
         self._probe = {"steps": probe_steps, "rank": probe_rank, "learning_rate": probe_learning_rate}
-        self.measure_every = every
-        self._scores: dict[str, float] = {}
 
     def measure(self, measurement: Measurement) -> None:
         """Find the norms of all layers: an adapter changes them together."""
         norms = self._norms(measurement)
-        self._scores = {name: _value(found, self._measure) for name, found in norms.items()}
-        logger.info("%s of LoRA by layer: %s", self._measure, self._scores)
-
-    def weights(self, context: SamplingContext) -> list[float]:
-        """Return the measured norms; what the adapter doesn't know (a sampled embedding) gets their mean."""
-        known = [self._scores[name] for name in context.layers if name in self._scores]
-        mean = sum(known) / max(len(known), 1)
-        return [self._scores.get(name, mean) for name in context.layers]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The norms that were measured."""
-        return {"scores": self._scores}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the norms back."""
-        self._scores = dict(state["scores"])
+        self.scores = {name: _value(found, self._measure) for name, found in norms.items()}
+        logger.info("%s of LoRA by layer: %s", self._measure, self.scores)
 
     def _norms(self, measurement: Measurement) -> dict[str, LoraNorms]:
         if self._adapter is not None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from layersample import ConfigError, Measurement, SamplingContext, WeightedSampler, register
+from layersample import ConfigError, MeasuredSampler, Measurement, register
 from layersample.draws import Draw
 from layersample.metrics import layer_metrics, outlier_ratios, random_hill
 
@@ -20,7 +20,7 @@ THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
 
 
 @register("owlore")
-class OwLore(WeightedSampler):
+class OwLore(MeasuredSampler):
     """Draw layers by their outliers or the heaviness of their tails (OwLore).
 
     A layer's probability is its share of the scores, p_l = D_l / ΣD. The low-rank projection of the method is
@@ -37,7 +37,6 @@ class OwLore(WeightedSampler):
         num_batches: Calibration batches of ``"outlier"``, at most; at least 1.
         baseline: What ``"hill"`` is compared with: ``"module"``, the mean over the layers of the same module;
             ``"random"``, a Gaussian matrix of the same shape.
-        every: Periods between measurements of the layers that have trained; none measures once.
 
     References:
         OwLore, arXiv 2405.18380 (M from its repository's file); OWL, arXiv 2310.05175; weightwatcher 0.7.7;
@@ -58,20 +57,17 @@ class OwLore(WeightedSampler):
         min_probability: float = 0.0,
         draw: Draw = "sequential",
     ) -> None:
-        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(every=every, temperature=temperature, min_probability=min_probability, draw=draw)
         for name, value, allowed in (("metric", metric, Metric), ("baseline", baseline, Baseline)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, but got {value!r}.")
         if not threshold > 0:
             raise ValueError(f"threshold must be above 0, but got {threshold}.")
-        for name, number in (("num_batches", num_batches), ("every", every)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, but got {number}.")
+        if num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, but got {num_batches}.")
         self._metric, self._threshold, self._baseline = metric, threshold, baseline
         self._num_batches = num_batches
-        self.measure_every = every
-        # Of each layer: a score, or the metric of each of its matrices where layers are compared with others.
-        self._scores: dict[str, float] = {}
+        # Hill of each matrix of each layer, kept because layers are compared with one another.
         self._hills: dict[str, dict[str, float]] = {}
 
     def measure(self, measurement: Measurement) -> None:
@@ -81,36 +77,32 @@ class OwLore(WeightedSampler):
             return
         some = replace(measurement, model_layers=replace(measurement.model_layers, layers=tuple(changed)))
         if self._metric == "outlier":
-            self._scores.update(self._count_outliers(some))
+            self.scores.update(self._count_outliers(some))
         elif self._metric == "alpha":
             exponents = layer_metrics(some.model, some.model_layers, ("alpha",)).by_layer("alpha")
-            self._scores.update({name: 1 / alpha for name, alpha in exponents.items()})
+            self.scores.update({name: 1 / alpha for name, alpha in exponents.items()})
         else:
             metrics = layer_metrics(some.model, some.model_layers, ("hill",))
             for layer in changed:
                 self._hills[layer.name] = {
-                    m.name.removeprefix(layer.name): m.values["hill"]
-                    / (random_hill(m.shape) if self._baseline == "random" else 1.0)
+                    m.name.removeprefix(layer.name): m.values["hill"] / self._expected_hill(m.shape)
                     for m in metrics.matrices
                     if m.layer == layer.name and "hill" in m.values
                 }
-            self._scores = _compare(self._hills)
-        logger.info("scores of %s by layer: %s", self._metric, self._scores)
-
-    def weights(self, context: SamplingContext) -> list[float]:
-        """Return the scores; what has none (a sampled embedding) gets their mean."""
-        known = [self._scores[name] for name in context.layers if name in self._scores]
-        mean = sum(known) / max(len(known), 1)
-        return [self._scores.get(name, mean) for name in context.layers]
+            self.scores = _invert(_relate(self._hills) if self._baseline == "module" else self._hills)
+        logger.info("scores of %s by layer: %s", self._metric, self.scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores that were measured, and the M that serves."""
-        return {"scores": self._scores, "hills": self._hills, "threshold": self._threshold}
+        """The scores, what they come from, and the M that serves."""
+        return {**super().state_dict(), "hills": self._hills, "threshold": self._threshold}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the scores back."""
-        self._scores, self._hills = dict(state["scores"]), dict(state["hills"])
-        self._threshold = state["threshold"]
+        """Take them back."""
+        super().load_state_dict(state)
+        self._hills, self._threshold = dict(state["hills"]), state["threshold"]
+
+    def _expected_hill(self, shape: tuple[int, int]) -> float:
+        return random_hill(shape) if self._baseline == "random" else 1.0
 
     def _count_outliers(self, measurement: Measurement) -> dict[str, float]:
         if measurement.batches is None:
@@ -125,7 +117,7 @@ class OwLore(WeightedSampler):
             measurement.model_layers,
             thresholds,
         )
-        if not self._scores:  # the first measurement: all layers
+        if not self.scores:  # the first measurement: all layers
             self._choose_threshold(ratios, measurement.num_active)
         return {layer: by_threshold[self._threshold] for layer, by_threshold in ratios.items()}
 
@@ -147,15 +139,19 @@ class OwLore(WeightedSampler):
             self._threshold = threshold
 
 
-def _compare(hills: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """1 / the mean over a layer's matrices of Hill over the mean Hill of that module in all layers."""
+def _relate(hills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Each layer's Hill of a module over the mean Hill of that module in all layers."""
     of_module: dict[str, list[float]] = {}
     for matrices in hills.values():
         for module, value in matrices.items():
             of_module.setdefault(module, []).append(value)
     means = {module: sum(values) / len(values) for module, values in of_module.items()}
     return {
-        layer: len(matrices) / sum(value / means[module] for module, value in matrices.items())
+        layer: {module: value / means[module] for module, value in matrices.items()}
         for layer, matrices in hills.items()
-        if matrices
     }
+
+
+def _invert(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """1 / the mean over a layer's matrices: a heavier tail, a higher score."""
+    return {layer: len(matrices) / sum(matrices.values()) for layer, matrices in values.items() if matrices}

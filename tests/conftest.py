@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from layersample import list_samplers, registry
 
 # Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
 torch.set_num_threads(1)
@@ -19,36 +23,20 @@ def _same_randomness() -> None:
     torch.manual_seed(0)
 
 
-def make_llama(
-    num_layers: int = 4, *, tie: bool = False, dtype: torch.dtype = torch.float32
-) -> LlamaForCausalLM:
-    """A Llama small enough for a unit test."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=tie,
-        bos_token_id=257,
-        eos_token_id=258,
-        pad_token_id=259,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+@pytest.fixture(autouse=True)
+def _forget_new_names() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    before = list_samplers()
+    yield
+    registry._samplers.clear()
+    registry._samplers.update(before)
 
 
-def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
-    """Random tokens with labels."""
-    tokens = torch.randint(0, 256, (size, 12), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": tokens, "labels": tokens}
-
-
-@pytest.fixture
-def llama() -> LlamaForCausalLM:
-    return make_llama()
+@pytest.fixture(autouse=True)
+def _own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the user's cache, but for the real model, which is kept there."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("LAYERSAMPLE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
+from helpers import make_batch, make_llama
 from test_layers import on_meta
 from test_scheduler import Given, weights_of
 

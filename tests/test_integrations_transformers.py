@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
 from datasets import Dataset
+from helpers import make_batch, make_llama
 from test_scheduler import Given, weights_of
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
@@ -50,7 +50,7 @@ def test_switches_once_a_period_and_logs_what_is_active(tmp_path: Path, accumula
     trainer.train()
     assert logged(trainer) == [(1, "0 2"), (2, "0 2"), (3, "1"), (4, "1"), (5, "0 2"), (6, "0 2")]
     assert all(p.requires_grad for p in trainer.model.parameters())
-    assert callback.scheduler is not None and callback.scheduler.steps == 6
+    assert callback.scheduler is not None and callback.scheduler.round == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_llama
+from helpers import make_llama
 from torch import nn
 from transformers import CONFIG_MAPPING
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import make_llama
+from helpers import make_llama
 from torch import nn
 
 from layersample import measure_memory

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
 from datasets import Dataset
+from helpers import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from layersample import cli, list_samplers, registry
+from layersample import cli, list_samplers
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = re.findall(r"^(layersample .*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def _forget_new_names() -> Iterator[None]:
-    before = list_samplers()
-    yield
-    registry._samplers.clear()
-    registry._samplers.update(before)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -45,6 +36,7 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
             str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
         ),
         "data": Dataset.from_list(rows),
+        "calibration_batches": [make_batch(i) for i in range(2)],
     }
     exec(compile(block, "README.md", "exec"), names)
 

@@ -59,6 +59,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_overwrite_removes_the_old_run_only_after_the_new_one_ends_well(tmp_path: Path) -> None:
     make_run(tmp_path / "run", (5,))
     with pytest.raises(RuntimeError), choose(tmp_path / "run", overwrite=True).open():
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}")
         raise RuntimeError
     assert (tmp_path / "run.previous" / "checkpoints" / "checkpoint-5").is_dir()
     (tmp_path / "run" / "config.yaml").write_text("")
@@ -87,3 +88,12 @@ def test_a_folder_that_cannot_be_written(path: str) -> None:
         pytest.skip("no such file system")
     with pytest.raises(ConfigError, match="must be writable, but"):
         choose(Path(path))
+
+
+def test_a_run_that_fails_before_it_begins_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", (5,))
+    for path, options in ((tmp_path / "new", {}), (tmp_path / "old", {"overwrite": True})):
+        with pytest.raises(RuntimeError), choose(path, **options).open():
+            raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old" / "checkpoints" / "checkpoint-5").is_dir()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batch, make_llama
+from helpers import make_batch, make_llama
 from torch import nn
 from torch.optim import Optimizer
 

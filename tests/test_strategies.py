@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from helpers import make_batch, make_llama
 from scipy import stats
+from torch import nn
 
 from layersample import LayerSampler, SamplingContext, create_sampler, list_samplers
 from layersample.sampler import LayerStatistics
@@ -15,12 +18,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("lisa", {}),
     ("lisa", {"draw": "bernoulli"}),
+    ("prior", {"weights": "increase"}),
+    ("prior", {"weights": "middle", "draw": "systematic"}),
+    ("lora_norm", {"probe_steps": 2, "probe_rank": 2}),
+    ("lora_norm", {"measure": "merged", "probe_steps": 1}),
+    ("owlore", {"metric": "alpha"}),
+    ("owlore", {"metric": "hill", "baseline": "random"}),
+    ("owlore", {"metric": "outlier", "threshold": 3.0}),
     *(("cyclic", {"order": order}) for order in ("ascending", "descending", "mirror", "reshuffled")),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(o.values())}" for n, o in VARIANTS]
+    ("name", "options"), VARIANTS, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in VARIANTS]
 )
 class TestBuiltIn(SamplerContract):
     @pytest.fixture(autouse=True)
@@ -29,6 +39,12 @@ class TestBuiltIn(SamplerContract):
 
     def make(self) -> LayerSampler:
         return create_sampler(*self._made)
+
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        return [make_batch(i) for i in range(2)]
+
+    def model(self) -> nn.Module:
+        return make_llama(self.num_layers)
 
 
 def test_every_built_in_sampler_is_in_the_contract() -> None:

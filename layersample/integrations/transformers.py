@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 
 from layersample.optimizer_state import StatePolicyName
 from layersample.sampler import LayerSampler
-from layersample.scheduler import LayerScheduler, Rule
+from layersample.scheduler import LayerScheduler
+from layersample.units import Rule
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +26,12 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     It makes a :class:`~layersample.LayerScheduler` when training begins and switches layers at the beginning
     of a step: once per gradient accumulation, before any gradient of it, and after a checkpoint of the step
     before. Its state is part of the Trainer's checkpoints; ``train(resume_from_checkpoint=...)`` goes on with
-    the layers that were active. The active layers are added to the Trainer's logs as ``active_layers`` and
-    ``sampling_round``: they are in ``state.log_history`` and reach the callbacks behind this one. The Trainer
-    puts its own reporters (TensorBoard, W&B) in front of callbacks that it is given, so use :meth:`attach` to
-    have them report these too.
+    the layers that were active. Samplers that measure with data get the first training examples.
+
+    The Trainer's logs get ``active_layers``, ``sampling_round``, ``layer_coverage`` (share of the layers that
+    have trained) and ``layer_staleness`` (most periods since a layer last trained). They are in
+    ``state.log_history`` and reach the callbacks behind this one. The Trainer puts its own reporters
+    (TensorBoard, W&B) in front of callbacks that it is given, so use :meth:`attach` to have them report these.
 
     Args:
         sampler: Name of a registered sampler, or a sampler.
@@ -95,16 +100,21 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         arguments = dict(self._arguments)
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
-        self.scheduler = LayerScheduler(kwargs["model"], kwargs["optimizer"], self._sampler, **arguments)
         # The Trainer saves the state of callbacks only under keys that are there.
         stored: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         exported = stored.setdefault(type(self).__name__, {})
         if isinstance(exported, list):
             exported = exported[-1] if exported else {}
         saved = exported.get("attributes", {}).get("scheduler_state") or self.scheduler_state
-        if saved:
-            self.scheduler.load_state_dict(saved)
-        elif state.global_step:
+        self.scheduler = LayerScheduler(
+            kwargs["model"],
+            kwargs["optimizer"],
+            self._sampler,
+            **arguments,
+            batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
+            state_dict=saved or None,
+        )
+        if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
                 state.global_step,
@@ -131,6 +141,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         active = {
             "sampling_round": self.scheduler.round,
             "active_layers": " ".join(map(str, self.scheduler.active)),
+            "layer_coverage": self.scheduler.coverage,
+            "layer_staleness": max(self.scheduler.staleness),
         }
         logs.update(active)
         state.log_history[-1].update(active)  # type: ignore[arg-type]
@@ -138,9 +150,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the last step, and give every parameter its ``requires_grad`` back."""
+        """Give every parameter its ``requires_grad`` back."""
         assert self.scheduler is not None
-        self.on_step_begin(args, state, control)
         self.scheduler.close()
 
     def state(self) -> dict[str, Any]:
@@ -156,3 +167,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "args": {"sampler": sampler, **arguments},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
+
+
+def _first_batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]]:
+    """The training examples in their own order, in batches; the loader would move the global random state."""
+    rows = iter(loader.dataset)
+    while batch := list(islice(rows, size)):
+        yield loader.collate_fn(batch)

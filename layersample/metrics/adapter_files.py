@@ -93,7 +93,10 @@ def _is_lora(module: nn.Module) -> bool:
 
 def _choose(model: nn.Module, known: list[str]) -> str:
     active = getattr(model, "active_adapters", None)
-    active = active() if callable(active) else active
+    try:
+        active = active() if callable(active) else active
+    except ValueError:  # transformers' own method, on a model that PEFT was put into from outside
+        active = None
     names = [name for name in active or known if name in known]
     if len(names) != 1:
         raise ConfigError(f"adapter_name must say which adapter to measure: {', '.join(names or known)}.")

@@ -54,7 +54,8 @@ def probe_lora(
     with _with_lora(model, layers, rank, seed):
         _train(model, islice(cycle(batches), steps), learning_rate)
         # The wrappers have changed the names of the parameters, not those of the layers.
-        return lora_norms(model, layers=find_layers(model, [layer.name for layer in layers.layers]))
+        found = find_layers(model, [layer.name for layer in layers.layers])
+        return lora_norms(model, layers=found, adapter_name=_ADAPTER)
 
 
 @contextmanager
@@ -64,7 +65,13 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise ConfigError('A LoRA probe needs the train extra: pip install "layersample[train]".') from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_paths(model, layers))
+    targets = _linear_modules(model, layers)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(targets),
+        fan_in_fan_out=not any(isinstance(module, nn.Linear) for module in targets.values()),  # Conv1D
+    )
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {module: module.training for module in model.modules()}
     attributes = set(vars(model))
@@ -85,20 +92,20 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
                 parameter.requires_grad_(requires_grad[name])
 
 
-def _linear_paths(model: nn.Module, layers: ModelLayers) -> list[str]:
+def _linear_modules(model: nn.Module, layers: ModelLayers) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
-    paths = [
-        path
+    found: dict[str, nn.Module] = {
+        path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and any(path.startswith(layer.name + ".") or path == layer.name for layer in layers.layers)
-    ]
-    if not paths:
+    }
+    if not found:
         raise ConfigError(
             f"A LoRA probe needs linear weights in the layers of {type(model).__name__}: it has none."
         )
-    return paths
+    return found
 
 
 def _train(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
