@@ -16,8 +16,9 @@ from layersample.errors import ConfigError
 from layersample.layers import ModelLayers, find_layers, unwrap
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
-from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext, WeightedSampler
+from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.scheduler import Batches
+from layersample.weighted import WeightedSampler
 
 SamplerChoice = str | tuple[str, Mapping[str, Any]]
 Progress = Callable[[str, int, int | None], None]
