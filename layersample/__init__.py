@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layersample.errors import ConfigError
@@ -18,6 +19,7 @@ from layersample.scheduler import LayerScheduler
 from layersample.weighted import MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
+    from layersample import metrics
     from layersample.integrations.transformers import LayerSamplingCallback
 
 __version__ = "0.1.0"
@@ -40,12 +42,15 @@ __all__ = [
     "list_samplers",
     "load_plugin",
     "measure_memory",
+    "metrics",
     "register",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the Trainer takes seconds that a plain torch loop need not spend.
+    # Importing the Trainer takes seconds that a plain torch loop need not spend; metrics are wanted by few.
+    if name == "metrics":
+        return import_module("layersample.metrics")
     if name == "LayerSamplingCallback":
         from layersample.integrations.transformers import LayerSamplingCallback
 
