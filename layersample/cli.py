@@ -218,6 +218,9 @@ def _run(settings: TrainConfig) -> None:
             soft_wrap=True,
         )
         raise typer.Exit(128 + error.signal_number) from error
+    except KeyboardInterrupt as error:  # before training began, or asked twice
+        errors.print("Interrupted, without a new checkpoint.")
+        raise typer.Exit(130) from error
     print_summary(console, summary)
 
 

@@ -22,9 +22,7 @@ _FORMATS = (
 )
 
 
-def load_split(
-    source: str, eval_source: str | None, *, eval_size: int, seed: int, train_size: int | None = None
-) -> tuple[Dataset, Dataset]:
+def load_split(source: str, eval_source: str | None, *, eval_size: int, seed: int) -> tuple[Dataset, Dataset]:
     """Load the data and hold a part of it out.
 
     Args:
@@ -32,7 +30,6 @@ def load_split(
         eval_source: The same for held-out data; ``None`` holds out a part of ``source``.
         eval_size: Held-out problems, at most.
         seed: Seed of the choice of held-out problems.
-        train_size: Training examples, at most.
 
     Returns:
         The training data and the held-out data. No held-out problem (equal prompt) is in the training data.
@@ -58,7 +55,7 @@ def load_split(
         held_out = data.select(
             sorted({key: i for i, key in reversed([*enumerate(keys)]) if key in test}.values())
         )
-    train = data.select([i for i, key in enumerate(keys) if key not in test][:train_size])
+    train = data.select([i for i, key in enumerate(keys) if key not in test])
     if not len(train):
         raise ConfigError(
             f"{source}: no training example is left, because all of them are in the held-out data."

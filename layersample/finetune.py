@@ -37,8 +37,6 @@ from layersample.run_folder import RunFolder
 from layersample.summary import summarize, write_pictures
 
 Report = Callable[[str], None]
-
-
 _NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do
 
 

@@ -148,9 +148,13 @@ def test_main_prints_one_message_and_exits_with_2(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(NonFiniteLossError("nan at step 3"), 1), (Interrupted(2, Path("a/b/checkpoint-1")), 130)],
+    [
+        (NonFiniteLossError("nan at step 3"), 1),
+        (Interrupted(2, Path("a/b/checkpoint-1")), 130),
+        (KeyboardInterrupt(), 130),
+    ],
 )
-def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: Exception, code: int) -> None:
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
     def finetune(*args: Any, **kwargs: Any) -> None:
         raise error
 
