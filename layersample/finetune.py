@@ -32,7 +32,7 @@ from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
-from layersample.registry import load_plugin
+from layersample.registry import create_sampler, load_plugin
 from layersample.run_folder import RunFolder
 from layersample.summary import summarize, write_pictures
 
@@ -81,6 +81,7 @@ def finetune(
     """
     if config.plugin is not None:
         load_plugin(config.plugin)
+    create_sampler(config.sampler, config.sampler_options)  # its name and options, before anything is loaded
     folder = RunFolder.choose(config)
     arguments = _training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
