@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layersample import find_layers
+from layersample.environment import environment
 from layersample.layers import ModelLayers
 from layersample.metrics import LayerMetrics, layer_metrics, outlier_ratios
 
@@ -200,12 +201,7 @@ class _Training:
 
 
 def _describe_machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    return f"{environment()['processor']}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from layersample.config import (
     make_config,
     read_yaml,
 )
+from layersample.display import plain
 from layersample.errors import ConfigError, unknown
 from layersample.registry import describe, describe_options, get_sampler, list_samplers, load_plugin
 
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        errors.print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]Error:[/] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -63,17 +64,17 @@ def list_command(
     if name is None:
         table = Table("sampler", "what it does", "source", box=None, header_style="bold")
         for sampler, cls in list_samplers().items():
-            table.add_row(sampler, _plain(describe(cls)[0].replace("``", "")), _plain(cls.source))
+            table.add_row(sampler, plain(describe(cls)[0].replace("``", "")), plain(cls.source))
         console.print(table)
         console.print("\nOptions of one: layersample list NAME")
         return
     cls = get_sampler(name)
     first, rest = describe(cls)
-    text = f"[bold]{name}[/]: {_plain(first)}\n{_plain(rest)}\nSource: {_plain(cls.source or 'not given')}\n"
+    text = f"[bold]{name}[/]: {plain(first)}\n{plain(rest)}\nSource: {plain(cls.source or 'not given')}\n"
     console.print(text, highlight=False)
     table = Table("option", "type", "default", "meaning", box=None, header_style="bold")
     for option in describe_options(cls):
-        table.add_row(option.name, _plain(option.type), _plain(option.default), _plain(option.description))
+        table.add_row(option.name, plain(option.type), plain(option.default), plain(option.description))
     console.print(table if table.row_count else "It has no options of its own.")
 
 
@@ -142,7 +143,7 @@ def profile_command(
     print_profile(console, measured)
     if output is not None:
         written = ", ".join(write_profile(output, measured, model))
-        console.print(f"Written to {_plain(output)}: {written}", highlight=False, soft_wrap=True)
+        console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
 
 
 def train(
@@ -208,7 +209,7 @@ def _run(settings: TrainConfig) -> None:
     try:
         summary = finetune(settings, progress=LiveProgress(console), report=console.print)
     except NonFiniteLossError as error:
-        errors.print(f"[bold red]Stopped:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]Stopped:[/] {plain(error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except Interrupted as error:
         errors.print(
@@ -245,11 +246,6 @@ def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
                 f"command line: {option}: the value of {key} must be YAML, but got {value!r}."
             ) from error
     return parsed
-
-
-def _plain(text: object) -> str:
-    """Text that rich shows as it is, brackets and all."""
-    return str(text).replace("[", r"\[")
 
 
 def _with_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -78,7 +78,7 @@ def print_config(console: Console, config: TrainConfig) -> None:
     for name, field in TrainConfig.model_fields.items():
         value = getattr(config, name)
         if name in always or value != field.default:
-            table.add_row(f"[dim]{name}[/]", str(value).replace("[", r"\["))
+            table.add_row(f"[dim]{name}[/]", plain(value))
     console.print(table)
 
 
@@ -114,3 +114,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+def plain(text: object) -> str:
+    """Text that rich shows as it is, brackets and all."""
+    return str(text).replace("[", r"\[")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,20 @@ def cache_folder() -> Path:
     return Path(override).expanduser() if override else platformdirs.user_cache_path("layersample")
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside a file's place, and rename what was written there at the end."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    yield scratch
+    os.replace(scratch, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole: another process sees the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
+    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def write_json(path: Path, content: Any) -> None:

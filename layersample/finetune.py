@@ -119,7 +119,8 @@ def finetune(
         trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
         try:
             _train(trainer, checkpoint)
-            trainer.evaluate()
+            if "held_out_loss" not in recorder.records[-1]:  # the Trainer may have evaluated the last step
+                trainer.evaluate()
         finally:
             if progress:
                 progress.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from layersample.files import whole_file
 
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
 _COLORS = ("#1f5fa8", "#c8501e", "#2f8f4e", "#7a4fa3", "#8a6d1f", "#555555")
@@ -119,6 +120,5 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def _save(figure: Figure, path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(scratch, format="png")
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, format="png")

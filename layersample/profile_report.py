@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layersample.data import load_data
+from layersample.display import plain
 from layersample.environment import environment
 from layersample.errors import ConfigError
 from layersample.files import write_json, write_text
@@ -121,7 +122,7 @@ def print_profile(console: Console, profile: Profile) -> None:
     rows = profile.to_rows()
     prefix = _common_prefix([row["layer"] for row in rows])
     if prefix:  # said once, so that the table fits a terminal of 80 columns
-        console.print(f"Layers: {_plain(prefix)}*\n", highlight=False)
+        console.print(f"Layers: {plain(prefix)}*\n", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", no_wrap=True)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
@@ -130,14 +131,14 @@ def print_profile(console: Console, profile: Profile) -> None:
     for number, _ in enumerate(profile.samplers, 1):
         table.add_column(f"({number})\n%", justify="right")
     for row in rows:
-        cells = [_plain(row["layer"][len(prefix) :]), _size(row["parameters"])]
+        cells = [plain(row["layer"][len(prefix) :]), _size(row["parameters"])]
         cells += [_cell(row[key], style) for key, _, style in columns]
         cells += [_chances(row, sampler) for sampler in profile.samplers]
         table.add_row(*cells)
     console.print(table)
     console.print()
     for number, sampler in enumerate(profile.samplers, 1):
-        console.print(f"({number}) {_plain(sampler)}", highlight=False)
+        console.print(f"({number}) {plain(sampler)}", highlight=False)
     if profile.samplers:
         console.print(
             "Of each sampler, in percent: the layer's probability, and its chance to be among the "
@@ -149,7 +150,7 @@ def print_profile(console: Console, profile: Profile) -> None:
             f"Outliers: weights above {profile.threshold:g} times the layer's mean.", highlight=False
         )
     for note in profile.notes:
-        console.print(f"[yellow]Note:[/] {_plain(note)}", highlight=False)
+        console.print(f"[yellow]Note:[/] {plain(note)}", highlight=False)
 
 
 def write_profile(folder: Path, profile: Profile, model: str) -> list[str]:
@@ -215,7 +216,3 @@ def _size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.2f}{name}"
     return str(count)
-
-
-def _plain(text: object) -> str:
-    return str(text).replace("[", r"\[")
