@@ -114,6 +114,12 @@ class OptimizerView:
             for key in [k for k in state if k.startswith(_PREFIX) and not (k == BASIS and keeps_basis)]:
                 del state[key]
 
+    def forget(self) -> None:
+        """Drop all state but exact weights: of another projection, it has other shapes."""
+        for state in self._optimizer.state.values():
+            for key in [key for key in state if key != MASTER and key not in AT_REST]:
+                del state[key]
+
     def has_master(self, parameter: Tensor) -> bool:
         """Whether a parameter trains on an fp32 master."""
         return self._master_weights and parameter.dtype == torch.bfloat16
