@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.distributed import local_part
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -47,6 +49,6 @@ def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind some tensors; a storage that several share counts once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    """Bytes of the storages behind some tensors: of a DTensor this rank's; one that several share counts once."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

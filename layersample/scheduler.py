@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layersample.checkpointing import TruncatedCheckpointing
+from layersample.engine import find_engine
 from layersample.errors import ConfigError
-from layersample.layers import GroupName, find_layers, unwrap
+from layersample.layers import GroupName, find_layers
 from layersample.optimizer_state import StatePolicyName, create_policy
 from layersample.registry import create_sampler
 from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
@@ -107,7 +108,8 @@ class LayerScheduler:
             self._sampler_name = type(sampler).__name__
         # As a checkpoint in JSON will give it back.
         self._options = json.loads(json.dumps(dict(sampler_options or {}), default=str))
-        self._model = unwrap(model)
+        self._engine = find_engine(model, optimizer)
+        self._model = self._engine.model
         self._optimizer = optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
         try:
@@ -125,14 +127,14 @@ class LayerScheduler:
         check_optimizer(self._model, optimizer, self._units)
         self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
         self._self_check = SelfCheck(optimizer, state) if check else None
-        self._state_is_placed = False
-        self._round, self._steps = 0, 0
+        self._state_is_placed, self._round, self._steps = False, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._visits = [0] * len(self._units.sampled)
         self._last_active: list[int | None] = [None] * len(self._units.sampled)
         self._changed = set(range(len(self._units.sampled)))
-        self._batches = batches
+        self._batches = batches if batches is None or callable(batches) else lambda: batches
+        self._engine.prepare()
         if state_dict is None:
             self._start_round()
         else:
@@ -231,6 +233,7 @@ class LayerScheduler:
         parameters = dict(self._model.named_parameters())
         for name, trainable in self._units.trainable.items():
             parameters[name].requires_grad_(trainable)
+        self._engine.close()
 
     def __enter__(self) -> LayerScheduler:
         return self
@@ -314,14 +317,15 @@ class LayerScheduler:
         self._begin_check()
 
     def _measure(self) -> None:
-        batches = self._batches
+        if not self._engine.must_measure(self.sampler):
+            return
         measurement = Measurement(
             model=self._model,
             model_layers=self.model_layers,
             layers=self.layers,
             num_active=self.num_active,
             changed=tuple(self.layers[i] for i in sorted(self._changed)),
-            batches=batches if batches is None or callable(batches) else lambda: batches,
+            batches=self._batches,
         )
         self.sampler.measure(measurement)
         self._changed.clear()
@@ -366,6 +370,7 @@ class LayerScheduler:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
         in_stack = [unit for i in active if (unit := self._units.sampled[i]) in self.model_layers.layers]
         self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
+        self._engine.switched(self.active_layers, self._round)
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
 
     def _place_state(self) -> None:

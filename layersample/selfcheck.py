@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.distributed import local_part
 from layersample.optimizer_state import StatePolicyName
 
 
@@ -82,5 +83,6 @@ class SelfCheck:
 
 
 def _digest(parameter: nn.Parameter) -> bytes:
-    data = parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    """A hash of the bits that this rank holds."""
+    data = local_part(parameter.detach()).contiguous().cpu().reshape(-1).view(torch.uint8)
     return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
