@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -45,11 +46,13 @@ def save_distributed(
     place = Path(folder)
     scratch = place.with_name(f".{place.name}.new")
     weights, state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
-    if _rank() == 0:
+    with _one_process_is_fine():
+        checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
+    if _alone() or dist.get_rank() == 0:
         write_json(scratch / _SCHEDULER, dict(scheduler_state))
         replace_folder(scratch, place)
-    _wait()
+    if not _alone():
+        dist.barrier()  # no rank goes on before the checkpoint is in its place
 
 
 def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer)
         raise ConfigError(f"There must be a checkpoint of save_distributed in {place}, but there is none.")
     optimizer.state.clear()
     optimizer.zero_grad()
-    with only_trainable(model, stored_names(place)):
+    with only_trainable(model, stored_names(place)), _one_process_is_fine():
         weights, state = get_state_dict(model, optimizer)
         checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=place)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
@@ -130,10 +133,13 @@ def only_trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             parameter.requires_grad_(before[name])
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without the warning that a checkpoint of torch.distributed is read or written by one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
-def _wait() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())

@@ -76,14 +76,20 @@ class Engine:
 
     def _refuse_unknown_wrapper(self, module: nn.Module, args: Any) -> None:
         """Stop before the first gradient of a model that was wrapped without the scheduler's knowing."""
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise ConfigError(
+                "fully_shard must be called before LayerScheduler is made, because FSDP looks at which parameters "
+                "require a gradient and replaces them, but the model was sharded after it: with accelerate, too, "
+                "make LayerScheduler after prepare()."
+            )
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None or not torch.is_grad_enabled() or self._copes_alone(wrapper):
             return
         raise ConfigError(
-            "LayerScheduler must be given the DistributedDataParallel that the model runs in, but was given the model "
-            "inside: gradients of layers that it switches on would not be averaged, or the run would stop. Wrap the "
-            "model while every parameter that may train requires a gradient, then make LayerScheduler(ddp_model, ...). "
-            "With the Trainer, use LayerSamplingCallback(...).attach(trainer) in place of callbacks=."
+            "LayerScheduler must be given the DistributedDataParallel that the model runs in, but was given the "
+            "model inside: gradients of layers that it switches on would not be averaged, or the run would stop. "
+            "Wrap the model while every parameter that may train requires a gradient, then make "
+            "LayerScheduler(ddp_model, ...). With the Trainer, use LayerSamplingCallback(...).attach(trainer) in place of callbacks=."
         )
 
     def _copes_alone(self, wrapper: DistributedDataParallel) -> bool:

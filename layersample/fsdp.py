@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from layersample.engine import Engine
 from layersample.errors import ConfigError
 from layersample.sampler import LayerSampler
+from layersample.weighted import MeasuredSampler
 
 
 class FSDPEngine(Engine):
@@ -43,7 +44,8 @@ class FSDPEngine(Engine):
             ConfigError: If it measures the model and hasn't yet, or measures again and again.
         """
         measures = type(sampler).measure is not LayerSampler.measure
-        if measures and (sampler.measure_every is not None or not any(sampler.state_dict().values())):
+        has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
+        if measures and (sampler.measure_every is not None or not has_measured):
             raise ConfigError(
                 f"{type(sampler).__name__} must measure the model once, before fully_shard cuts every weight into "
                 "shards. On the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, "

@@ -173,7 +173,7 @@ def trainer(folder: Path, callback: LayerSamplingCallback | None = None, **argum
                 "disable_tqdm": True,
                 "use_cpu": True,
                 "dataloader_pin_memory": False,
-                "per_device_train_batch_size": 4 // dist.get_world_size(),
+                "per_device_train_batch_size": 4 // (dist.get_world_size() if dist.is_initialized() else 1),
                 **arguments,
             },
         ),
@@ -184,10 +184,12 @@ def trainer(folder: Path, callback: LayerSamplingCallback | None = None, **argum
 
 def check_the_trainer(folder: Path) -> None:
     options: dict[str, Any] = {"period": 2, "seed": 1, "check": True}
-    # The engine finds unused parameters by default, and with checkpointing it doesn't.
+    # By default the Trainer's DDP looks for unused parameters; with checkpointing it doesn't.
     first = trainer(folder / "a")
     LayerSamplingCallback("lisa", **options).attach(first)
     first.train()
+    if dist.get_rank() == 0:
+        torch.save(first.model.state_dict(), folder / "trainer.pt")
     for arguments in (
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"ddp_find_unused_parameters": False},
