@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from layersample import ConfigError, LayerScheduler, create_sampler, measure_memory
-from layersample.distributed_checkpoint import load_distributed, save_distributed
+from layersample.distributed import local_part
+from layersample.distributed_checkpoint import load_distributed, optimizer_of, save_distributed
 
 
 def sharded(model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -224,3 +225,41 @@ def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
             weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
             if dist.get_rank() == 0:
                 torch.save(weights, folder / f"{state}-after.pt")
+
+
+class Accelerator:
+    """As much of accelerate's as its functions for checkpoints of FSDP2 use; on the CPU it would take DDP."""
+
+    distributed_type = None
+    process_index = property(lambda self: dist.get_rank())
+    num_processes = property(lambda self: dist.get_world_size())
+    is_main_process = property(lambda self: dist.get_rank() == 0)
+    is_fsdp2 = True
+
+    def wait_for_everyone(self) -> None:
+        dist.barrier()
+
+
+def check_accelerate_s_optimizer_checkpoints(folder: Path) -> None:
+    """What the Trainer does under FSDP2, which LayerSamplingCallback.attach reaches into."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
+
+    PartialState(cpu=True)  # its functions log through it
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+        whole = sharded()
+        optimizer = adamw(whole)
+        scheduler = run(whole, range(3), optimizer=optimizer, num_active=1)
+        save_fsdp_optimizer(plugin, Accelerator(), optimizer, whole, str(folder / kind))
+        scheduler.close()
+        part = sharded()
+        loaded = adamw(part)
+        with optimizer_of(str(folder / kind), part):
+            load_fsdp_optimizer(plugin, Accelerator(), loaded, part, str(folder / kind))
+        assert all(p.requires_grad for p in part.parameters())
+        held = {name: loaded.state.get(p) for name, p in part.named_parameters()}
+        for name, parameter in whole.named_parameters():
+            assert bool(held[name]) == (parameter in optimizer.state), name
+            for key, value in optimizer.state.get(parameter, {}).items():
+                assert torch.equal(local_part(value), local_part(held[name][key])), (name, key)
