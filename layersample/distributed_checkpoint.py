@@ -25,7 +25,7 @@ from layersample.files import replace_folder, write_json
 from layersample.layers import unwrap
 
 # What wrappers add to the names of parameters, and torch.distributed.checkpoint leaves out.
-_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
+_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 _SCHEDULER = "scheduler.json"
 
 

@@ -106,8 +106,8 @@ def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
         optimizer: Its optimizer, or a wrapper of one.
 
     Raises:
-        ConfigError: If layers can't be switched under it: DeepSpeed, FullyShardedDataParallel (FSDP1), a
-            DistributedDataParallel whose options forbid it.
+        ConfigError: If layers can't be switched under it: DeepSpeed, or options of DistributedDataParallel or
+            FullyShardedDataParallel that forbid it.
     """
     # Each one's own imports take part of a second that a single process need not spend.
     _refuse_deepspeed(model, optimizer)
@@ -121,11 +121,9 @@ def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
     if fsdp is None:
         return Engine(inner)
     if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in inner.modules()):
-        raise ConfigError(
-            "The model must be sharded with fully_shard (FSDP2), but is inside of FullyShardedDataParallel (FSDP1), "
-            "which hides its layers behind wrappers and keeps the gradients of a unit in one flat tensor. Call "
-            "torch.distributed.fsdp.fully_shard on each layer and on the model, or set fsdp_version: 2 for accelerate."
-        )
+        from layersample.fsdp import FSDP1Engine
+
+        return FSDP1Engine(inner)
     if any(isinstance(module, fsdp.FSDPModule) for module in inner.modules()):
         from layersample.fsdp import FSDPEngine
 

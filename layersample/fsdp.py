@@ -1,11 +1,11 @@
-"""FSDP2 (``fully_shard``): flipping ``requires_grad`` works, once its traps are known."""
+"""Sharded models: FSDP2 (``fully_shard``), and FullyShardedDataParallel (FSDP1) with the original parameters."""
 
 from __future__ import annotations
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from layersample.engine import Engine
 from layersample.errors import ConfigError
@@ -13,7 +13,27 @@ from layersample.sampler import LayerSampler
 from layersample.weighted import MeasuredSampler
 
 
-class FSDPEngine(Engine):
+class ShardedEngine(Engine):
+    """A model of whose weights each rank holds a part."""
+
+    def must_measure(self, sampler: LayerSampler) -> bool:
+        """No sampler can measure here: each rank holds a shard of every weight.
+
+        Raises:
+            ConfigError: If it measures the model and hasn't yet, or measures again and again.
+        """
+        measures = type(sampler).measure is not LayerSampler.measure
+        has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
+        if measures and (sampler.measure_every is not None or not has_measured):
+            raise ConfigError(
+                f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, "
+                "sampler, ...).close(). Then shard the model, build its optimizer, and give the same sampler to "
+                "their LayerScheduler."
+            )
+        return False
+
+
+class FSDPEngine(ShardedEngine):
     """A model whose layers, and itself, were given to ``fully_shard``.
 
     Frozen layers skip reduce-scatter by themselves. A unit notes the dtype of its gradients when the model
@@ -37,23 +57,6 @@ class FSDPEngine(Engine):
             assert isinstance(root, FSDPModule)
             root._get_fsdp_state()._lazy_init()
 
-    def must_measure(self, sampler: LayerSampler) -> bool:
-        """No sampler can measure here: each rank holds a shard of every weight.
-
-        Raises:
-            ConfigError: If it measures the model and hasn't yet, or measures again and again.
-        """
-        measures = type(sampler).measure is not LayerSampler.measure
-        has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
-        if measures and (sampler.measure_every is not None or not has_measured):
-            raise ConfigError(
-                f"{type(sampler).__name__} must measure the model once, before fully_shard cuts every weight into "
-                "shards. On the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, "
-                "sampler, ...).close(). Then shard the model, build its optimizer, and give the same sampler to "
-                "their LayerScheduler."
-            )
-        return False
-
     @property
     def groups(self) -> list[dist.ProcessGroup | None]:
         """The groups of each dimension of the mesh: two where shards are replicated (HSDP)."""
@@ -69,6 +72,41 @@ class FSDPEngine(Engine):
         mesh = next(p.device_mesh for p in self.model.parameters() if hasattr(p, "device_mesh"))
         assert isinstance(mesh, dist.DeviceMesh)
         return mesh
+
+
+class FSDP1Engine(ShardedEngine):
+    """A model inside of FullyShardedDataParallel, which looks at ``requires_grad`` in each forward by itself.
+
+    Args:
+        model: The model with its wrappers.
+
+    Raises:
+        ConfigError: If a wrapper has ``use_orig_params=False``: its layers are one flat parameter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+        if not all(wrapper._use_orig_params for wrapper in wrappers):
+            raise ConfigError(
+                "FullyShardedDataParallel must be made with use_orig_params=True (fsdp_use_orig_params: true for "
+                "accelerate), because without it a unit has one flat parameter that can't be frozen in part. Or use "
+                "FSDP2: torch.distributed.fsdp.fully_shard, fsdp_version: 2 for accelerate."
+            )
+        self._wrapper = wrappers[0]
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup | None]:
+        """The ranks that hold the shards."""
+        return [self._wrapper.process_group]
+
+    @property
+    def device(self) -> torch.device:
+        """Where gradients are reduced: with CPU offload the parameters are elsewhere."""
+        return torch.device(self._wrapper.compute_device)
 
 
 def _inside(name: str, other: str) -> bool:

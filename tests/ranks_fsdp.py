@@ -14,8 +14,10 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layersample import ConfigError, LayerScheduler, create_sampler, measure_memory
 from layersample.distributed import local_part
@@ -163,7 +165,7 @@ def check_offloaded_state_goes_and_comes_back(folder: Path) -> None:
 
 def check_samplers_measure_before_sharding(folder: Path) -> None:
     batches = [make_batch(i) for i in range(2)]
-    with pytest.raises(ConfigError, match="before fully_shard"):
+    with pytest.raises(ConfigError, match="must measure the model once"):
         model = sharded(make_llama())
         LayerScheduler(model, adamw(model), "owlore", batches=batches)
     model = make_llama()
@@ -186,10 +188,49 @@ def check_made_before_sharding_is_refused(folder: Path) -> None:
     scheduler._engine.close()
 
 
-def check_fsdp1_is_refused(folder: Path) -> None:
-    model = FullyShardedDataParallel(make_llama(), use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="FSDP2"):
+def fsdp1(model: nn.Module, use_orig_params: bool = True, **options: Any) -> FullyShardedDataParallel:
+    return FullyShardedDataParallel(
+        model,
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+        auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        **options,
+    )
+
+
+def check_fsdp1_is_exact_with_its_original_parameters(folder: Path) -> None:
+    for options in ({}, {"embeddings": "freeze", "num_active": 1, "state": "offload"}):
+        model = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+        optimizer = adamw(model)
+        scheduler = LayerScheduler(model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options})
+        train(model, optimizer, scheduler, range(8), part=own_rows())
+        scheduler.close()
+        with FullyShardedDataParallel.summon_full_params(model):
+            reference = dict(alone(**options).named_parameters())
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(parameter, reference[name], rtol=0, atol=1e-9)
+
+
+def check_fsdp1_with_flat_parameters_is_refused(folder: Path) -> None:
+    model = fsdp1(make_llama(), use_orig_params=False)
+    with pytest.raises(ConfigError, match="use_orig_params=True"):
         LayerScheduler(model, adamw(model), "lisa")
+
+
+def check_fsdp1_checkpoints(folder: Path) -> None:
+    whole = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+    optimizer = adamw(whole)
+    scheduler = LayerScheduler(whole, optimizer, "lisa", period=2, seed=1)
+    train(whole, optimizer, scheduler, range(3), part=own_rows())
+    save_distributed(folder / "fsdp1", whole, optimizer, scheduler.state_dict())
+    train(whole, optimizer, scheduler, range(3, 6), part=own_rows())
+    part = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+    loaded = adamw(part)
+    state = load_distributed(folder / "fsdp1", part, loaded)
+    resumed = LayerScheduler(part, loaded, "lisa", period=2, seed=1, state_dict=state)
+    train(part, loaded, resumed, range(3, 6), part=own_rows())
+    for name, parameter in part.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
 
 
 def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
