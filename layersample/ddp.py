@@ -83,19 +83,20 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
 
     Call it on all ranks, between an optimizer step and the next forward. Communication hooks stay.
     """
-    hooks = list(wrapper._comm_hooks)
-    builtin = _builtin_hook(wrapper)
+    ddp: Any = wrapper  # its private methods have no types
+    hooks = list(ddp._comm_hooks)
+    builtin = _builtin_hook(ddp)
     # The old hooks first: two reducers on one parameter would average its gradient twice.
-    wrapper.reducer._remove_autograd_hooks()
-    parameters, sparse = wrapper._build_params_for_reducer()
-    names = wrapper._build_debug_param_to_name_mapping(parameters)
-    wrapper._ddp_init_helper(parameters, sparse, names, static_graph=False)
-    wrapper._has_rebuilt_buckets = False
-    wrapper._comm_hooks = []
+    ddp.reducer._remove_autograd_hooks()
+    parameters, sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names, static_graph=False)
+    ddp._has_rebuilt_buckets = False
+    ddp._comm_hooks = []
     for hook, state in hooks:
-        wrapper.register_comm_hook(state, hook)
+        ddp.register_comm_hook(state, hook)
     if builtin is not None:
-        wrapper._register_builtin_comm_hook(builtin)
+        ddp._register_builtin_comm_hook(builtin)
 
 
 def _why_not_rebuilt(wrapper: DistributedDataParallel) -> str | None:
@@ -117,9 +118,13 @@ def _why_not_rebuilt(wrapper: DistributedDataParallel) -> str | None:
     return None
 
 
-def _builtin_hook(wrapper: DistributedDataParallel) -> Any:
+def _builtin_hook(ddp: Any) -> Any:
     """The hook of torch's own in C++, which DDP notes nowhere but in its log; None if there is none."""
-    if wrapper._comm_hooks:
+    if ddp._comm_hooks:
         return None
-    name = wrapper._get_ddp_logging_data().get("comm_hook") or ""
-    return getattr(dist.BuiltinCommHookType, str(name).rpartition(".")[2], None)
+    name = ddp._get_ddp_logging_data().get("comm_hook") or ""
+    return getattr(
+        dist.BuiltinCommHookType,  # type: ignore[attr-defined]
+        str(name).rpartition(".")[2],
+        None,
+    )

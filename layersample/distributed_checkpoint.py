@@ -40,14 +40,14 @@ def save_distributed(
         optimizer: Its optimizer.
         scheduler_state: ``state_dict()`` of its LayerScheduler.
     """
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     place = Path(folder)
     scratch = place.with_name(f".{place.name}.new")
     weights, state = get_state_dict(model, optimizer)
     with _one_process_is_fine():
-        checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
+        save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
     if _alone() or dist.get_rank() == 0:
         write_json(scratch / _SCHEDULER, dict(scheduler_state))
         replace_folder(scratch, place)
@@ -71,8 +71,8 @@ def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer)
     Raises:
         ConfigError: If there is no checkpoint.
     """
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     place = Path(folder)
     if not (place / _SCHEDULER).is_file():
@@ -81,7 +81,7 @@ def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer)
     optimizer.zero_grad()
     with only_trainable(model, stored_names(place)), _one_process_is_fine():
         weights, state = get_state_dict(model, optimizer)
-        checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=place)
+        load({"model": weights, "optimizer": state}, checkpoint_id=place)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     loaded: dict[str, Any] = json.loads((place / _SCHEDULER).read_text(encoding="utf-8"))
     return loaded
@@ -107,7 +107,7 @@ def optimizer_of(checkpoint: str | None, model: nn.Module) -> AbstractContextMan
 
 def stored_names(folder: Path) -> set[str]:
     """Names of the parameters that have optimizer state in a checkpoint of torch.distributed.checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     paths = (FileSystemReader(folder).read_metadata().planner_data or {}).values()
     return {path[2] for path in paths if path[:2] == ("optimizer", "state")}

@@ -89,13 +89,16 @@ class Engine:
             "LayerScheduler must be given the DistributedDataParallel that the model runs in, but was given the "
             "model inside: gradients of layers that it switches on would not be averaged, or the run would stop. "
             "Wrap the model while every parameter that may train requires a gradient, then make "
-            "LayerScheduler(ddp_model, ...). With the Trainer, use LayerSamplingCallback(...).attach(trainer) in place of callbacks=."
+            "LayerScheduler(ddp_model, ...). With the Trainer, use "
+            "LayerSamplingCallback(...).attach(trainer) in place of callbacks=."
         )
 
     def _copes_alone(self, wrapper: DistributedDataParallel) -> bool:
         """Whether DDP averages any set of layers by itself: it knows all parameters, and looks for unused ones."""
-        known = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
-        return wrapper.find_unused_parameters and not wrapper.static_graph and known == self._num_trainable
+        if not wrapper.find_unused_parameters or wrapper.static_graph:
+            return False
+        ddp: Any = wrapper  # its private methods have no types
+        return bool(ddp._get_ddp_logging_data()["num_parameter_tensors"] == self._num_trainable)
 
 
 def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
@@ -109,12 +112,11 @@ def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
         ConfigError: If layers can't be switched under it: DeepSpeed, or options of DistributedDataParallel or
             FullyShardedDataParallel that forbid it.
     """
-    # Each one's own imports take part of a second that a single process need not spend.
     _refuse_deepspeed(model, optimizer)
     inner = unwrap(model)
     wrapper = _find_ddp(model)
     if wrapper is not None:
-        from layersample.ddp import DDPEngine
+        from layersample.ddp import DDPEngine  # it is an Engine itself
 
         return DDPEngine(wrapper, inner)
     fsdp = sys.modules.get("torch.distributed.fsdp")  # what isn't imported wraps nothing

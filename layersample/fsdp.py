@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from layersample.engine import Engine
@@ -26,9 +27,10 @@ class ShardedEngine(Engine):
         has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
         if measures and (sampler.measure_every is not None or not has_measured):
             raise ConfigError(
-                f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, "
-                "sampler, ...).close(). Then shard the model, build its optimizer, and give the same sampler to "
-                "their LayerScheduler."
+                f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On "
+                "the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, sampler, "
+                "...).close(). Then shard the model, build its optimizer, and give the same sampler to their "
+                "LayerScheduler."
             )
         return False
 
@@ -68,9 +70,9 @@ class FSDPEngine(ShardedEngine):
         return torch.device(self._mesh.device_type)
 
     @property
-    def _mesh(self) -> dist.DeviceMesh:
+    def _mesh(self) -> DeviceMesh:
         mesh = next(p.device_mesh for p in self.model.parameters() if hasattr(p, "device_mesh"))
-        assert isinstance(mesh, dist.DeviceMesh)
+        assert isinstance(mesh, DeviceMesh)
         return mesh
 
 
@@ -106,7 +108,9 @@ class FSDP1Engine(ShardedEngine):
     @property
     def device(self) -> torch.device:
         """Where gradients are reduced: with CPU offload the parameters are elsewhere."""
-        return torch.device(self._wrapper.compute_device)
+        device = self._wrapper.compute_device
+        assert device is not None  # set when it was made
+        return device
 
 
 def _inside(name: str, other: str) -> bool:

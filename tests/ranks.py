@@ -129,7 +129,9 @@ def train(
         optimizer.zero_grad()
 
 
-def alone(steps: int = 8, *, accumulate: int = 1, model: nn.Module | None = None, **options: Any) -> nn.Module:
+def alone(
+    steps: int = 8, *, accumulate: int = 1, model: nn.Module | None = None, **options: Any
+) -> nn.Module:
     """The same run in one process: the reference."""
     model = model or make_llama(NUM_LAYERS, dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

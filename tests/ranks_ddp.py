@@ -28,9 +28,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def train_ddp(
-    ddp: DistributedDataParallel, accumulate: int = 1, **options: Any
-) -> LayerScheduler:
+def train_ddp(ddp: DistributedDataParallel, accumulate: int = 1, **options: Any) -> LayerScheduler:
     optimizer = adamw(ddp)
     scheduler = LayerScheduler(ddp, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options})
     with scheduler:

@@ -45,9 +45,7 @@ def run(
     **options: Any,
 ) -> LayerScheduler:
     optimizer = optimizer or adamw(model)
-    scheduler = LayerScheduler(
-        model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options}
-    )
+    scheduler = LayerScheduler(model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options})
 
     class Unsynced:
         def __init__(self, last: bool) -> None:
@@ -90,7 +88,9 @@ def masked(model: nn.Module, active: Sequence[Sequence[int]], period: int) -> No
     model.train()
     for step in range(8):
         layers = active[step // period]
-        model(**{k: v[own_rows()] for k, v in make_batch(100 * step, 4).items()}, use_cache=False).loss.backward()
+        model(
+            **{k: v[own_rows()] for k, v in make_batch(100 * step, 4).items()}, use_cache=False
+        ).loss.backward()
         for name, parameter in model.named_parameters():
             if ".layers." in name and int(name.split(".")[2]) not in layers:
                 parameter.grad = None
@@ -202,7 +202,9 @@ def check_fsdp1_is_exact_with_its_original_parameters(folder: Path) -> None:
     for options in ({}, {"embeddings": "freeze", "num_active": 1, "state": "offload"}):
         model = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
         optimizer = adamw(model)
-        scheduler = LayerScheduler(model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options})
+        scheduler = LayerScheduler(
+            model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options}
+        )
         train(model, optimizer, scheduler, range(8), part=own_rows())
         scheduler.close()
         with FullyShardedDataParallel.summon_full_params(model):

@@ -6,15 +6,15 @@ Launch it with torchrun, as README.md beside it says; without GPUs it runs on gl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
@@ -30,13 +30,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=["ddp", "fsdp"], default="fsdp")
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder or hub id")
     parser.add_argument("--data", default="gsm_symbolic", help="built-in name, file or hub id")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, those of a checkpoint included")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="optimizer steps, those of a checkpoint included"
+    )
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of an optimizer step")
     parser.add_argument("--checkpoint", help="folder to continue from, if it is there, and to save into")
     return parser.parse_args()
 
 
-@contextlib.contextmanager
+@contextmanager
 def first_rank_first() -> Iterator[None]:
     """Let one rank of each machine fetch and cache before the others read."""
     if os.environ["LOCAL_RANK"] != "0":
@@ -78,7 +80,8 @@ def main() -> None:
     with first_rank_first():
         whole, tokenizer = load_model(options.model)
         data = load_data(options.data)
-    model = spread(whole.to(device), options.engine)
+    whole.to(device)  # type: ignore[arg-type]
+    model = spread(whole, options.engine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     state = None
     if options.checkpoint and Path(options.checkpoint).is_dir():
@@ -90,19 +93,20 @@ def main() -> None:
     for step in range(scheduler.steps, options.steps):
         for micro in range(options.accumulate):
             last = micro == options.accumulate - 1
-            if options.engine == "fsdp":
-                model.set_requires_gradient_sync(last)  # type: ignore[operator]
-            wait = model.no_sync() if options.engine == "ddp" and not last else contextlib.nullcontext()
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(last)
             batch = batch_of(data, tokenizer, step * options.accumulate + micro, device)
-            with wait:
+            with (
+                model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+            ):
                 loss = model(**batch).loss / options.accumulate
                 loss.backward()
         optimizer.step()
         if dist.get_rank() == 0:
             held = measure_memory(model, optimizer)
             print(
-                f"step {step + 1}: loss {loss.item() * options.accumulate:.3f}, layers {scheduler.active}, on this "
-                f"rank {held.weights / 2**20:.1f} MiB of weights, {held.optimizer_state / 2**20:.1f} of optimizer state"
+                f"step {step + 1}: loss {loss.item() * options.accumulate:.3f}, layers {scheduler.active}, here "
+                f"{held.weights / 2**20:.1f} MiB of weights, {held.optimizer_state / 2**20:.1f} of optimizer state"
             )
         scheduler.step()
         optimizer.zero_grad()

@@ -105,11 +105,12 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             load = trainer._load_optimizer_and_scheduler
 
             def load_what_is_there(checkpoint: str | None) -> None:
+                assert trainer.model is not None
                 with optimizer_of(checkpoint, trainer.model):
-                    load(checkpoint)  # type: ignore[no-untyped-call]
+                    load(checkpoint)
 
             # No callback runs between the preparation of the model and this.
-            trainer._load_optimizer_and_scheduler = load_what_is_there
+            trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
         return self
 
     def on_train_begin(
