@@ -5,10 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from layersample.checkpoints import Checkpoints
 from layersample.errors import ConfigError
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
-from layersample.registry import create_sampler, list_samplers, load_plugin, register
+from layersample.projection import LowRankStep, Projection, ProjectionContext, Side
+from layersample.registry import (
+    create_projection,
+    create_sampler,
+    list_projections,
+    list_samplers,
+    load_plugin,
+    register,
+    register_projection,
+)
 from layersample.sampler import (
     LayerSampler,
     LayerStatistics,
@@ -25,25 +35,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "ConfigError",
     "Layer",
     "LayerSampler",
     "LayerSamplingCallback",
     "LayerScheduler",
     "LayerStatistics",
+    "LowRankStep",
     "MeasuredSampler",
     "Measurement",
     "MemoryUse",
     "ModelLayers",
+    "Projection",
+    "ProjectionContext",
     "SamplingContext",
+    "Side",
     "WeightedSampler",
+    "create_projection",
     "create_sampler",
     "find_layers",
+    "list_projections",
     "list_samplers",
     "load_plugin",
     "measure_memory",
     "metrics",
     "register",
+    "register_projection",
 ]
 
 

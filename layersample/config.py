@@ -44,13 +44,36 @@ class SamplingOptions(_Options):
     plugin: Path | None = Field(None, description="Python file that registers samplers of your own.")
 
 
+class ProjectionOptions(_Options):
+    """Low-rank projection of the gradients."""
+
+    projection: str | None = Field(
+        None, description="Name of the projection; `layersample list` shows them. Default: full rank."
+    )
+    rank: int | None = Field(None, ge=1, description="Rank of the projection; default: the projection's own.")
+    projection_options: dict[str, Any] = Field(
+        {}, description="Options of the projection: `layersample list NAME`."
+    )
+
+    @property
+    def projection_arguments(self) -> dict[str, Any]:
+        """The projection's options with its rank."""
+        return self.projection_options | ({} if self.rank is None else {"rank": self.rank})
+
+
 class ModelOptions(_Options):
     """The model."""
 
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of weights and arithmetic.")
-    autocast: Literal["none", "bfloat16", "float16"] = Field(
-        "none", description="Type of the arithmetic alone (mixed precision)."
+    precision: Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"] = Field(
+        "fp32",
+        description="Type of weights and arithmetic; mixed: fp32 weights, and arithmetic in the other.",
+    )
+    master_weights: bool = Field(
+        True, description="Train bf16 weights on fp32 masters, so that no update is lost in rounding."
+    )
+    save_precision: Literal["model", "fp32"] = Field(
+        "model", description="Type of the saved weights: the model's own, or exact fp32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
@@ -91,10 +114,13 @@ class OutputOptions(_Options):
         None, ge=1, description="Optimizer steps between checkpoints; default: none."
     )
     resume: bool = Field(False, description="Continue the run in the output folder.")
+    allow_changes: bool = Field(False, description="Resume though other options have changed.")
     overwrite: bool = Field(False, description="Replace the run in the output folder.")
 
 
-class TrainConfig(SamplingOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(
+    SamplingOptions, ProjectionOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions
+):
     """All options of ``layersample train``."""
 
     trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
@@ -105,13 +131,41 @@ class TrainConfig(SamplingOptions, ModelOptions, DataOptions, OptimizationOption
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:
             raise ValueError("resume needs output, the folder of the run to continue")
-        if self.dtype == "bfloat16" and self.autocast != "none":
-            raise ValueError("autocast is for float32 weights: choose dtype float32, or autocast none")
         return self
+
+
+# What may differ when a run is resumed, because its result doesn't depend on it.
+_MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "save_steps", "save_precision", "check"}
+
+
+def check_same_run(config: TrainConfig, stored: Path) -> None:
+    """Make sure that a run is resumed with the options that it was begun with.
+
+    Args:
+        config: The options now.
+        stored: The run's ``config.yaml``; nothing is checked where there is none.
+
+    Raises:
+        ConfigError: If others have changed, and ``allow_changes`` is off; it gives both values of each.
+    """
+    if config.allow_changes or not stored.is_file():
+        return
+    before, now = read_yaml(stored), yaml.safe_load(write_yaml(config))
+    changed = [
+        f"{key} was {before[key]!r}, but is {now[key]!r} now"
+        for key in sorted(before.keys() & now.keys() - _MAY_CHANGE)
+        if before[key] != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"A run must be resumed with the options it was begun with: {'; '.join(changed)}. Leave them as they "
+            "were, or add --allow-changes: its result will then be that of neither."
+        )
 
 
 SECTIONS: tuple[type[_Options], ...] = (
     SamplingOptions,
+    ProjectionOptions,
     ModelOptions,
     DataOptions,
     OptimizationOptions,

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.engine import find_engine
 from layersample.errors import ConfigError
+from layersample.history import LayerHistory
+from layersample.identity import RunIdentity
 from layersample.layers import GroupName, find_layers
+from layersample.masters import combine
 from layersample.optimizer_state import StatePolicyName, create_policy
-from layersample.registry import create_sampler
-from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.optimizer_view import OptimizerView
+from layersample.projection import Projection
+from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampler import LayerSampler, Measurement, SamplingContext, draw
 from layersample.selfcheck import SelfCheck
+from layersample.targets import find_targets
 from layersample.units import Rule, arrange, check_optimizer
 
 logger = logging.getLogger(__name__)
 
 Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
-_STATE_VERSION = 1
 
 
 class LayerScheduler:
@@ -53,10 +58,17 @@ class LayerScheduler:
         other: The same for every parameter outside of these and the layers.
         state: Optimizer state of frozen layers: ``"drop"`` frees it, ``"keep"`` leaves it, ``"offload"``
             moves it to CPU memory until the layer trains again.
+        projection: Name of a registered projection, or a projection: the gradients of active matrices are
+            projected to a low rank, in which the optimizer keeps its state. ``None`` trains at full rank.
+        projection_options: Options of a projection given by name: rank, scale, update_gap, targets, ...
+        master_weights: Whether bf16 weights train on fp32 masters, so that no update is lost in rounding. While a
+            layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
             measuring and drawing a first set in vain.
+        allow_changes: Whether a state of another sampler, seed, period, number of active layers or projection may
+            be loaded. Layers that are active stay so until their period ends.
         check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
             did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
 
@@ -90,27 +102,21 @@ class LayerScheduler:
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
         check: bool = False,
     ) -> None:
         if period < 1:
             raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
-        if isinstance(sampler, str):
-            self.sampler = create_sampler(sampler, sampler_options)
-            self._sampler_name = sampler
-        else:
-            if sampler_options:
-                raise ConfigError(
-                    "sampler_options go with a sampler's name; give them to the sampler itself."
-                )
-            self.sampler = sampler
-            self._sampler_name = type(sampler).__name__
-        # As a checkpoint in JSON will give it back.
-        self._options = json.loads(json.dumps(dict(sampler_options or {}), default=str))
-        self._engine = find_engine(model, optimizer)
+        self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
+        self.projection: Projection | None
+        self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        self._optimizer, self._engine = optimizer, find_engine(model, optimizer)
         self._model = self._engine.model
-        self._optimizer = optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
         try:
             self._policy = create_policy(state)
@@ -126,14 +132,27 @@ class LayerScheduler:
             )
         check_optimizer(self._model, optimizer, self._units)
         self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
+        self._projected = find_targets(self._model, self.model_layers, self.projection)
+        self._view = OptimizerView(
+            optimizer, projection=self.projection, master_weights=master_weights, seed=seed
+        )
         self._self_check = SelfCheck(optimizer, state) if check else None
         self._state_is_placed, self._round, self._steps = False, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
-        self._visits = [0] * len(self._units.sampled)
-        self._last_active: list[int | None] = [None] * len(self._units.sampled)
-        self._changed = set(range(len(self._units.sampled)))
+        self._history = LayerHistory(len(self._units.sampled))
         self._batches = batches if batches is None or callable(batches) else lambda: batches
+        self._allow_changes = allow_changes
+        self._identity = RunIdentity(
+            sampler=self._sampler_name,
+            sampler_options=sampler_options,
+            projection=projection_name,
+            projection_options=projection_options,
+            num_active=num_active,
+            period=period,
+            seed=seed,
+            layers=self.layers,
+        )
         self._engine.prepare()
         if state_dict is None:
             self._start_round()
@@ -158,6 +177,11 @@ class LayerScheduler:
         return tuple(self._units.sampled[i].name for i in self._active)
 
     @property
+    def projected(self) -> frozenset[str]:
+        """Names of the weights whose gradients are projected when they train."""
+        return self._projected
+
+    @property
     def round(self) -> int:
         """Number of the current period, from 0."""
         return self._round
@@ -175,15 +199,12 @@ class LayerScheduler:
     @property
     def coverage(self) -> float:
         """Share of :attr:`layers` that have trained so far, those that train now included."""
-        return sum(visits > 0 or i in self._active for i, visits in enumerate(self._visits)) / len(
-            self._visits
-        )
+        return self._history.coverage(self._active)
 
     @property
     def staleness(self) -> list[int]:
         """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
-        last = [-1 if period is None else period for period in self._last_active]
-        return [0 if i in self._active else self._round - period for i, period in enumerate(last)]
+        return self._history.staleness(self._round, self._active)
 
     # The run
 
@@ -211,7 +232,8 @@ class LayerScheduler:
                 self._place_state()
             self._steps += 1
             if self._steps % self.period == 0:
-                self._finish_round()
+                self._history.record(self._round, self._active)
+                self._check_round()
                 self._round += 1
                 self._start_round()
                 self._place_state()
@@ -230,6 +252,7 @@ class LayerScheduler:
             self._self_check.close()
             self._self_check = None
         self._checkpointing.close()
+        self._view.close()
         parameters = dict(self._model.named_parameters())
         for name, trainable in self._units.trainable.items():
             parameters[name].requires_grad_(trainable)
@@ -246,17 +269,23 @@ class LayerScheduler:
         else:
             self._release()
 
+    def fp32_state_dict(self) -> dict[str, Tensor]:
+        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them."""
+        return {
+            name: combine(value, self._optimizer.state.get(value, {})).clone()
+            if value.dtype == torch.bfloat16
+            else value.detach()
+            for name, value in self._model.state_dict(keep_vars=True).items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
         return {
-            "version": _STATE_VERSION,
-            **self._identity(),
+            **self._identity.state_dict(),
             "round": self._round,
             "steps": self._steps,
             "active": list(self._active),
-            "visits": list(self._visits),
-            "last_active": list(self._last_active),
-            "changed": sorted(self._changed),
+            **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
             "sampler_state": self.sampler.state_dict(),
         }
@@ -267,31 +296,20 @@ class LayerScheduler:
         Load the model and the optimizer first.
 
         Raises:
-            ConfigError: If the state is of another version, sampler, seed, period, number or list of layers.
+            ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
+                number of active layers or projection, unless the scheduler was made with ``allow_changes``.
         """
-        for key, here in {"version": _STATE_VERSION, **self._identity()}.items():
-            if state.get(key) != here:
-                raise ConfigError(
-                    f"A run must be resumed with the {key} it was begun with: it was {state.get(key)!r}, "
-                    f"but is {here!r} now."
-                )
-        self.sampler.load_state_dict(state["sampler_state"])
+        changed = self._identity.changes(state, allow=self._allow_changes)
+        if "sampler" not in changed:
+            self.sampler.load_state_dict(state["sampler_state"])
+        if changed & {"projection", "projection_options"}:
+            self._view.forget()
         self._round, self._steps = state["round"], state["steps"]
-        self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
-        self._changed, self._inclusion = set(state["changed"]), state["inclusion"]
+        self._history.load_state_dict(state)
+        self._inclusion = state["inclusion"]
         self._apply(tuple(state["active"]))
         self._place_state()
         self._begin_check()
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "sampler": self._sampler_name,
-            "sampler_options": self._options,
-            "num_active": self.num_active,
-            "period": self.period,
-            "seed": self.seed,
-            "layers": list(self.layers),
-        }
 
     # How it is done
 
@@ -302,7 +320,7 @@ class LayerScheduler:
             round=self._round,
             step=self._steps,
             seed=self.seed,
-            statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
+            statistics=self._history.statistics,
             allow_empty=self._units.always_trains_something,
         )
         try:
@@ -310,7 +328,7 @@ class LayerScheduler:
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
             self._inclusion = self.sampler.inclusion_probabilities(context)
-            chosen = self._checked(list(self.sampler.sample(context)), context)
+            chosen = draw(self.sampler, context)
         except ValueError as error:
             raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
         self._apply(chosen)
@@ -324,41 +342,19 @@ class LayerScheduler:
             model_layers=self.model_layers,
             layers=self.layers,
             num_active=self.num_active,
-            changed=tuple(self.layers[i] for i in sorted(self._changed)),
+            changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
             batches=self._batches,
         )
         self.sampler.measure(measurement)
-        self._changed.clear()
+        self._history.changed.clear()
 
     def _begin_check(self) -> None:
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
 
-    def _finish_round(self) -> None:
-        for index in self._active:
-            self._visits[index] += 1
-            self._last_active[index] = self._round
-        self._changed.update(self._active)
-        self._check_round()
-
     def _check_round(self) -> None:
         if self._self_check is not None:
             self._self_check.end(dict(self._model.named_parameters()), self._units.training(self._active))
-
-    def _checked(self, chosen: list[Any], context: SamplingContext) -> tuple[int, ...]:
-        name = type(self.sampler).__name__
-        if len(set(chosen)) != len(chosen) or not all(
-            isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
-        ):
-            raise ValueError(
-                f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
-                f"but returned {chosen} in period {context.round}."
-            )
-        if not chosen and not context.allow_empty:
-            raise ValueError(
-                f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
-            )
-        return tuple(sorted(chosen))
 
     def _apply(self, active: tuple[int, ...]) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
@@ -368,6 +364,8 @@ class LayerScheduler:
             parameter.requires_grad_(name in training)
             if name not in training:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        projected = {n: p for n, p in self._model.named_parameters() if n in self._projected & training}
+        self._view.project(projected)
         in_stack = [unit for i in active if (unit := self._units.sampled[i]) in self.model_layers.layers]
         self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
         self._engine.switched(self.active_layers, self._round)
@@ -375,6 +373,8 @@ class LayerScheduler:
 
     def _place_state(self) -> None:
         parameters = list(self._model.parameters())
-        self._policy.freeze(self._optimizer, [p for p in parameters if not p.requires_grad])
+        frozen = [p for p in parameters if not p.requires_grad]
+        self._view.freeze(frozen)
+        self._policy.freeze(self._optimizer, frozen)
         self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
         self._state_is_placed = True

@@ -13,7 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.distributed_checkpoint import optimizer_of
+from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
+from layersample.projection import Projection
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
 from layersample.units import Rule
@@ -50,6 +52,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: The same for the final norm.
         other: The same for every other parameter.
         state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
+        projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
+        projection_options: Options of a projection given by name.
+        master_weights: Whether bf16 weights train on fp32 masters.
+        allow_changes: Whether a checkpoint of other arguments may be resumed.
         check: Check every period, bit by bit.
 
     Raises:
@@ -70,6 +76,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
+        allow_changes: bool = False,
         check: bool = False,
     ) -> None:
         self._sampler = sampler
@@ -84,6 +94,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "norm": norm,
             "other": other,
             "state": state,
+            "projection": projection,
+            "projection_options": projection_options,
+            "master_weights": master_weights,
+            "allow_changes": allow_changes,
             "check": check,
         }
         self._trainer: Trainer | None = None
@@ -93,6 +107,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
     def attach(self, trainer: Trainer) -> LayerSamplingCallback:
         """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
+
+        The Trainer's checkpoints are then whole or not there: each is saved beside its place, listed and renamed,
+        and checked before the Trainer resumes from it.
 
         Args:
             trainer: The Trainer, before ``train()``; SFTTrainer and the like are Trainers.
@@ -111,6 +128,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
+        protect_checkpoints(trainer)
         return self
 
     def on_train_begin(
@@ -180,11 +198,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         layers = arguments["layers"]
         if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
             arguments["layers"] = None  # JSON can't hold modules
-        sampler = (
-            self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
-        )
+        for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
+            named = value is None or isinstance(value, str)
+            arguments[key] = value if named else f"{type(value).__name__} (object)"
         return {
-            "args": {"sampler": sampler, **arguments},
+            "args": arguments,
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 
