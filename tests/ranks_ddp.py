@@ -98,6 +98,20 @@ def check_bucket_views_and_hooks_survive_a_switch(folder: Path) -> None:
     assert_close(ddp, reference)
 
 
+def check_low_rank_and_masters_stay_the_same_on_all_ranks(folder: Path) -> None:
+    options: dict[str, Any] = {"projection": "galore", "projection_options": {"rank": 4}}
+    ddp = wrapped()
+    train_ddp(ddp, **options)
+    assert_close(ddp, alone(**options), tolerance=1e-7)
+
+    ddp = wrapped(make_llama(NUM_LAYERS, dtype=torch.bfloat16))
+    train_ddp(ddp)  # bf16 weights train on fp32 masters, one on each rank
+    for parameter in ddp.parameters():
+        first = parameter.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, parameter)
+
+
 def check_unused_parameters_are_the_fallback(folder: Path) -> None:
     reference = alone()
     ddp = wrapped(find_unused_parameters=True)
