@@ -238,38 +238,38 @@ def check_fsdp1_checkpoints(folder: Path) -> None:
 
 
 def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
-    for state in ("drop", "keep", "offload"):
-        for at in (4, 5):  # right after a switch, and in mid-period
-            place = folder / f"{state}-{at}"
-            whole = sharded()
-            optimizer = adamw(whole)
-            scheduler = run(whole, range(at), optimizer=optimizer, state=state)
-            save_distributed(place, whole, optimizer, scheduler.state_dict())
-            train(whole, optimizer, scheduler, range(at, 8), part=own_rows())
+    # Right after a switch, and in mid-period.
+    for state, at in (("drop", 4), ("drop", 5), ("keep", 5), ("offload", 5)):
+        place = folder / f"{state}-{at}"
+        whole = sharded()
+        optimizer = adamw(whole)
+        scheduler = run(whole, range(at), optimizer=optimizer, state=state)
+        save_distributed(place, whole, optimizer, scheduler.state_dict())
+        train(whole, optimizer, scheduler, range(at, 8), part=own_rows())
 
-            part = sharded()
-            with torch.no_grad():
-                for parameter in part.parameters():
-                    parameter.zero_()
-            loaded = adamw(part)
-            resumed = run(
-                part,
-                range(at, 8),
-                optimizer=loaded,
-                state=state,
-                state_dict=load_distributed(place, part, loaded),
-            )
-            assert resumed.state_dict() == scheduler.state_dict()
-            for name, parameter in part.named_parameters():
-                assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
-            resumed.close()
-            scheduler.close()
-            assert all(p.requires_grad for p in part.parameters())
-            if dist.get_rank() == 0:
-                assert not list(folder.glob(".*.new"))
-            weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
-            if dist.get_rank() == 0:
-                torch.save(weights, folder / f"{state}-after.pt")
+        part = sharded()
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.zero_()
+        loaded = adamw(part)
+        resumed = run(
+            part,
+            range(at, 8),
+            optimizer=loaded,
+            state=state,
+            state_dict=load_distributed(place, part, loaded),
+        )
+        assert resumed.state_dict() == scheduler.state_dict()
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+        resumed.close()
+        scheduler.close()
+        assert all(p.requires_grad for p in part.parameters())
+        if dist.get_rank() == 0:
+            assert not list(folder.glob(".*.new"))
+        weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
+        if dist.get_rank() == 0:
+            torch.save(weights, folder / f"{state}-after.pt")
 
 
 class Accelerator:
