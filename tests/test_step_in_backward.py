@@ -71,6 +71,9 @@ def test_it_is_the_ordinary_step_to_the_bit(name: str, state: Any) -> None:
     assert same(run(StepInBackward(), name, state=state)[0], run(None, name, state=state)[0])
 
 
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # frozen layers under checkpointing
 @pytest.mark.parametrize(
     "options",
     [
