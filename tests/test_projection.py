@@ -20,7 +20,7 @@ from layersample import (
     list_projections,
     register_projection,
 )
-from layersample.optimizer_view import NonFiniteGradientError
+from layersample.low_rank import NonFiniteGradientError
 
 RANK = 4
 
