@@ -56,7 +56,8 @@ def book() -> list[Row]:
     text = _reasoning_gym("book").data.read_data_file("in_the_year_2889.txt")
     # Between the lines of the publisher and the redactor.
     body = re.split(r"echo Verne.s\nideas\.\]|End of Project", text)[1]
-    pieces, piece = [], ""
+    pieces: list[Row] = []
+    piece = ""
     for paragraph in re.split(r"\n\s*\n", body):
         piece += " ".join(paragraph.split()) + "\n"
         if len(piece) >= _TEXT_LENGTH:
