@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.optimizer_state import StatePolicyName
+from layersample.projection import Projection
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
 from layersample.units import Rule
@@ -46,6 +47,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: The same for the final norm.
         other: The same for every other parameter.
         state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
+        projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
+        projection_options: Options of a projection given by name.
+        master_weights: Whether bf16 weights train on fp32 masters.
         check: Check every period, bit by bit.
 
     Raises:
@@ -66,6 +70,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
         check: bool = False,
     ) -> None:
         self._sampler = sampler
@@ -80,6 +87,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "norm": norm,
             "other": other,
             "state": state,
+            "projection": projection,
+            "projection_options": projection_options,
+            "master_weights": master_weights,
             "check": check,
         }
         self.scheduler: LayerScheduler | None = None
@@ -160,11 +170,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         layers = arguments["layers"]
         if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
             arguments["layers"] = None  # JSON can't hold modules
-        sampler = (
-            self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
-        )
+        for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
+            named = value is None or isinstance(value, str)
+            arguments[key] = value if named else f"{type(value).__name__} (object)"
         return {
-            "args": {"sampler": sampler, **arguments},
+            "args": arguments,
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 
