@@ -158,8 +158,8 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         if runs and all(run["right"] is not None for run in runs)
     }
     level = suite.confidence
-    loss_differences = compare(losses, suite.baseline, level) if suite.baseline in losses else {}
-    right_differences = compare(answers, suite.baseline, level) if suite.baseline in answers else {}
+    loss_differences = compare(losses, suite.reference, level) if suite.reference in losses else {}
+    right_differences = compare(answers, suite.reference, level) if suite.reference in answers else {}
     rows = tuple(
         _row(
             suite,
@@ -188,17 +188,16 @@ def _row(
     right_difference: Difference | None,
 ) -> Row:
     level = suite.confidence
-    tried = {line["learning_rate"]: line for line in lines if line["stage"] == "search"}
-    rates = suite.rates(entry)
     trials = [
-        Trial(rate, _last_loss(tried[rate]) if "error" not in tried.get(rate, {"error": ""}) else None)
-        for rate in rates
+        Trial(line["learning_rate"], None if "error" in line else _last_loss(line))
+        for line in sorted(lines, key=lambda line: float(line["learning_rate"]))
+        if line["stage"] == "search"
     ]
     answers = [run["right"] for run in runs]
     return Row(
         name=entry.name,
-        summary=entry.definition.summary,
-        trials=tuple(trials) if len(rates) > 1 else (),
+        summary=next((run["summary"] for run in runs), ""),
+        trials=tuple(trials),
         rate=runs[0]["learning_rate"] if runs else None,
         errors=tuple(dict.fromkeys(line["error"] for line in lines if "error" in line)),
         runs=tuple(runs),

@@ -97,6 +97,19 @@ def lisa_published(model: nn.Module, config: TrainConfig) -> Prepared:
     return sample_layers(model, config)
 
 
+@register_baseline(
+    "galore-published",
+    options={"sampler": "full", "projection": "galore", "projection_options": {"basis": "svd"}},
+)
+def galore_published(model: nn.Module, config: TrainConfig) -> Prepared:
+    """GaLore on the whole model, with a basis by SVD that is kept for 200 steps, as its authors' code has it.
+
+    References:
+        arXiv 2403.03507.
+    """
+    return sample_layers(model, config)
+
+
 def _with_adapters(model: nn.Module) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 

@@ -58,7 +58,7 @@ def differences(analysis: Analysis) -> str:
             axes.plot(difference.mean, place, "o", color=color, markersize=6)
         axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
         axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel(f"held-out loss minus that of {analysis.suite.baseline} (nats a token)")
+        axes.set_xlabel(f"held-out loss minus that of {analysis.suite.reference} (nats a token)")
         axes.grid(axis="x", linewidth=0.6)
         _zoom(axes, [row.difference.mean for row in rows if row.difference])
 
@@ -79,9 +79,9 @@ def memory_and_loss(analysis: Analysis) -> str:
         names = [row.name for row in analysis.finished]
         for name, (x, y) in points.items():
             best = name in analysis.front
-            color = SECOND if name == analysis.suite.baseline else ACCENT if best else MUTED
+            color = SECOND if name == analysis.suite.reference else ACCENT if best else MUTED
             axes.plot(x, y, "o", color=color, markersize=7 if best else 5)
-            label = f"{name}" if best or name == analysis.suite.baseline else str(names.index(name) + 1)
+            label = f"{name}" if best or name == analysis.suite.reference else str(names.index(name) + 1)
             axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", color=color, fontsize=9)
         axes.set(xlabel="peak memory of the process (MiB)", ylabel="held-out loss (nats a token)")
         axes.margins(0.14)
@@ -95,7 +95,7 @@ def all_curves(analysis: Analysis) -> str:
 
     def draw(axes: Axes) -> None:
         for row in analysis.finished:
-            if row.name == analysis.suite.baseline:
+            if row.name == analysis.suite.reference:
                 draw_curve(axes, row, SECOND, row.name)
             elif row.name in analysis.front:
                 draw_curve(axes, row, ACCENT, row.name)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError, unknown
-from layersample.registry import describe, list_samplers
+from layersample.registry import PROJECTIONS, create_sampler, describe, list_samplers
 
 if TYPE_CHECKING:
     from layersample.integrations.transformers import LayerSamplingCallback
@@ -63,13 +63,18 @@ class Method:
     rate_scale: float = 1.0
     extra: tuple[str, str] | None = None
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there."""
+        return self.extra is None or find_spec(self.extra[0]) is not None
+
     def check_installed(self) -> None:
         """Make sure that its package is there.
 
         Raises:
             ConfigError: If it isn't; it says how to install it.
         """
-        if self.extra is not None and find_spec(self.extra[0]) is None:
+        if self.extra is not None and not self.is_installed:
             module, extra = self.extra
             raise ConfigError(
                 f"The method {self.name!r} needs the package {module}, which isn't installed: "
@@ -134,6 +139,7 @@ def get_method(name: str) -> Method:
     options: dict[str, Any] = {"sampler": sampler}
     summary = describe(samplers[sampler])[0]
     if joint:
+        PROJECTIONS.get(projection)
         options["projection"] = projection
         summary = f"{summary.rstrip('.')}; gradients projected to low rank ({projection})."
     return Method(name, summary, sample_layers, options)
@@ -147,12 +153,21 @@ def list_baselines() -> dict[str, Method]:
 
 
 def default_methods() -> list[str]:
-    """Every registered sampler, each with and without GaLore's projection, and every baseline."""
-    names = list(list_samplers())
-    projected = (
-        [f"{name}{_JOINT}galore" for name in names] if "projection" in TrainConfig.model_fields else []
-    )
-    return [*names, *projected, *list_baselines()]
+    """Every registered sampler, each with and without GaLore's projection, and every baseline that is installed.
+
+    A sampler that needs an option (``prior`` its weights) isn't among them: a suite gives it a row of its own.
+    """
+    names = [name for name in list_samplers() if _needs_no_option(name)]
+    baselines = [name for name, method in list_baselines().items() if method.is_installed]
+    return [*names, *(f"{name}{_JOINT}galore" for name in names), *baselines]
+
+
+def _needs_no_option(sampler: str) -> bool:
+    try:
+        create_sampler(sampler)
+    except ConfigError:
+        return False
+    return True
 
 
 def _place(function: Prepare) -> tuple[str, str]:

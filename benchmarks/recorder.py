@@ -23,11 +23,20 @@ Tensors = Callable[[], Iterable[Tensor]]
 
 
 class TimedTrainer(CheckedTrainer):
-    """The Trainer of ``layersample train``, with a clock on forward and backward and a count of tokens."""
+    """The Trainer of ``layersample train``, with a clock on forward and backward and a count of tokens.
+
+    Args:
+        clock: The clock.
+
+    Attributes:
+        tokens: Of the batch, without padding.
+        problems: What the trained model is to answer.
+    """
 
     def __init__(self, *, clock: PhaseClock, **kwargs: Any) -> None:
         self.clock = clock
         self.tokens = 0
+        self.problems: list[dict[str, Any]] = []
         super().__init__(**kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +64,12 @@ class Recorder(TrainerCallback):
         clock: Times the parts of a step.
         trace_every: Steps between traces of all live tensors; 0: never. They slow a step down, so times
             are taken from the others.
+
+    Attributes:
+        steps: What was measured of each step that has ended.
+        peaks: Of all live tensors, in the traced steps.
+        preparation: CPU and wall seconds of what the sampler measured before the first step.
+        peak_process: Most bytes of the process in a step.
         on_step: Told of each step that has ended.
     """
 
@@ -66,8 +81,8 @@ class Recorder(TrainerCallback):
         clock: PhaseClock,
         *,
         trace_every: int,
-        on_step: Callable[[dict[str, Any]], None],
     ) -> None:
+        self.on_step: Callable[[dict[str, Any]], None] = lambda step: None
         self.steps: list[dict[str, Any]] = []
         self.peaks: list[PeakBytes] = []
         self.preparation: Mapping[str, float] = {}
@@ -78,7 +93,6 @@ class Recorder(TrainerCallback):
         self._scheduler = scheduler
         self._clock = clock
         self._trace_every = trace_every
-        self._on_step = on_step
         self._live: LiveBytes | None = None
         self._record: dict[str, Any] = {}
 
@@ -147,7 +161,7 @@ class Recorder(TrainerCallback):
         seconds["backward"] = {kind: both[kind] - seconds["forward"][kind] for kind in both}
         self._record |= {"loss": logs["loss"], "tokens": self.trainer.tokens, "seconds": seconds}
         self.steps.append(self._record)
-        self._on_step(self._record)
+        self.on_step(self._record)
         self._record = {}
 
 

@@ -18,6 +18,7 @@ from .clock import PHASES
 from .comparison import Difference, Estimate
 from .live_bytes import KINDS
 from .results import read_results
+from .tasks import get_task
 
 PICTURES = {
     "differences": charts.differences,
@@ -68,10 +69,13 @@ def view(analysis: Analysis, lines: Sequence[dict[str, Any]], command: str | Non
     """What the templates show: numbers as text, pictures as SVG."""
     suite = analysis.suite
     finished = analysis.finished
-    baseline = next((row for row in finished if row.name == suite.baseline), None)
+    baseline = next((row for row in finished if row.name == suite.reference), None)
     any_run = next((line for line in lines if "environment" in line), None)
     return {
         "suite": suite,
+        "task": get_task(suite.task, suite.answer_marker).name,
+        "model": Path(suite.model).name,
+        "other_text": Path(suite.other_text).name,
         "command": command,
         "analysis": analysis,
         "findings": findings(analysis),
@@ -95,7 +99,7 @@ def view(analysis: Analysis, lines: Sequence[dict[str, Any]], command: str | Non
 
 def findings(analysis: Analysis) -> list[str]:
     """What the numbers say, in sentences that say no more than they do."""
-    name, seeds = analysis.suite.baseline, len(analysis.suite.seeds)
+    name, seeds = analysis.suite.reference, len(analysis.suite.seeds)
     said = []
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):
         if rows := analysis.called(verdict):
@@ -137,7 +141,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
-    is_baseline = row.name == analysis.suite.baseline
+    is_baseline = row.name == analysis.suite.reference
     difference = row.difference
     return {
         "number": number,

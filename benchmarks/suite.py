@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
-from layersample.registry import create_sampler, load_plugin
+from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 
 from .methods import Method, default_methods, get_method
 from .tasks import get_task
 
+ALL = "all"
+_USUAL_BASELINE = "full"
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Stage = Literal["search", "final"]
 
@@ -60,8 +62,15 @@ class Suite(BaseModel):
     task: str = Field("gsm_symbolic", description="Built-in task, or data as train takes it.")
     answer_marker: str | None = Field(None, description="Of data of your own: what the answer follows.")
     other_text: str = Field("book", description="Text that isn't trained on, to see what is forgotten.")
-    methods: list[MethodEntry | str] | None = Field(None, description="Rows; default: all there are.")
-    baseline: str = Field("full", description="The method that the others are compared with.")
+    other_size: int = Field(8, ge=1, description="Pieces of that text.")
+    methods: list[MethodEntry | str] = Field(
+        [ALL],
+        min_length=1,
+        description="Rows; `all` stands for every sampler and baseline that needs no option.",
+    )
+    baseline: str | None = Field(
+        None, description="The method that the others are compared with; default: full, or the first."
+    )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of data order, dropout and draws.")
     steps: int = Field(60, ge=1, description="Optimizer steps of a run.")
     batch_size: int = Field(4, ge=1, description="Examples of a step.")
@@ -73,10 +82,10 @@ class Suite(BaseModel):
     )
     search_steps: int = Field(30, ge=1, description="Optimizer steps of a run that tries a learning rate.")
     validation_size: int = Field(32, ge=1, description="Problems that learning rates are chosen on.")
-    test_size: int = Field(64, ge=1, description="Problems that the table is measured on.")
-    answers: int = Field(32, ge=0, description="Test problems that are answered in full.")
+    test_size: int = Field(32, ge=1, description="Problems that the table is measured on.")
+    answers: int = Field(16, ge=0, description="Test problems that are answered in full.")
     answer_tokens: int = Field(200, ge=1, description="Tokens of an answer, at most.")
-    evaluations: int = Field(4, ge=1, description="Held-out losses along a run, after the first one.")
+    evaluations: int = Field(3, ge=1, description="Held-out losses along a run, after the first one.")
     trace_every: int = Field(10, ge=0, description="Steps between traces of memory; 0: never.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Of intervals, and of the test as a whole.")
     threads: int | None = Field(None, ge=1, description="Threads of a run; default: cores / jobs.")
@@ -86,8 +95,17 @@ class Suite(BaseModel):
     @property
     def entries(self) -> list[MethodEntry]:
         """The rows of the table."""
-        chosen = default_methods() if self.methods is None else self.methods
-        return [MethodEntry(name=m) if isinstance(m, str) else m for m in chosen]
+        rows: list[MethodEntry] = []
+        for method in self.methods:
+            names = default_methods() if method == ALL else [method]
+            rows += [MethodEntry(name=name) if isinstance(name, str) else name for name in names]
+        return rows
+
+    @property
+    def reference(self) -> str:
+        """The name of the method that the others are compared with."""
+        names = [entry.name for entry in self.entries]
+        return self.baseline or (_USUAL_BASELINE if _USUAL_BASELINE in names else names[0])
 
     def rates(self, entry: MethodEntry) -> list[float]:
         """The learning rates to try for a method."""
@@ -132,8 +150,8 @@ class Suite(BaseModel):
                 raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
         if min(self.seeds) < 0:
             raise ConfigError(f"seeds must be at least 0, but got {min(self.seeds)}.")
-        if self.baseline not in names:
-            raise ConfigError(f"baseline: {unknown('method of this suite', self.baseline, names)}")
+        if self.baseline not in (None, *names):
+            raise ConfigError(f"baseline: {unknown('method of this suite', str(self.baseline), names)}")
         for entry in self.entries:
             entry.definition.check_installed()
             for options in (self.options, entry.options):
@@ -145,6 +163,7 @@ class Suite(BaseModel):
             for job in self.jobs(entry, "search"):
                 config = self.config(job)
             create_sampler(config.sampler, config.sampler_options)
+            PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
 
     def jobs(self, entry: MethodEntry, stage: Stage, learning_rate: float | None = None) -> Iterator[Job]:
         """The runs of a method.

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from layersample.data import load_data
@@ -23,13 +29,13 @@ from layersample.models import load_model
 from layersample.registry import load_plugin
 
 from .clock import PHASES, PhaseClock
+from .methods import Prepared
 from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
 from .scoring import mean_loss, share_right
 from .suite import Job, Suite
 from .tasks import get_task, split
 
 Report = Callable[[dict[str, Any]], None]
-OTHER_TEXTS = 16  # pieces of text that isn't trained on: about 3,000 tokens of the book
 
 
 def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
@@ -50,75 +56,98 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     if suite.plugin is not None:
         load_plugin(suite.plugin)
     config = suite.config(job)
-    task = get_task(suite.task, suite.answer_marker)
-    data = split(
-        task,
-        validation_size=suite.validation_size,
-        test_size=suite.test_size,
-        train_size=job.steps * config.batch_size * config.gradient_accumulation,
-        seed=job.seed,
-    )
-    held_out = data.validation if job.stage == "search" else data.test
-    other = load_data(suite.other_text)
-    other = other.select(range(min(OTHER_TEXTS, len(other))))
+    method = next(entry for entry in suite.entries if entry.name == job.row).definition
     model, tokenizer = load_model(config.model, getattr(torch, config.dtype))
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them
     torch.manual_seed(job.seed)  # adapters begin at random
-    entry = next(entry for entry in suite.entries if entry.name == job.row)
-    prepared = entry.definition.prepare(model, config)
-    clock = PhaseClock()
-    sampling = prepared.sampling
+    prepared = method.prepare(model, config)
+    with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
+        arguments = training_arguments(config, Path(scratch))
+        trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
+        recorder.on_step = report
+        scores = _train(suite, job, trainer, tokenizer)
+    return {
+        "training_loss": [step["loss"] for step in recorder.steps],
+        **scores,
+        "peak_bytes": peak_bytes(recorder),
+        **_times(recorder),
+        **_layers(recorder, [layer.name for layer in layers]),
+        "summary": method.summary,
+        "parameters": parameters,
+        "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),
+        "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
+        "environment": {**environment(), "git": git_revision()},
+    }
+
+
+def _make_trainer(
+    suite: Suite,
+    job: Job,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[nn.Module],
+) -> tuple[TimedTrainer, Recorder]:
+    data = split(
+        get_task(suite.task, suite.answer_marker),
+        validation_size=suite.validation_size,
+        test_size=suite.test_size,
+        train_size=job.steps * arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        seed=job.seed,
+    )
+    other = load_data(suite.other_text)
+    clock, sampling = PhaseClock(), prepared.sampling
     recorder = Recorder(
         modules,
         prepared.optimizer_tensors or (lambda: optimizer_tensors(trainer.optimizer)),
         lambda: sampling.scheduler if sampling is not None else None,
         clock,
         trace_every=suite.trace_every if job.stage == "final" else 0,
-        on_step=report,
     )
-    with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
-        arguments = training_arguments(config, Path(scratch))
-        arguments.eval_on_start = False
-        trainer = TimedTrainer(
-            clock=clock,
-            model=prepared.model,
-            args=arguments,
-            train_dataset=data.train,
-            eval_dataset={"held_out": held_out, "other": other},
-            processing_class=tokenizer,
-            callbacks=[recorder],
-            optimizers=(prepared.optimizer, None),
-        )
-        recorder.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        if sampling is not None:
-            sampling.attach(trainer)
-        put_around(trainer, sampling, clock)
-        curve = LossCurve(lambda: mean_loss(trainer, "held_out"), job.steps, _points(suite, job))
-        trainer.add_callback(curve)
-        other_before = mean_loss(trainer, "other")
+    trainer = TimedTrainer(
+        clock=clock,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset={
+            "held_out": data.validation if job.stage == "search" else data.test,
+            "other": other.select(range(min(suite.other_size, len(other)))),
+        },
+        processing_class=tokenizer,
+        callbacks=[recorder],
+        optimizers=(prepared.optimizer, None),
+    )
+    trainer.problems = list(data.test.select(range(min(suite.answers, len(data.test)))))
+    recorder.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    if sampling is not None:
+        sampling.attach(trainer)
+    put_around(trainer, sampling, clock)
+    return trainer, recorder
+
+
+def _train(
+    suite: Suite, job: Job, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Train, and score the model before, along the way and after; a search only at its end."""
+    final = job.stage == "final"
+    curve = LossCurve(lambda: mean_loss(trainer, "held_out"), job.steps, suite.evaluations if final else 1)
+    trainer.add_callback(curve)
+    if final:
         curve.measure(0)
-        trainer.train()
-        answers = None
-        if job.stage == "final" and task.has_answers and suite.answers:
-            rows = held_out.select(range(min(suite.answers, len(held_out))))
-            trained: Any = trainer.model
-            answers = share_right(trained, tokenizer, task, list(rows), suite.answer_tokens)
-        return {
-            "loss": {"steps": [step for step, _ in curve.points], "held_out": [x for _, x in curve.points]},
-            "training_loss": [step["loss"] for step in recorder.steps],
-            "right": answers,
-            "other_loss": {"before": other_before, "after": mean_loss(trainer, "other")},
-            "peak_bytes": peak_bytes(recorder),
-            **_times(recorder),
-            **_layers(recorder, [layer.name for layer in layers]),
-            "parameters": parameters,
-            "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),
-            "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
-            "environment": {**environment(), "git": git_revision()},
-        }
+    before = mean_loss(trainer, "other") if final else None
+    trainer.train()
+    task = get_task(suite.task, suite.answer_marker)
+    right = None
+    if final and task.has_answers and trainer.problems:
+        right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
+    return {
+        "loss": {"steps": [step for step, _ in curve.points], "held_out": [loss for _, loss in curve.points]},
+        "right": right,
+        "other_loss": {"before": before, "after": mean_loss(trainer, "other")} if final else None,
+    }
 
 
 class LossCurve(TrainerCallback):
@@ -161,10 +190,6 @@ def git_revision() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _points(suite: Suite, job: Job) -> int:
-    return suite.evaluations if job.stage == "final" else 1
 
 
 def _times(recorder: Recorder) -> dict[str, Any]:
