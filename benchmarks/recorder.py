@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from layersample.recording import peak_process_bytes
 from layersample.scheduler import LayerScheduler
 
 from .clock import PhaseClock
-from .live_bytes import LiveBytes, PeakBytes
+from .live_bytes import KINDS, LiveBytes, PeakBytes
 
 Tensors = Callable[[], Iterable[Tensor]]
 
@@ -215,12 +214,16 @@ def reset_peak_process_bytes() -> None:
 
 def peak_bytes(recorder: Recorder) -> dict[str, Any]:
     """The peaks of a run: of the process, and of all live tensors by kind in the traced steps."""
-    peak = max(recorder.peaks, key=lambda p: p.total) if recorder.peaks else None
+    tensors = None
+    if recorder.peaks:
+        peak = max(recorder.peaks, key=lambda p: p.total)
+        largest = {kind: max(p.largest[kind] for p in recorder.peaks) for kind in KINDS}
+        tensors = {"total": peak.total, "at_peak": peak.at_peak, "largest": largest}
     return {
         "process": recorder.peak_process,
         "gradients": max(step["gradient_bytes"] for step in recorder.steps),
         "optimizer_state": max(step["optimizer_bytes"] for step in recorder.steps),
-        "tensors": asdict(peak) if peak else None,
+        "tensors": tensors,
     }
 
 

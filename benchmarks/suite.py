@@ -28,7 +28,16 @@ Stage = Literal["search", "final"]
 # What the benchmark sets itself, so that every method has the same.
 _SET_HERE = {
     *("model", "data", "eval_data", "eval_size", "steps", "epochs", "learning_rate", "seed", "plugin"),
-    *("output", "save_steps", "resume", "overwrite", "batch_size", "max_length"),
+    *(
+        "output",
+        "save_steps",
+        "resume",
+        "overwrite",
+        "allow_changes",
+        "save_precision",
+        "batch_size",
+        "max_length",
+    ),
 }
 
 

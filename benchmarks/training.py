@@ -57,7 +57,9 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         load_plugin(suite.plugin)
     config = suite.config(job)
     method = next(entry for entry in suite.entries if entry.name == job.row).definition
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype))
+    model, tokenizer = load_model(
+        config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them

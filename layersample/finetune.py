@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -22,9 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from layersample.checkpoints import find_last, step_of
 from layersample.config import TrainConfig, write_yaml
 from layersample.data import load_split
 from layersample.errors import ConfigError, unknown
@@ -88,7 +89,9 @@ def finetune(
     arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
     train, held_out = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed)
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), report)
+    model, tokenizer = load_model(
+        config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
+    )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise ConfigError(
@@ -100,7 +103,7 @@ def finetune(
         recorder = RunRecorder(
             folder.path / "metrics.jsonl",
             lambda: sampling.scheduler,
-            resume_step=_step_of(checkpoint) if checkpoint else None,
+            resume_step=step_of(checkpoint) if checkpoint else None,
             progress=progress,
         )
         trainer = CheckedTrainer(
@@ -126,8 +129,10 @@ def finetune(
         finally:
             if progress:
                 progress.end()
-        _save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder.path / "model")
         assert sampling.scheduler is not None
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        weights = sampling.scheduler.fp32_state_dict() if config.save_precision == "fp32" else None
+        _save_model(trained, weights, tokenizer, folder.path / "model")
         summary = summarize(
             folder.path,
             config,
@@ -150,13 +155,13 @@ def _train(trainer: CheckedTrainer, checkpoint: Path | None) -> None:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
-        saved = get_last_checkpoint(trainer.args.output_dir)
+        saved = find_last(Path(str(trainer.args.output_dir)))
         assert saved is not None
-        raise Interrupted(stop.received, Path(saved))
+        raise Interrupted(stop.received, saved)
 
 
 class CheckedTrainer(SFTTrainer):
-    """SFTTrainer that counts what it cuts, stops at a loss that is no number, and saves whole checkpoints."""
+    """SFTTrainer that counts what it cuts, and stops at a loss that is no number."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.too_long: dict[str, int] = {}
@@ -185,26 +190,13 @@ class CheckedTrainer(SFTTrainer):
         """Stop at a loss that is no number, before the optimizer steps."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
-            saved = get_last_checkpoint(self.args.output_dir)
+            saved = find_last(Path(str(self.args.output_dir)))
             good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
             raise NonFiniteLossError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}, so training stops before this "
                 f"step changes any weight. {good} A lower learning rate or float32 may help."
             )
         return loss
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save beside its place, then rename: a killed run leaves a whole checkpoint or none."""
-        place = Path(str(self.args.output_dir))
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as scratch:
-            self.args.output_dir = scratch
-            try:
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-            finally:
-                self.args.output_dir = str(place)
-            name = f"checkpoint-{self.state.global_step}"
-            replace_folder(Path(scratch) / name, place / name)
-        rotate_checkpoints(output_dir=str(place), save_total_limit=self.args.save_total_limit, use_mtime=True)
 
 
 class _StopOnSignal(TrainerCallback):
@@ -243,7 +235,8 @@ def _stop_on_signal() -> Iterator[_StopOnSignal]:
 def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     """The arguments of a ``LayerScheduler`` in a configuration."""
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
-    arguments = {name: getattr(config, name) for name in (*names, "embeddings", "head", "norm", "other")}
+    rules = ("embeddings", "head", "norm", "other")
+    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
     return {**arguments, "projection_options": config.projection_arguments}
 
 
@@ -274,8 +267,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.clip,
         "max_length": config.max_length,
-        "bf16": config.autocast == "bfloat16",
-        "fp16": config.autocast == "float16",
+        "bf16": config.precision == "bf16-mixed",
+        "fp16": config.precision == "fp16-mixed",
         "seed": config.seed,
         "logging_steps": 1,
         "save_strategy": "steps" if config.save_steps else "no",
@@ -292,13 +285,18 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         raise ConfigError(f"The training options don't go together: {error}") from error
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _save_model(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+) -> None:
     with tempfile.TemporaryDirectory(prefix=".model-", dir=target.parent) as scratch:
         whole = Path(scratch) / "model"
-        model.save_pretrained(whole)
+        model.save_pretrained(whole, state_dict=weights)
+        if weights is not None:  # save_pretrained notes the type that the model has
+            config = AutoConfig.from_pretrained(whole)
+            config.dtype = torch.float32
+            config.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ def test_resumes_in_the_middle_of_a_period_to_the_bit(
 def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None:
     run(options, save_steps=3)
     with pytest.raises(
-        ConfigError, match="resumed with the num_active it was begun with: it was 2, but is 1 now"
+        ConfigError, match="num_active was 2, but is 1 now; steps was 6, but is 9 now.*--allow-changes"
     ):
         run(options, save_steps=3, resume=True, num_active=1, steps=9)
+    summary = run(options, save_steps=3, resume=True, num_active=1, steps=9, allow_changes=True)
+    assert summary["steps"] == 9 and len(records(Path(options["output"]))[-2]["active"]) == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
@@ -174,8 +177,8 @@ def test_prompts_that_leave_no_room(options: dict[str, Any], tmp_path: Path) -> 
     [
         {"gradient_checkpointing": True, "embeddings": "sample"},
         {"gradient_accumulation": 2, "clip": 0.1},
-        {"autocast": "bfloat16"},
-        {"dtype": "bfloat16"},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16"},
         {"epochs": 0.5},
         {"state": "offload", "warmup": 0.5, "schedule": "cosine"},
         {"trainer": {"optim": "adafactor", "eval_strategy": "steps", "eval_steps": 2}},
@@ -199,11 +202,27 @@ def start(options: dict[str, Any], **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 300) -> None:
+def resume(folder: Path) -> subprocess.Popen[str]:
+    """The command that an interrupted run names."""
+    command = [sys.executable, "-m", "layersample.cli", "train", "--output", str(folder), "--resume"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    path = folder / "metrics.jsonl"
+    wait_for(lambda: path.exists() and any(line["step"] >= step for line in records(folder)), process)
+
+
+def wait_for(reached: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and any(line["step"] >= step for line in records(folder)):
+        if reached():
             return
         time.sleep(0.02)
     process.kill()
@@ -224,15 +243,34 @@ def test_ctrl_c_saves_a_checkpoint_to_resume_from(smollm2: Path, tmp_path: Path)
     assert process.returncode == 130, output
     assert "--resume" in output
     assert not (tmp_path / "run" / "model").exists()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "layersample.cli", "train", "--output", str(tmp_path / "run"), "--resume"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = resume(tmp_path / "run")
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_three_kills_leave_no_trace(smollm2: Path, tmp_path: Path) -> None:
+    """On the real model, in bf16 with a projection: killed in a step, at a switch and while it saved."""
+    options = {
+        "steps": 7, "period": 3, "batch_size": 1, "eval_size": 1, "max_length": 96, "save_steps": 1,
+        "precision": "bf16", "projection": "galore", "embeddings": "freeze",
+    }  # fmt: skip
+    run(options, output=str(tmp_path / "whole"))
+    folder = tmp_path / "run"
+    process = start(options, output=folder)
+    wait_for_step(folder, 2, process)
+    kill(process)
+    process = resume(folder)
+    wait_for_step(folder, 3, process)  # the third step ends a period
+    kill(process)
+    process = resume(folder)
+    wait_for(lambda: bool(list((folder / "checkpoints").glob(".saving-[56]"))), process)
+    kill(process)
+    process = resume(folder)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert same_weights(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow
@@ -243,3 +281,16 @@ def test_trains_the_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> No
     # Two moments of 2 layers of 3,540,096 parameters and the final norm; a step counter for each of 19 tensors.
     assert summary["peak_bytes"]["optimizer_state"] == 2 * 4 * (2 * 3_540_096 + 576) + 19 * 4
     assert os.path.getsize(tmp_path / "run" / "model" / "model.safetensors") > 5e8
+
+
+def test_bf16_is_saved_as_it_is_or_as_exact_fp32(options: dict[str, Any], tmp_path: Path) -> None:
+    saved = {}
+    for precision in ("model", "fp32"):
+        run(options, precision="bf16", save_precision=precision, output=str(tmp_path / precision))
+        saved[precision] = AutoModelForCausalLM.from_pretrained(tmp_path / precision / "model", dtype="auto")
+    assert saved["model"].dtype == torch.bfloat16 and saved["fp32"].dtype == torch.float32
+    fp32 = saved["fp32"].state_dict()
+    assert all(
+        torch.equal(fp32[name].bfloat16(), value) for name, value in saved["model"].state_dict().items()
+    )
+    assert any(not torch.equal(value.bfloat16().float(), value) for value in fp32.values())

@@ -48,12 +48,12 @@ def test_every_method_runs_and_is_measured(name: str, make_tiny: Callable[..., S
 
 
 @pytest.mark.parametrize("name", ["lisa", "owlore+galore", "lora", "lora-fa-peft", "badam"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_runs_of_one_method_and_seed_give_the_same_losses(
-    name: str, dtype: str, make_tiny: Callable[..., Suite]
+    name: str, precision: str, make_tiny: Callable[..., Suite]
 ) -> None:
     """To the bit, and whether memory is traced or not."""
-    options = {"period": 2, "dtype": dtype}
+    options = {"period": 2, "precision": precision}
     first, second = (run(make_tiny([name], trace_every=every, options=options)) for every in (1, 0))
     for key in ("training_loss", "loss", "other_loss", "active"):
         assert first[key] == second[key]
