@@ -100,7 +100,11 @@ def compare(
 
 def _can_be_tested(differences: np.ndarray) -> bool:
     """Two seeds at least, and some spread between them: equal differences say nothing of the noise."""
-    return len(differences) > 1 and float(np.ptp(differences)) > 0
+    if len(differences) < 2:
+        return False
+    return float(np.ptp(differences)) > 1e-12 * max(
+        1.0, float(np.abs(differences).max())
+    )  # more than rounding
 
 
 def _difference(differences: np.ndarray, level: float | None, p: float | None) -> Difference:

@@ -150,7 +150,6 @@ class _Pool:
         suite = self._results.suite.model_dump(mode="json")
         given = {"suite": suite, "job": asdict(job), "threads": self._threads}
         log = self._results.folder / "logs" / f"{job.key.replace('/', '.')}.log"
-        measured: dict[str, Any] | None = None
         with open(log, "w", encoding="utf-8") as errors, tempfile.TemporaryDirectory() as scratch:
             process = subprocess.Popen(
                 [sys.executable, "-m", "layersample_benchmarks.worker"],
@@ -163,21 +162,32 @@ class _Pool:
                 env={**os.environ, "OMP_NUM_THREADS": str(self._threads), "TMPDIR": scratch},
             )
             self._running.add(process)
-            assert process.stdin is not None and process.stdout is not None
+            with process:
+                measured = self._listen(process, job, given)
+            self._running.discard(process)
+        return measured or {"error": _ending(process.returncode, log)}
+
+    def _listen(
+        self, process: subprocess.Popen[str], job: Job, given: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Tell a process its job, and take what it says until it ends."""
+        measured: dict[str, Any] | None = None
+        assert process.stdin is not None and process.stdout is not None
+        try:
             process.stdin.write(json.dumps(given) + "\n")
             process.stdin.flush()
-            for text in process.stdout:
-                event = json.loads(text)
-                if "step" in event and self._progress is not None:
-                    with self._lock:
-                        self._progress.step(job, event["step"], event["steps"], event["loss"])
-                elif "result" in event:
-                    measured = event["result"]
-                elif "error" in event:
-                    measured = {"error": event["error"]}
-            code = process.wait()
-            self._running.discard(process)
-        return measured or {"error": _ending(code, log)}
+        except BrokenPipeError:
+            return None  # it ended at once, and its log says why
+        for text in process.stdout:
+            event = json.loads(text)
+            if "step" in event and self._progress is not None:
+                with self._lock:
+                    self._progress.step(job, event["step"], event["steps"], event["loss"])
+            elif "result" in event:
+                measured = event["result"]
+            elif "error" in event:
+                measured = {"error": event["error"]}
+        return measured
 
     def _stop(self) -> None:
         self._stopped.set()
