@@ -40,8 +40,6 @@ def _run(given: dict[str, Any], send: Any) -> dict[str, Any]:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from layersample.registry import load_plugin
-
     from .suite import Job, Suite
     from .training import run_job
 
@@ -49,8 +47,6 @@ def _run(given: dict[str, Any], send: Any) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_num_threads(given["threads"])
-    if given["suite"]["plugin"] is not None:
-        load_plugin(given["suite"]["plugin"])
     suite, job = Suite(**given["suite"]), Job(**given["job"])
     return run_job(
         suite, job, lambda step: send({"step": step["step"], "steps": job.steps, "loss": step["loss"]})
