@@ -122,8 +122,10 @@ class Analysis:
 
     @property
     def finished(self) -> tuple[Row, ...]:
-        """The rows that have results."""
-        return tuple(row for row in self.rows if row.loss is not None)
+        """The rows that have results, from the lowest loss to the highest."""
+        return tuple(
+            sorted((row for row in self.rows if row.loss), key=lambda row: row.loss.mean if row.loss else 0)
+        )
 
     @property
     def done(self) -> int:

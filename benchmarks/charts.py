@@ -58,7 +58,7 @@ def differences(analysis: Analysis) -> str:
             axes.plot(difference.mean, place, "o", color=color, markersize=6)
         axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
         axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel(f"held-out loss minus that of {analysis.suite.reference} (nats a token)")
+        axes.set_xlabel("difference in held-out loss (nats a token)")
         axes.grid(axis="x", linewidth=0.6)
         _zoom(axes, [row.difference.mean for row in rows if row.difference])
 

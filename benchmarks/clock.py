@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 PHASES = ("forward", "backward", "optimizer", "sampling")
 
 
@@ -22,11 +24,13 @@ class PhaseClock:
 
     def start(self, phase: str) -> None:
         """A part begins."""
+        _wait_for_device()
         self._started[phase] = (time.process_time(), time.perf_counter())
 
     def stop(self, phase: str) -> None:
         """A part ends; one that never began has taken nothing."""
         if phase in self._started:
+            _wait_for_device()
             cpu, wall = self._started.pop(phase)
             spent = self.seconds.setdefault(phase, {"cpu": 0.0, "wall": 0.0})
             spent["cpu"] += time.process_time() - cpu
@@ -40,3 +44,9 @@ class PhaseClock:
             yield
         finally:
             self.stop(name)
+
+
+def _wait_for_device() -> None:
+    """A GPU works on while Python goes ahead: without waiting, its time would count for whatever comes next."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

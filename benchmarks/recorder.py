@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from layersample.finetune import CheckedTrainer
 from layersample.memory import count_bytes
-from layersample.recording import peak_process_bytes
+from layersample.recording import peak_device_bytes, peak_process_bytes
 from layersample.scheduler import LayerScheduler
 
 from .clock import PhaseClock
@@ -221,6 +221,7 @@ def peak_bytes(recorder: Recorder) -> dict[str, Any]:
         tensors = {"total": peak.total, "at_peak": peak.at_peak, "largest": largest}
     return {
         "process": recorder.peak_process,
+        "device": peak_device_bytes(),
         "gradients": max(step["gradient_bytes"] for step in recorder.steps),
         "optimizer_state": max(step["optimizer_bytes"] for step in recorder.steps),
         "tensors": tensors,

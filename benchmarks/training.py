@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -76,6 +77,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         "peak_bytes": peak_bytes(recorder),
         **_times(recorder),
         **_layers(recorder, [layer.name for layer in layers]),
+        "cpu_seconds": time.process_time(),
         "summary": method.summary,
         "parameters": parameters,
         "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),

@@ -106,7 +106,8 @@ def test_words_follow_the_numbers(page: Page) -> None:
     answers = {name: row["against full"] for name, row in by_name.items()}
     same = "no difference shown"
     assert answers == {"full": "baseline", "lisa": same, "lora": "not tested", "cyclic": same}
-    assert [row[5] for row in rows] == ["baseline", "better", "no difference shown", "worse"]
+    assert [row[0] for row in rows] == ["1. lisa", "2. full", "3. lora", "4. cyclic"], "from the lowest loss"
+    assert [row[5] for row in rows] == ["better", "baseline", "no difference shown", "worse"]
     assert by_name["lisa"]["difference"] == signed(-0.5)
     assert by_name["full"]["loss"] == "1.002 ± 0.027"
     low, high = (float(x.replace("\N{MINUS SIGN}", "-")) for x in by_name["lora"]["interval"].split(" to "))
