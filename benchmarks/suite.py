@@ -93,7 +93,7 @@ class Suite(BaseModel):
     validation_size: int = Field(32, ge=1, description="Problems that learning rates are chosen on.")
     test_size: int = Field(32, ge=1, description="Problems that the table is measured on.")
     answers: int = Field(16, ge=0, description="Test problems that are answered in full.")
-    answer_tokens: int = Field(200, ge=1, description="Tokens of an answer, at most.")
+    answer_tokens: int = Field(160, ge=1, description="Tokens of an answer, at most.")
     evaluations: int = Field(3, ge=1, description="Held-out losses along a run, after the first one.")
     trace_every: int = Field(10, ge=0, description="Steps between traces of memory; 0: never.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Of intervals, and of the test as a whole.")
