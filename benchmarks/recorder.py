@@ -26,16 +26,16 @@ class TimedTrainer(CheckedTrainer):
 
     Args:
         clock: The clock.
+        problems: What the trained model is to answer.
 
     Attributes:
         tokens: Of the batch, without padding.
-        problems: What the trained model is to answer.
     """
 
-    def __init__(self, *, clock: PhaseClock, **kwargs: Any) -> None:
+    def __init__(self, *, clock: PhaseClock, problems: list[dict[str, Any]], **kwargs: Any) -> None:
         self.clock = clock
+        self.problems = problems
         self.tokens = 0
-        self.problems: list[dict[str, Any]] = []
         super().__init__(**kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

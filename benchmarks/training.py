@@ -94,14 +94,6 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     modules: Sequence[nn.Module],
 ) -> tuple[TimedTrainer, Recorder]:
-    data = split(
-        get_task(suite.task, suite.answer_marker),
-        validation_size=suite.validation_size,
-        test_size=suite.test_size,
-        train_size=job.steps * arguments.train_batch_size * arguments.gradient_accumulation_steps,
-        seed=job.seed,
-    )
-    other = load_data(suite.other_text)
     clock, sampling = PhaseClock(), prepared.sampling
     recorder = Recorder(
         modules,
@@ -110,26 +102,42 @@ def _make_trainer(
         clock,
         trace_every=suite.trace_every if job.stage == "final" else 0,
     )
+    data = _load_data(suite, job, arguments)
     trainer = TimedTrainer(
         clock=clock,
+        problems=data.pop("problems"),
         model=prepared.model,
         args=arguments,
-        train_dataset=data.train,
-        eval_dataset={
-            "held_out": data.validation if job.stage == "search" else data.test,
-            "other": other.select(range(min(suite.other_size, len(other)))),
-        },
+        train_dataset=data.pop("train"),
+        eval_dataset=data,
         processing_class=tokenizer,
         callbacks=[recorder],
         optimizers=(prepared.optimizer, None),
     )
-    trainer.problems = list(data.test.select(range(min(suite.answers, len(data.test)))))
     recorder.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if sampling is not None:
         sampling.attach(trainer)
     put_around(trainer, sampling, clock)
     return trainer, recorder
+
+
+def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str, Any]:
+    """The run's data by its use: to train on, held out, other text, and the problems to be answered."""
+    parts = split(
+        get_task(suite.task, suite.answer_marker),
+        validation_size=suite.validation_size,
+        test_size=suite.test_size,
+        train_size=job.steps * arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        seed=job.seed,
+    )
+    other = load_data(suite.other_text)
+    return {
+        "train": parts.train,
+        "held_out": parts.validation if job.stage == "search" else parts.test,
+        "other": other.select(range(min(suite.other_size, len(other)))),
+        "problems": list(parts.test.select(range(min(suite.answers, len(parts.test))))),
+    }
 
 
 def _train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,8 +64,8 @@ def test_two_runs_of_one_method_and_seed_give_the_same_losses(
 
 def test_every_method_has_the_same_problems_in_the_same_order(make_tiny: Callable[..., Suite]) -> None:
     """At a learning rate of 0 all of them see the same losses."""
-    suite = make_tiny(["full", "lisa", "cyclic+galore", "lora", "badam"])
-    runs = [run(suite, row, rate=0.0) for row in range(5)]
+    suite = make_tiny(["full", "lora_norm", "owlore", "cyclic+galore", "lora", "badam"])
+    runs = [run(suite, row, rate=0.0) for row in range(6)]
     for measured in runs[1:]:
         assert measured["training_loss"] == pytest.approx(runs[0]["training_loss"], rel=1e-5)
         assert measured["loss"]["held_out"] == pytest.approx(runs[0]["loss"]["held_out"], rel=1e-5)
@@ -155,6 +156,29 @@ def test_a_planted_better_method_is_called_better(make_tiny: Callable[..., Suite
     analysis = analyze(suite, lines)
     verdicts = {row.name: row.difference.verdict for row in analysis.rows if row.difference}
     assert verdicts == {"trained": "lower", "again": "no difference shown"}
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
+    """The default suite's task, model and precision, for two steps."""
+    suite = Suite(
+        methods=["lisa+galore"],
+        seeds=[0],
+        steps=2,
+        test_size=2,
+        validation_size=2,
+        other_size=1,
+        answers=2,
+        answer_tokens=8,
+        evaluations=1,
+        trace_every=2,
+        options={"precision": "bf16", "embeddings": "freeze", "period": 2},
+    )
+    measured = run(suite, rate=1e-3)
+    assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
+    assert measured["right"] == 0.0, "no answer has as few as 8 tokens"
+    assert measured["peak_bytes"]["tensors"]["at_peak"]["weights"] > 2 * 134_000_000
+    assert measured["parameters"] == 134_515_008
 
 
 def test_samplers_left_out_need_an_option() -> None:
