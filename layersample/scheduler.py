@@ -38,7 +38,7 @@ class LayerScheduler:
     doesn't require one when the scheduler is made stays frozen.
 
     Args:
-        model: The model. A tied weight counts once.
+        model: The model, wrapped by DDP or sharded by FSDP already, if it will be. A tied weight counts once.
         optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
         sampler: Name of a registered sampler, or a sampler.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.

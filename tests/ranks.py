@@ -28,7 +28,7 @@ from torch import nn
 
 from layersample import LayerScheduler
 
-SECONDS = 100  # for all checks of a module
+SECONDS = 150  # for all checks of a module
 NUM_LAYERS = 4
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import make_batch, make_llama
 from ranks import NUM_LAYERS, alone, assert_close, own_rows, train
+from ranks_ddp import trainer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,9 +18,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.distributed import DistributedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from layersample import ConfigError, LayerScheduler, create_sampler, measure_memory
+from layersample import ConfigError, LayerSamplingCallback, LayerScheduler, create_sampler, measure_memory
 from layersample.distributed import local_part
 from layersample.distributed_checkpoint import load_distributed, optimizer_of, save_distributed
 
@@ -236,38 +238,38 @@ def check_fsdp1_checkpoints(folder: Path) -> None:
 
 
 def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
-    for state in ("drop", "keep", "offload"):
-        for at in (4, 5):  # right after a switch, and in mid-period
-            place = folder / f"{state}-{at}"
-            whole = sharded()
-            optimizer = adamw(whole)
-            scheduler = run(whole, range(at), optimizer=optimizer, state=state)
-            save_distributed(place, whole, optimizer, scheduler.state_dict())
-            train(whole, optimizer, scheduler, range(at, 8), part=own_rows())
+    # Right after a switch, and in mid-period.
+    for state, at in (("drop", 4), ("drop", 5), ("keep", 5), ("offload", 5)):
+        place = folder / f"{state}-{at}"
+        whole = sharded()
+        optimizer = adamw(whole)
+        scheduler = run(whole, range(at), optimizer=optimizer, state=state)
+        save_distributed(place, whole, optimizer, scheduler.state_dict())
+        train(whole, optimizer, scheduler, range(at, 8), part=own_rows())
 
-            part = sharded()
-            with torch.no_grad():
-                for parameter in part.parameters():
-                    parameter.zero_()
-            loaded = adamw(part)
-            resumed = run(
-                part,
-                range(at, 8),
-                optimizer=loaded,
-                state=state,
-                state_dict=load_distributed(place, part, loaded),
-            )
-            assert resumed.state_dict() == scheduler.state_dict()
-            for name, parameter in part.named_parameters():
-                assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
-            resumed.close()
-            scheduler.close()
-            assert all(p.requires_grad for p in part.parameters())
-            if dist.get_rank() == 0:
-                assert not list(folder.glob(".*.new"))
-            weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
-            if dist.get_rank() == 0:
-                torch.save(weights, folder / f"{state}-after.pt")
+        part = sharded()
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.zero_()
+        loaded = adamw(part)
+        resumed = run(
+            part,
+            range(at, 8),
+            optimizer=loaded,
+            state=state,
+            state_dict=load_distributed(place, part, loaded),
+        )
+        assert resumed.state_dict() == scheduler.state_dict()
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+        resumed.close()
+        scheduler.close()
+        assert all(p.requires_grad for p in part.parameters())
+        if dist.get_rank() == 0:
+            assert not list(folder.glob(".*.new"))
+        weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
+        if dist.get_rank() == 0:
+            torch.save(weights, folder / f"{state}-after.pt")
 
 
 class Accelerator:
@@ -306,3 +308,23 @@ def check_accelerate_s_optimizer_checkpoints(folder: Path) -> None:
             assert bool(held[name]) == (parameter in optimizer.state), name
             for key, value in optimizer.state.get(parameter, {}).items():
                 assert torch.equal(local_part(value), local_part(held[name][key])), (name, key)
+
+
+def check_the_trainer(folder: Path) -> None:
+    """With a model that transformers shards as it loads it, which the Trainer takes as it is."""
+    if dist.get_rank() == 0:
+        make_llama(NUM_LAYERS, dtype=torch.float64).save_pretrained(folder / "whole")
+    dist.barrier()
+    model = LlamaForCausalLM.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float64
+    )
+    run = trainer(folder / "trainer", model=model, gradient_accumulation_steps=2)
+    LayerSamplingCallback("lisa", period=2, seed=1, check=True).attach(run)
+    run.train()
+    assert run.model is model and any(isinstance(p, DTensor) for p in model.parameters())
+    weights = {
+        n: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+        for n, p in model.named_parameters()
+    }
+    if dist.get_rank() == 0:
+        torch.save(weights, folder / "trainer.pt")

@@ -44,14 +44,18 @@ def test_fsdp2_on_two_ranks(check: str, fsdp: Launched) -> None:
     assert check in fsdp[0], fsdp[1]
 
 
-def test_the_trainer_on_two_ranks_is_the_trainer_on_one(ddp: Launched, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_the_trainer_on_two_ranks_is_the_trainer_on_one(
+    engine: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     from ranks_ddp import trainer
 
-    alone = trainer(tmp_path)
+    folder = request.getfixturevalue(engine)[2]
+    alone = trainer(tmp_path, gradient_accumulation_steps={"ddp": 1, "fsdp": 2}[engine])
     LayerSamplingCallback("lisa", period=2, seed=1).attach(alone)
     alone.train()
     model = make_llama(NUM_LAYERS, dtype=torch.float64)
-    model.load_state_dict(torch.load(ddp[2] / "trainer.pt", weights_only=True))
+    model.load_state_dict(torch.load(folder / "trainer.pt", weights_only=True))
     assert_close(model, alone.model)
 
 

@@ -117,7 +117,6 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         if self in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(self)
         trainer.callback_handler.callbacks.insert(0, self)
-        protect_checkpoints(trainer)
         if trainer is not self._trainer:
             self._trainer = trainer
             load = trainer._load_optimizer_and_scheduler
@@ -129,6 +128,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
+        protect_checkpoints(trainer)
         return self
 
     def on_train_begin(
