@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from layersample import ConfigError, cli
 from layersample_benchmarks import command
 from layersample_benchmarks.results import Results
-from layersample_benchmarks.suite import Suite
+from layersample_benchmarks.suite import Job, Suite
 
 runner = CliRunner()
 
@@ -133,3 +135,24 @@ def test_baselines_that_are_not_installed_are_said(
     assert "final/badam" not in output and "final/lisa-published/seed-0" in output
     with pytest.raises(ConfigError, match=r"'badam' needs the package badam.*layersample\[baselines\]"):
         invoke("--methods", "badam", "--output", str(tmp_path / "other"))
+
+
+def test_the_bars_on_a_terminal() -> None:
+    """One for all runs, and one for each that goes on, which goes with its end."""
+    screen = Console(force_terminal=True, file=io.StringIO(), width=100)
+    live = command.LiveBenchmark(screen)
+    first, second = (Job(row, "final", 0, 1e-3, 4) for row in ("lisa", "lora"))
+    live.begin(6, 2)
+    live.step(first, 1, 4, 1.25)
+    live.step(second, 2, 4, 1.5)
+    assert [(task.description, task.completed, task.total) for task in live._bar.tasks] == [
+        ("all runs", 2, 6),
+        ("final/lisa/seed-0", 1, 4),
+        ("final/lora/seed-0", 2, 4),
+    ]
+    live.end_run(first, {"error": "no [good]"})
+    live.end()
+    assert [task.description for task in live._bar.tasks] == ["all runs", "final/lora/seed-0"]
+    assert live._bar.tasks[0].completed == 3
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 6 runs are there already." in text and "no [good]" in text and "loss 1.500" in text
