@@ -162,23 +162,15 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
                     f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
                 )
     progress = LiveBenchmark(console)
-
-    def refresh() -> None:
-        write_report(output)  # after each run, so that a benchmark that is stopped has one too
-
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:
-        run_suite(
-            suite,
-            output,
-            jobs=jobs,
-            command=command,
-            progress=progress,
-            after_run=refresh,
-        )
+        run_suite(suite, output, jobs=jobs, command=command, progress=progress)
     except KeyboardInterrupt as error:
         progress.end()
-        Console(stderr=True).print("Interrupted. The same command goes on with it.")
+        Console(stderr=True).print(
+            f"Interrupted. The same command goes on with it; layersample benchmark report {output} shows what is done.",
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from error
     finally:
         progress.end()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +42,6 @@ def run_suite(
     jobs: int = 1,
     command: str | None = None,
     progress: BenchmarkProgress | None = None,
-    after_run: Callable[[], None] = lambda: None,
 ) -> Results:
     """Run what of a suite hasn't been run yet.
 
@@ -55,7 +54,6 @@ def run_suite(
         jobs: Runs at a time.
         command: What was typed, for the report.
         progress: Shows them.
-        after_run: Called after each run that was stored, one at a time.
 
     Raises:
         ConfigError: If the suite or the folder can't be used; nothing has been run then.
@@ -64,7 +62,7 @@ def run_suite(
         raise ConfigError(f"jobs must be at least 1, but got {jobs}.")
     suite.check()
     results = Results(folder, suite).open(command)
-    pool = _Pool(results, suite.threads or max(1, _cores() // jobs), jobs, progress, after_run)
+    pool = _Pool(results, suite.threads or max(1, _cores() // jobs), jobs, progress)
     if progress is not None:
         total = [
             *_searches(suite),
@@ -108,13 +106,11 @@ class _Pool:
         threads: int,
         jobs: int,
         progress: BenchmarkProgress | None,
-        after_run: Callable[[], None],
     ) -> None:
         self._results = results
         self._threads = threads
         self._jobs = jobs
         self._progress = progress
-        self._after_run = after_run
         self._lock = Lock()
         self._stopped = Event()
         self._running: set[subprocess.Popen[str]] = set()
@@ -141,10 +137,9 @@ class _Pool:
         if self._stopped.is_set():  # it was ended, which says nothing of the method
             return
         self._results.add(job, {**measured, "run_seconds": round(time.time() - started, 1)})
-        with self._lock:
-            if self._progress is not None:
+        if self._progress is not None:
+            with self._lock:
                 self._progress.end_run(job, measured)
-            self._after_run()
 
     def _measure(self, job: Job) -> dict[str, Any]:
         suite = self._results.suite.model_dump(mode="json")
