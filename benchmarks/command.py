@@ -168,7 +168,7 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
     except KeyboardInterrupt as error:
         progress.end()
         Console(stderr=True).print(
-            f"Interrupted. The same command goes on with it; layersample benchmark report {output} shows what is done.",
+            f"Interrupted. The same command goes on; layersample benchmark report {output} shows what is done.",
             soft_wrap=True,
         )
         raise typer.Exit(130) from error
