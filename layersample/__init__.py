@@ -26,6 +26,7 @@ from layersample.sampler import (
     SamplingContext,
 )
 from layersample.scheduler import LayerScheduler
+from layersample.step_in_backward import StepInBackward
 from layersample.weighted import MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "ProjectionContext",
     "SamplingContext",
     "Side",
+    "StepInBackward",
     "WeightedSampler",
     "create_projection",
     "create_sampler",

@@ -103,6 +103,14 @@ class OptimizationOptions(_Options):
     warmup: float = Field(0.0, ge=0, description="Warm-up: steps, or a part of all steps below 1.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
+    clip_by: Literal["all", "running", "parameter"] = Field(
+        "all",
+        description="Norm to clip by: of all gradients; with step_in_backward: that of the step before (running), or "
+        "each parameter's own.",
+    )
+    step_in_backward: bool = Field(
+        False, description="Update each parameter in the backward pass, as soon as its gradient is whole."
+    )
     seed: int = Field(0, ge=0, description="Seed of data order, dropout and draws.")
 
 
@@ -131,6 +139,19 @@ class TrainConfig(
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:
             raise ValueError("resume needs output, the folder of the run to continue")
+        if self.step_in_backward and self.clip and self.clip_by == "all":
+            raise ValueError(
+                "step_in_backward never has all gradients at once, and so can't clip by their norm: choose clip_by "
+                "running or parameter, or clip 0"
+            )
+        if self.clip_by != "all" and not self.step_in_backward:
+            raise ValueError(
+                f"clip_by {self.clip_by} is for step_in_backward: turn it on, or choose clip_by all"
+            )
+        if self.step_in_backward and self.precision == "fp16-mixed":
+            raise ValueError(
+                "step_in_backward can't look for overflows of fp16 before it steps: choose another precision"
+            )
         return self
 
 

@@ -36,6 +36,7 @@ from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.run_folder import RunFolder
+from layersample.step_in_backward import ClipBy, StepInBackward
 from layersample.summary import summarize, write_pictures
 
 Report = Callable[[str], None]
@@ -243,7 +244,11 @@ def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
     arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
-    return {**arguments, "projection_options": config.projection_arguments}
+    backward = None
+    if config.step_in_backward:
+        by: ClipBy = "parameter" if config.clip_by == "parameter" else "running"
+        backward = StepInBackward(max_norm=config.clip or None, clip_by=by)
+    return {**arguments, "projection_options": config.projection_arguments, "step_in_backward": backward}
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
@@ -271,7 +276,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
-        "max_grad_norm": config.clip,
+        "max_grad_norm": 0.0 if config.step_in_backward else config.clip,
         "max_length": config.max_length,
         "bf16": config.precision == "bf16-mixed",
         "fp16": config.precision == "fp16-mixed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,11 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.distributed_checkpoint import optimizer_of
+from layersample.errors import ConfigError
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
 from layersample.projection import Projection
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
+from layersample.step_in_backward import StepInBackward
 from layersample.units import Rule
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
         projection_options: Options of a projection given by name.
         master_weights: Whether bf16 weights train on fp32 masters.
+        step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0.
         allow_changes: Whether a checkpoint of other arguments may be resumed.
         check: Check every period, bit by bit.
 
@@ -79,6 +83,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
+        step_in_backward: StepInBackward | None = None,
         allow_changes: bool = False,
         check: bool = False,
     ) -> None:
@@ -97,6 +102,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "projection": projection,
             "projection_options": projection_options,
             "master_weights": master_weights,
+            "step_in_backward": step_in_backward,
             "allow_changes": allow_changes,
             "check": check,
         }
@@ -136,6 +142,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the scheduler; take back its state from a checkpoint."""
         arguments = dict(self._arguments)
+        if arguments["step_in_backward"] is not None and args.max_grad_norm:
+            raise ConfigError(
+                "A step in the backward pass leaves no gradients to clip: set the Trainer's max_grad_norm to 0, and "
+                f"StepInBackward(max_norm=...) in its place, but got max_grad_norm={args.max_grad_norm}."
+            )
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
         # The Trainer saves the state of callbacks only under keys that are there.
@@ -201,6 +212,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
             named = value is None or isinstance(value, str)
             arguments[key] = value if named else f"{type(value).__name__} (object)"
+        backward = arguments["step_in_backward"]
+        arguments["step_in_backward"] = None if backward is None else asdict(backward)
         return {
             "args": arguments,
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
