@@ -77,8 +77,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kinds.setdefault(self._ids[tensor.untyped_storage()._cdata], kind)
 
     def _mark_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.mark("gradients", [parameter.grad])
+        # A step in the backward pass has freed it before this hook comes; then it counts among the rest.
+        if parameter.grad is not None:
+            self.mark("gradients", [parameter.grad])
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

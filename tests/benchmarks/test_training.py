@@ -105,6 +105,26 @@ def seen(measured: dict[str, Any]) -> set[int]:
     return {index for _, _, active in measured["active"] for index in active}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_in_backward": True, "clip_by": "running"},
+        {"state": "offload", "gradient_accumulation": 2},
+        {"projection": "apollo", "embeddings": "freeze", "gradient_checkpointing": True},
+    ],
+)
+def test_options_of_train_are_options_of_a_row(
+    options: dict[str, Any], make_tiny: Callable[..., Suite]
+) -> None:
+    suite = make_tiny([{"name": "own", "method": "lisa", "options": options}], options={"precision": "bf16"})
+    suite.check()
+    measured = run(suite)
+    assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
+    assert options.items() <= measured["options"].items()
+    tensors = measured["peak_bytes"]["tensors"]
+    assert tensors["total"] == sum(tensors["at_peak"].values())
+
+
 def test_layers_coverage_and_staleness(make_tiny: Callable[..., Suite]) -> None:
     suite = make_tiny(
         [{"name": "cyclic", "options": {"num_active": 1, "period": 1}}, "lora"], steps=3, trace_every=0
