@@ -20,7 +20,7 @@ from layersample import (
     list_projections,
     register_projection,
 )
-from layersample.optimizer_view import NonFiniteGradientError
+from layersample.low_rank import NonFiniteGradientError
 
 RANK = 4
 
@@ -417,6 +417,28 @@ def test_an_optimizer_that_raises_leaves_everything_in_its_place(monkeypatch: py
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     assert optimizer.state_dict()["state"][0]["exp_avg"].shape == (RANK, 24)
+    assert optimizer.param_groups[0]["params"] == [model.weight] and len(optimizer.param_groups) == 1
+    scheduler.close()
+
+
+def test_a_basis_that_raises_leaves_everything_in_its_place() -> None:
+    @register_projection("failing")
+    class Failing(Projection):
+        def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
+            if context.steps:
+                raise RuntimeError("no basis")
+            return torch.eye(gradient.shape[0], self.rank, dtype=gradient.dtype)
+
+    model = Regression(12, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = schedule(model, optimizer, projection="failing", projection_options={"rank": RANK})
+    model.loss(0).backward()
+    optimizer.step()
+    before = dict(optimizer.state[model.weight])
+    with pytest.raises(RuntimeError, match="no basis"):
+        optimizer.step()
+    after = optimizer.state[model.weight]
+    assert after.keys() == before.keys() and all(after[key] is before[key] for key in before)
     assert optimizer.param_groups[0]["params"] == [model.weight] and len(optimizer.param_groups) == 1
     scheduler.close()
 
