@@ -1,4 +1,4 @@
-"""The command line: ``layersample list | profile | train``."""
+"""The command line: ``layersample list | profile | train | benchmark``."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from layersample.registry import (
     list_samplers,
     load_plugin,
 )
+from layersample_benchmarks.command import app as benchmark_app
 
 app = typer.Typer(
     help="Fine-tune large models a few layers at a time.", no_args_is_help=True, add_completion=False
@@ -311,5 +312,6 @@ def _default(field: FieldInfo) -> str:
 
 
 app.command(rich_help_panel=None)(_with_options(train))
+app.add_typer(benchmark_app, name="benchmark")
 if __name__ == "__main__":
     main()
