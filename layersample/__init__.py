@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layersample.errors import ConfigError
+from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
 from layersample.registry import create_sampler, list_samplers, load_plugin, register
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkedLoss",
     "ConfigError",
     "Layer",
     "LayerSampler",

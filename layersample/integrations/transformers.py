@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from layersample.head import ChunkedLoss
 from layersample.optimizer_state import StatePolicyName
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
@@ -47,6 +48,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         other: The same for every other parameter.
         state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
         check: Check every period, bit by bit.
+        loss_chunk: Compute the loss from the logits of this many positions at a time, see
+            :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
+            of their own, which stays.
 
     Raises:
         ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does.
@@ -67,6 +71,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         other: Rule = "train",
         state: StatePolicyName = "drop",
         check: bool = False,
+        loss_chunk: int | None = None,
     ) -> None:
         self._sampler = sampler
         self._arguments: dict[str, Any] = {
@@ -82,6 +87,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "state": state,
             "check": check,
         }
+        self._loss_chunk = loss_chunk
+        self._chunked_loss: ChunkedLoss | None = None
         self.scheduler: LayerScheduler | None = None
         # Set by the Trainer where restore_callback_states_from_checkpoint=True.
         self.scheduler_state: dict[str, Any] | None = None
@@ -114,6 +121,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
+        if self._loss_chunk is not None:
+            self._chunked_loss = ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk)
         if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
@@ -153,6 +162,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Give every parameter its ``requires_grad`` back."""
         assert self.scheduler is not None
         self.scheduler.close()
+        if self._chunked_loss is not None:
+            self._chunked_loss.close()
+            self._chunked_loss = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""
@@ -164,7 +176,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
         )
         return {
-            "args": {"sampler": sampler, **arguments},
+            "args": {"sampler": sampler, **arguments, "loss_chunk": self._loss_chunk},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 
