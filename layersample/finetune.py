@@ -16,6 +16,7 @@ import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,6 +30,7 @@ from layersample.config import TrainConfig, write_yaml
 from layersample.data import load_split
 from layersample.errors import ConfigError, unknown
 from layersample.files import replace_folder, write_json, write_text
+from layersample.head import ChunkedLoss
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
@@ -109,6 +111,8 @@ def finetune(
             processing_class=tokenizer,
             callbacks=[recorder],
         )
+        if config.loss_chunk:
+            trainer.chunk_loss(config.loss_chunk)
         trainer.remove_callback(PrinterCallback)
         sampling.attach(trainer)
         for name, count in trainer.too_long.items():
@@ -158,6 +162,7 @@ class _Trainer(SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self.too_long: dict[str, int] = {}
+        self._chunks_loss = False
         super().__init__(**kwargs)
 
     def _prepare_dataset(
@@ -178,6 +183,18 @@ class _Trainer(SFTTrainer):
                 f"max_length={limit} tokens: raise it."
             )
         return ready
+
+    def chunk_loss(self, positions: int) -> None:
+        """Compute the training loss from the logits of some positions at a time."""
+        assert isinstance(self.model, PreTrainedModel)
+        ChunkedLoss(self.model, chunk_size=positions)
+        self._chunks_loss = True
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._chunks_loss and model.training:
+            # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]

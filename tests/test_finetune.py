@@ -113,15 +113,15 @@ def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl import SFTTrainer
+    from transformers import Trainer
 
-    compute_loss = SFTTrainer.compute_loss
+    compute_loss = Trainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(self, *args, **kwargs)
         return loss * float("nan") if self.model.training and self.state.global_step == 4 else loss
 
-    monkeypatch.setattr(SFTTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(Trainer, "compute_loss", poisoned)
     with pytest.raises(NonFiniteLossError, match="loss is nan at step 5, .* checkpoint is .*checkpoint-3"):
         run(options, save_steps=3)
     checkpoint = Path(options["output"]) / "checkpoints" / "checkpoint-3"
@@ -243,3 +243,11 @@ def test_trains_the_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> No
     # Two moments of 2 layers of 3,540,096 parameters and the final norm; a step counter for each of 19 tensors.
     assert summary["peak_bytes"]["optimizer_state"] == 2 * 4 * (2 * 3_540_096 + 576) + 19 * 4
     assert os.path.getsize(tmp_path / "run" / "model" / "model.safetensors") > 5e8
+
+
+def test_the_chunked_loss_is_that_of_trl(options: dict[str, Any]) -> None:
+    losses = []
+    for chunk in (0, 3):
+        run(options, loss_chunk=chunk, overwrite=True)
+        losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
