@@ -9,6 +9,7 @@ from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
+from layersample.recompute import SelectiveRecompute
 from layersample.registry import create_sampler, list_samplers, load_plugin, register
 from layersample.sampler import (
     LayerSampler,
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryUse",
     "ModelLayers",
     "SamplingContext",
+    "SelectiveRecompute",
     "WeightedSampler",
     "create_sampler",
     "find_layers",

@@ -53,6 +53,9 @@ class ModelOptions(_Options):
         "none", description="Type of the arithmetic alone (mixed precision)."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    recompute: bool = Field(
+        True, description="Compute cheap activations again in backward: the same to the bit, in less memory."
+    )
     loss_chunk: int = Field(
         128, ge=0, description="Positions whose logits exist at a time; 0: TRL's loss, which holds more."
     )

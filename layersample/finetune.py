@@ -94,7 +94,9 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-    sampling = LayerSamplingCallback(config.sampler, **_scheduler_arguments(config))
+    sampling = LayerSamplingCallback(
+        config.sampler, **_scheduler_arguments(config), recompute=config.recompute
+    )
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -193,8 +195,8 @@ class _Trainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self._chunks_loss and model.training:
             # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
-            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from layersample.head import ChunkedLoss
 from layersample.optimizer_state import StatePolicyName
+from layersample.recompute import SelectiveRecompute
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
 from layersample.units import Rule
@@ -51,6 +52,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
             :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
             of their own, which stays.
+        recompute: Keep fewer activations, exactly, see :class:`~layersample.SelectiveRecompute`.
 
     Raises:
         ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does.
@@ -72,6 +74,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         state: StatePolicyName = "drop",
         check: bool = False,
         loss_chunk: int | None = None,
+        recompute: bool = False,
     ) -> None:
         self._sampler = sampler
         self._arguments: dict[str, Any] = {
@@ -87,8 +90,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "state": state,
             "check": check,
         }
-        self._loss_chunk = loss_chunk
-        self._chunked_loss: ChunkedLoss | None = None
+        self._loss_chunk, self._recompute = loss_chunk, recompute
+        self._savers: list[ChunkedLoss | SelectiveRecompute] = []
         self.scheduler: LayerScheduler | None = None
         # Set by the Trainer where restore_callback_states_from_checkpoint=True.
         self.scheduler_state: dict[str, Any] | None = None
@@ -122,7 +125,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             state_dict=saved or None,
         )
         if self._loss_chunk is not None:
-            self._chunked_loss = ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk)
+            self._savers.append(ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk))
+        if self._recompute:
+            self._savers.append(SelectiveRecompute(kwargs["model"]))
         if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
@@ -162,9 +167,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Give every parameter its ``requires_grad`` back."""
         assert self.scheduler is not None
         self.scheduler.close()
-        if self._chunked_loss is not None:
-            self._chunked_loss.close()
-            self._chunked_loss = None
+        while self._savers:
+            self._savers.pop().close()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""
@@ -176,7 +180,12 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
         )
         return {
-            "args": {"sampler": sampler, **arguments, "loss_chunk": self._loss_chunk},
+            "args": {
+                "sampler": sampler,
+                **arguments,
+                "loss_chunk": self._loss_chunk,
+                "recompute": self._recompute,
+            },
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 
