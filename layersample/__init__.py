@@ -9,8 +9,17 @@ from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
+from layersample.projection import LowRankStep, Projection, ProjectionContext, Side
 from layersample.recompute import SelectiveRecompute
-from layersample.registry import create_sampler, list_samplers, load_plugin, register
+from layersample.registry import (
+    create_projection,
+    create_sampler,
+    list_projections,
+    list_samplers,
+    load_plugin,
+    register,
+    register_projection,
+)
 from layersample.sampler import (
     LayerSampler,
     LayerStatistics,
@@ -34,20 +43,27 @@ __all__ = [
     "LayerSamplingCallback",
     "LayerScheduler",
     "LayerStatistics",
+    "LowRankStep",
     "MeasuredSampler",
     "Measurement",
     "MemoryUse",
     "ModelLayers",
+    "Projection",
+    "ProjectionContext",
     "SamplingContext",
     "SelectiveRecompute",
+    "Side",
     "WeightedSampler",
+    "create_projection",
     "create_sampler",
     "find_layers",
+    "list_projections",
     "list_samplers",
     "load_plugin",
     "measure_memory",
     "metrics",
     "register",
+    "register_projection",
 ]
 
 

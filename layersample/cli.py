@@ -30,7 +30,14 @@ from layersample.config import (
 )
 from layersample.display import plain
 from layersample.errors import ConfigError, unknown
-from layersample.registry import describe, describe_options, get_sampler, list_samplers, load_plugin
+from layersample.registry import (
+    SAMPLERS,
+    describe,
+    describe_options,
+    list_projections,
+    list_samplers,
+    load_plugin,
+)
 
 app = typer.Typer(
     help="Fine-tune large models a few layers at a time.", no_args_is_help=True, add_completion=False
@@ -53,22 +60,26 @@ def main() -> None:
 
 @app.command("list")
 def list_command(
-    name: Annotated[str | None, typer.Argument(help="A sampler, to see its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A sampler or projection, to see its options.")] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="Python file that registers samplers of your own.")
     ] = None,
 ) -> None:
-    """Show all samplers, or the options of one."""
+    """Show all samplers and projections, or the options of one."""
     if plugin is not None:
         load_plugin(plugin)
     if name is None:
-        table = Table("sampler", "what it does", "source", box=None, header_style="bold")
-        for sampler, cls in list_samplers().items():
-            table.add_row(sampler, plain(describe(cls)[0].replace("``", "")), plain(cls.source))
-        console.print(table)
-        console.print("\nOptions of one: layersample list NAME")
+        for kind, classes in (("sampler", list_samplers()), ("projection", list_projections())):
+            table = Table(kind, "what it does", "source", box=None, header_style="bold", pad_edge=False)
+            for title, strategy in classes.items():
+                table.add_row(title, plain(describe(strategy)[0].replace("``", "")), plain(strategy.source))
+            console.print(table, "")
+        console.print("Options of one: layersample list NAME")
         return
-    cls = get_sampler(name)
+    known: dict[str, type[Any]] = {**list_projections(), **list_samplers()}
+    cls = known.get(name)
+    if cls is None:
+        raise ConfigError(unknown("sampler or projection", name, known))
     first, rest = describe(cls)
     text = f"[bold]{name}[/]: {plain(first)}\n{plain(rest)}\nSource: {plain(cls.source or 'not given')}\n"
     console.print(text, highlight=False)
@@ -118,7 +129,7 @@ def profile_command(
         for text in sampler or (PROFILE_SAMPLERS if data is None else PROFILE_DATA_SAMPLERS)
     ]
     for name, _ in chosen:
-        get_sampler(name)  # a misspelt one is told before the model loads
+        SAMPLERS.get(name)  # a misspelt one is told before the model loads
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -151,6 +162,7 @@ def train(
     config: Path | None = None,
     preset: str | None = None,
     sampler_option: list[str] | None = None,
+    projection_option: list[str] | None = None,
     trainer_option: list[str] | None = None,
     **flags: Any,
 ) -> None:
@@ -166,7 +178,11 @@ def train(
         sources.append((f"preset {preset}", read_preset(preset)))
     if config is not None:
         sources.append((str(config), read_yaml(config)))
-    for key, pairs in (("sampler_options", sampler_option), ("trainer", trainer_option)):
+    for key, pairs in (
+        ("sampler_options", sampler_option),
+        ("projection_options", projection_option),
+        ("trainer", trainer_option),
+    ):
         if pairs:
             base: dict[str, Any] = {}
             for _, options in sources:
@@ -256,14 +272,15 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     panel = "Configuration"
     extra: list[tuple[str, Any, str]] = [
         ("config", Path | None, "YAML file of options; flags win over it."),
-        ("preset", str | None, "Options of a paper: lisa."),
+        ("preset", str | None, "Options of a paper: lisa or owlore."),
         ("sampler_option", list[str] | None, "KEY=VALUE for the sampler; may be repeated."),
+        ("projection_option", list[str] | None, "KEY=VALUE for the projection; may be repeated."),
         ("trainer_option", list[str] | None, "KEY=VALUE for TRL's SFTConfig; may be repeated."),
     ]
     parameters = [_flag(name, kind, text, panel) for name, kind, text in extra]
     for section in SECTIONS:
         for name, field in section.model_fields.items():
-            if name != "sampler_options":
+            if name not in ("sampler_options", "projection_options"):
                 text = f"{field.description} [dim]\\[default: {_default(field)}][/]"
                 parameters.append(
                     _flag(name, _flag_type(field.annotation), text, (section.__doc__ or "").strip("."))

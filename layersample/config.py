@@ -44,6 +44,23 @@ class SamplingOptions(_Options):
     plugin: Path | None = Field(None, description="Python file that registers samplers of your own.")
 
 
+class ProjectionOptions(_Options):
+    """Low-rank projection of the gradients."""
+
+    projection: str | None = Field(
+        None, description="Name of the projection; `layersample list` shows them. Default: full rank."
+    )
+    rank: int | None = Field(None, ge=1, description="Rank of the projection; default: the projection's own.")
+    projection_options: dict[str, Any] = Field(
+        {}, description="Options of the projection: `layersample list NAME`."
+    )
+
+    @property
+    def projection_arguments(self) -> dict[str, Any]:
+        """The projection's options with its rank."""
+        return self.projection_options | ({} if self.rank is None else {"rank": self.rank})
+
+
 class ModelOptions(_Options):
     """The model."""
 
@@ -100,7 +117,9 @@ class OutputOptions(_Options):
     overwrite: bool = Field(False, description="Replace the run in the output folder.")
 
 
-class TrainConfig(SamplingOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(
+    SamplingOptions, ProjectionOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions
+):
     """All options of ``layersample train``."""
 
     trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
@@ -118,6 +137,7 @@ class TrainConfig(SamplingOptions, ModelOptions, DataOptions, OptimizationOption
 
 SECTIONS: tuple[type[_Options], ...] = (
     SamplingOptions,
+    ProjectionOptions,
     ModelOptions,
     DataOptions,
     OptimizationOptions,

@@ -34,7 +34,7 @@ from layersample.head import ChunkedLoss
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.models import load_model
 from layersample.recording import Progress, RunRecorder
-from layersample.registry import create_sampler, load_plugin
+from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.run_folder import RunFolder
 from layersample.summary import summarize, write_pictures
 
@@ -83,7 +83,9 @@ def finetune(
     """
     if config.plugin is not None:
         load_plugin(config.plugin)
-    create_sampler(config.sampler, config.sampler_options)  # its name and options, before anything is loaded
+    # Names and options, before anything is loaded.
+    create_sampler(config.sampler, config.sampler_options)
+    PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
     folder = RunFolder.choose(config)
     arguments = _training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
@@ -257,8 +259,9 @@ def _stop_on_signal() -> Iterator[_StopOnSignal]:
 
 
 def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
-    names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check")
-    return {name: getattr(config, name) for name in (*names, "embeddings", "head", "norm", "other")}
+    names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
+    arguments = {name: getattr(config, name) for name in (*names, "embeddings", "head", "norm", "other")}
+    return {**arguments, "projection_options": config.projection_arguments}
 
 
 def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:

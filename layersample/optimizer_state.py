@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.masters import AT_REST, at_rest
+
 StatePolicyName = Literal["drop", "keep", "offload"]
 
 
@@ -26,9 +28,11 @@ class Drop:
     """Free the state: memory stays flat, and a layer starts afresh at each visit (as BAdam does)."""
 
     def freeze(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        """Remove the state."""
+        """Remove the state, but for what makes bf16 weights exact: that is a part of the weight."""
         for parameter in parameters:
-            optimizer.state.pop(parameter, None)
+            kept = at_rest(optimizer.state.pop(parameter, {}))
+            if kept:
+                optimizer.state[parameter] = kept
 
     def activate(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing to do: the optimizer makes new state at its first step."""
@@ -85,9 +89,9 @@ def create_policy(name: StatePolicyName) -> StatePolicy:
 def _tensors(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter]
 ) -> Iterable[tuple[nn.Parameter, str, torch.Tensor]]:
-    """State tensors of some parameters; step counters, which have no dimensions, stay where they are."""
+    """State tensors that move: not step counters, which have no dimensions, nor what stays on the CPU."""
     for parameter in parameters:
         # `optimizer.state[parameter]` would make an empty entry.
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0:
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and key not in AT_REST:
                 yield parameter, key, value

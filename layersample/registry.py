@@ -1,4 +1,4 @@
-"""Names for samplers: the built-in ones, those of installed packages, and those in a user's own file."""
+"""Names for samplers and projections: the built-in ones, those of installed packages, and a user's own."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import docstring_parser
 from pydantic import ConfigDict, ValidationError, create_model
 
 from layersample.errors import ConfigError, unknown
+from layersample.projection import Projection
 from layersample.sampler import LayerSampler
 
-_samplers: dict[str, type[LayerSampler]] = {}
-_Class = TypeVar("_Class", bound=type[LayerSampler])
+_Kind = TypeVar("_Kind")
+_Class = TypeVar("_Class", bound=type[Any])
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a sampler: its name, type and default as text, and what its docstring says of it."""
+    """One option of a strategy: its name, type and default as text, and what its docstring says of it."""
 
     name: str
     type: str
@@ -34,87 +35,140 @@ class Option:
     description: str
 
 
-def register(name: str) -> Callable[[_Class], _Class]:
-    """Class decorator that gives a sampler the name by which configurations and commands choose it.
+class Registry(Generic[_Kind]):
+    """Names of one kind of strategy.
 
     Args:
-        name: The name; no other class may have it. The same class may come again (a notebook cell run twice).
-
-    Raises:
-        TypeError: If the class is no :class:`LayerSampler`.
-        ValueError: If another class has the name.
+        kind: What it is called in messages.
+        base: The class that all of them extend.
     """
 
-    def decorate(cls: _Class) -> _Class:
-        if not (inspect.isclass(cls) and issubclass(cls, LayerSampler)):
-            raise TypeError(f"@register({name!r}) must decorate a subclass of LayerSampler, but got {cls!r}.")
-        other = _samplers.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"The sampler name {name!r} is taken by {other.__module__}.{other.__qualname__}; choose another one."
+    def __init__(self, kind: str, base: type[_Kind]) -> None:
+        self._kind, self._base = kind, base
+        self.classes: dict[str, type[_Kind]] = {}
+
+    def register(self, name: str) -> Callable[[_Class], _Class]:
+        """Class decorator that gives a strategy the name by which configurations and commands choose it.
+
+        Args:
+            name: The name; no other class may have it. The same class may come again (a notebook cell run twice).
+
+        Raises:
+            TypeError: If the class isn't of this kind.
+            ValueError: If another class has the name.
+        """
+
+        def decorate(cls: _Class) -> _Class:
+            if not (inspect.isclass(cls) and issubclass(cls, self._base)):
+                raise TypeError(
+                    f"A {self._kind} ({name!r}) must be a subclass of {self._base.__name__}, but got {cls!r}."
+                )
+            other = self.classes.get(name)
+            if other is not None and _identity(other) != _identity(cls):
+                raise ValueError(
+                    f"The {self._kind} name {name!r} is taken by {'.'.join(_identity(other))}; choose another one."
+                )
+            self.classes[name] = cls
+            return cls  # type: ignore[return-value]
+
+        return decorate
+
+    def list(self) -> dict[str, type[_Kind]]:
+        """All by name, sorted; those of installed packages are loaded by the first call."""
+        _load_entry_points()
+        return dict(sorted(self.classes.items()))
+
+    def get(self, name: str) -> type[_Kind]:
+        """The class behind a name.
+
+        Raises:
+            ConfigError: If there is none of that name; it lists the names and the closest one.
+        """
+        classes = self.list()
+        if name not in classes:
+            raise ConfigError(unknown(self._kind, name, classes))
+        return classes[name]
+
+    def create(self, name: str, options: Mapping[str, Any] | None = None) -> _Kind:
+        """Make a strategy from its name and options.
+
+        Args:
+            name: A name that :meth:`list` knows.
+            options: Constructor arguments by name; checked against the constructor's annotations.
+
+        Raises:
+            ConfigError: If the name or an option is unknown, or a value has the wrong type or is out of bounds.
+        """
+        cls = self.get(name)
+        options = dict(options or {})
+        known = _parameters(cls)
+        for option in options:
+            if option not in known:
+                raise ConfigError(unknown(f"option of {self._kind} {name!r}", option, known))
+        hints = get_type_hints(cls.__init__, include_extras=True)
+        # Pydantic checks and converts, as for the rest of the configuration: "0.5" from a command line is a number.
+        fields: dict[str, Any] = {
+            key: (hints.get(key, Any), ... if parameter.default is parameter.empty else parameter.default)
+            for key, parameter in known.items()
+        }
+        schema = create_model("Options", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
+        try:
+            checked = schema(**options)
+            return cls(**{key: getattr(checked, key) for key in options})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"Option {key!r} of {self._kind} {name!r}: {first['msg']}, but got {first['input']!r}."
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self._kind.capitalize()} {name!r}: {error}") from error
+
+    def resolve(self, strategy: str | _Kind, options: Mapping[str, Any] | None = None) -> tuple[_Kind, str]:
+        """The strategy that is meant by a name or by itself, and what it is called.
+
+        Raises:
+            ConfigError: As :meth:`create`; or if options come with a strategy that is made already.
+        """
+        if isinstance(strategy, str):
+            return self.create(strategy, options), strategy
+        if options:
+            raise ConfigError(
+                f"{self._kind}_options go with a {self._kind}'s name; give them to the {self._kind} itself."
             )
-        _samplers[name] = cls
-        return cls
+        if not isinstance(strategy, self._base):
+            raise ConfigError(
+                f"A {self._kind} must be a name or a {self._base.__name__}, but got {strategy!r}."
+            )
+        return strategy, type(strategy).__name__
 
-    return decorate
+    def resolve_optional(
+        self, strategy: str | _Kind | None, options: Mapping[str, Any] | None = None
+    ) -> tuple[_Kind, str] | tuple[None, None]:
+        """As :meth:`resolve`, where there may be none.
 
-
-def list_samplers() -> dict[str, type[LayerSampler]]:
-    """All samplers by name, sorted; those of installed packages are loaded by the first call."""
-    _load_entry_points()
-    return dict(sorted(_samplers.items()))
-
-
-def get_sampler(name: str) -> type[LayerSampler]:
-    """The class behind a name.
-
-    Raises:
-        ConfigError: If there is no sampler of that name; it lists the names and the closest one.
-    """
-    samplers = list_samplers()
-    if name not in samplers:
-        raise ConfigError(unknown("sampler", name, samplers))
-    return samplers[name]
+        Raises:
+            ConfigError: As :meth:`resolve`; or if there are options, but nothing that they are for.
+        """
+        if strategy is not None:
+            return self.resolve(strategy, options)
+        if options:
+            raise ConfigError(f"{self._kind}_options need a {self._kind}, but there is none: name one.")
+        return None, None
 
 
-def create_sampler(name: str, options: Mapping[str, Any] | None = None) -> LayerSampler:
-    """Make a sampler from its name and options.
-
-    Args:
-        name: A name that :func:`list_samplers` knows.
-        options: Constructor arguments by name; checked against the constructor's annotations.
-
-    Raises:
-        ConfigError: If the name or an option is unknown, or a value has the wrong type or is out of bounds.
-    """
-    cls = get_sampler(name)
-    options = dict(options or {})
-    known = _parameters(cls)
-    for option in options:
-        if option not in known:
-            raise ConfigError(unknown(f"option of sampler {name!r}", option, known))
-    hints = get_type_hints(cls.__init__, include_extras=True)
-    # Pydantic checks and converts, as for the rest of the configuration: "0.5" from a command line is a number.
-    fields: dict[str, Any] = {
-        key: (hints.get(key, Any), ... if parameter.default is parameter.empty else parameter.default)
-        for key, parameter in known.items()
-    }
-    schema = create_model("Options", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
-    try:
-        checked = schema(**options)
-        return cls(**{key: getattr(checked, key) for key in options})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"Option {key!r} of sampler {name!r}: {first['msg']}, but got {first['input']!r}."
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"Sampler {name!r}: {error}") from error
+SAMPLERS: Registry[LayerSampler] = Registry("sampler", LayerSampler)  # type: ignore[type-abstract]
+PROJECTIONS: Registry[Projection] = Registry("projection", Projection)  # type: ignore[type-abstract]
+register, create_sampler, list_samplers = SAMPLERS.register, SAMPLERS.create, SAMPLERS.list
+register_projection, create_projection, list_projections = (
+    PROJECTIONS.register,
+    PROJECTIONS.create,
+    PROJECTIONS.list,
+)
 
 
-def describe_options(cls: type[LayerSampler]) -> list[Option]:
-    """The options of a sampler, as its constructor and docstring give them."""
+def describe_options(cls: type[Any]) -> list[Option]:
+    """The options of a strategy, as its constructor and docstring give them."""
     hints = get_type_hints(cls.__init__)
     # An inherited option is documented where it comes from.
     documented = {
@@ -133,8 +187,8 @@ def describe_options(cls: type[LayerSampler]) -> list[Option]:
     ]
 
 
-def describe(cls: type[LayerSampler]) -> tuple[str, str]:
-    """The first line of a sampler's docstring, and what follows it up to the options."""
+def describe(cls: type[Any]) -> tuple[str, str]:
+    """The first line of a strategy's docstring, and what follows it up to the options."""
     parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
     return parsed.short_description or "", (parsed.long_description or "").replace("``", "")
 
@@ -169,7 +223,11 @@ def load_plugin(path: str | Path) -> ModuleType:
     return module
 
 
-def _parameters(cls: type[LayerSampler]) -> dict[str, inspect.Parameter]:
+def _identity(cls: type[Any]) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(cls).parameters
     return {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 

@@ -121,3 +121,27 @@ class LayerSampler(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what :meth:`state_dict` gave."""
+
+
+def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
+    """Let a sampler choose the layers of a period, and make sure that it chose some that exist.
+
+    Returns:
+        Indices, ascending.
+
+    Raises:
+        ValueError: If they aren't distinct indices of layers, or there are none where nothing else trains.
+    """
+    name, chosen = type(sampler).__name__, list(sampler.sample(context))
+    if len(set(chosen)) != len(chosen) or not all(
+        isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
+    ):
+        raise ValueError(
+            f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
+            f"but returned {chosen} in period {context.round}."
+        )
+    if not chosen and not context.allow_empty:
+        raise ValueError(
+            f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
+        )
+    return tuple(sorted(chosen))

@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.errors import ConfigError
+from layersample.history import LayerHistory
 from layersample.layers import GroupName, find_layers, unwrap
 from layersample.optimizer_state import StatePolicyName, create_policy
-from layersample.registry import create_sampler
-from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.optimizer_view import OptimizerView
+from layersample.projection import Projection
+from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampler import LayerSampler, Measurement, SamplingContext, draw
 from layersample.selfcheck import SelfCheck
+from layersample.targets import find_targets
 from layersample.units import Rule, arrange, check_optimizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,11 @@ class LayerScheduler:
         other: The same for every parameter outside of these and the layers.
         state: Optimizer state of frozen layers: ``"drop"`` frees it, ``"keep"`` leaves it, ``"offload"``
             moves it to CPU memory until the layer trains again.
+        projection: Name of a registered projection, or a projection: the gradients of active matrices are
+            projected to a low rank, in which the optimizer keeps its state. ``None`` trains at full rank.
+        projection_options: Options of a projection given by name: rank, scale, update_gap, targets, ...
+        master_weights: Whether bf16 weights train on fp32 masters, so that no update is lost in rounding. While a
+            layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -89,24 +98,20 @@ class LayerScheduler:
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         check: bool = False,
     ) -> None:
         if period < 1:
             raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
-        if isinstance(sampler, str):
-            self.sampler = create_sampler(sampler, sampler_options)
-            self._sampler_name = sampler
-        else:
-            if sampler_options:
-                raise ConfigError(
-                    "sampler_options go with a sampler's name; give them to the sampler itself."
-                )
-            self.sampler = sampler
-            self._sampler_name = type(sampler).__name__
-        # As a checkpoint in JSON will give it back.
-        self._options = json.loads(json.dumps(dict(sampler_options or {}), default=str))
+        self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
+        self.projection: Projection | None
+        self._projection_name: str | None
+        self.projection, self._projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        self._options = {"sampler": sampler_options, "projection": projection_options}
         self._model = unwrap(model)
         self._optimizer = optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
@@ -124,14 +129,16 @@ class LayerScheduler:
             )
         check_optimizer(self._model, optimizer, self._units)
         self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
+        self._projected = find_targets(self._model, self.model_layers, self.projection)
+        self._view = OptimizerView(
+            optimizer, projection=self.projection, master_weights=master_weights, seed=seed
+        )
         self._self_check = SelfCheck(optimizer, state) if check else None
         self._state_is_placed = False
         self._round, self._steps = 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
-        self._visits = [0] * len(self._units.sampled)
-        self._last_active: list[int | None] = [None] * len(self._units.sampled)
-        self._changed = set(range(len(self._units.sampled)))
+        self._history = LayerHistory(len(self._units.sampled))
         self._batches = batches
         if state_dict is None:
             self._start_round()
@@ -156,6 +163,11 @@ class LayerScheduler:
         return tuple(self._units.sampled[i].name for i in self._active)
 
     @property
+    def projected(self) -> frozenset[str]:
+        """Names of the weights whose gradients are projected when they train."""
+        return self._projected
+
+    @property
     def round(self) -> int:
         """Number of the current period, from 0."""
         return self._round
@@ -173,15 +185,12 @@ class LayerScheduler:
     @property
     def coverage(self) -> float:
         """Share of :attr:`layers` that have trained so far, those that train now included."""
-        return sum(visits > 0 or i in self._active for i, visits in enumerate(self._visits)) / len(
-            self._visits
-        )
+        return self._history.coverage(self._active)
 
     @property
     def staleness(self) -> list[int]:
         """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
-        last = [-1 if period is None else period for period in self._last_active]
-        return [0 if i in self._active else self._round - period for i, period in enumerate(last)]
+        return self._history.staleness(self._round, self._active)
 
     # The run
 
@@ -228,6 +237,7 @@ class LayerScheduler:
             self._self_check.close()
             self._self_check = None
         self._checkpointing.close()
+        self._view.close()
         parameters = dict(self._model.named_parameters())
         for name, trainable in self._units.trainable.items():
             parameters[name].requires_grad_(trainable)
@@ -251,9 +261,7 @@ class LayerScheduler:
             "round": self._round,
             "steps": self._steps,
             "active": list(self._active),
-            "visits": list(self._visits),
-            "last_active": list(self._last_active),
-            "changed": sorted(self._changed),
+            **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
             "sampler_state": self.sampler.state_dict(),
         }
@@ -274,8 +282,8 @@ class LayerScheduler:
                 )
         self.sampler.load_state_dict(state["sampler_state"])
         self._round, self._steps = state["round"], state["steps"]
-        self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
-        self._changed, self._inclusion = set(state["changed"]), state["inclusion"]
+        self._history.load_state_dict(state)
+        self._inclusion = state["inclusion"]
         self._apply(tuple(state["active"]))
         self._place_state()
         self._begin_check()
@@ -283,7 +291,9 @@ class LayerScheduler:
     def _identity(self) -> dict[str, Any]:
         return {
             "sampler": self._sampler_name,
-            "sampler_options": self._options,
+            "sampler_options": _as_json(self._options["sampler"]),
+            "projection": self._projection_name,
+            "projection_options": _as_json(self._options["projection"]),
             "num_active": self.num_active,
             "period": self.period,
             "seed": self.seed,
@@ -299,7 +309,7 @@ class LayerScheduler:
             round=self._round,
             step=self._steps,
             seed=self.seed,
-            statistics=LayerStatistics(tuple(self._visits), tuple(self._last_active)),
+            statistics=self._history.statistics,
             allow_empty=self._units.always_trains_something,
         )
         try:
@@ -307,7 +317,7 @@ class LayerScheduler:
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
             self._inclusion = self.sampler.inclusion_probabilities(context)
-            chosen = self._checked(list(self.sampler.sample(context)), context)
+            chosen = draw(self.sampler, context)
         except ValueError as error:
             raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
         self._apply(chosen)
@@ -320,41 +330,23 @@ class LayerScheduler:
             model_layers=self.model_layers,
             layers=self.layers,
             num_active=self.num_active,
-            changed=tuple(self.layers[i] for i in sorted(self._changed)),
+            changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
             batches=batches if batches is None or callable(batches) else lambda: batches,
         )
         self.sampler.measure(measurement)
-        self._changed.clear()
+        self._history.changed.clear()
 
     def _begin_check(self) -> None:
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
 
     def _finish_round(self) -> None:
-        for index in self._active:
-            self._visits[index] += 1
-            self._last_active[index] = self._round
-        self._changed.update(self._active)
+        self._history.record(self._round, self._active)
         self._check_round()
 
     def _check_round(self) -> None:
         if self._self_check is not None:
             self._self_check.end(dict(self._model.named_parameters()), self._units.training(self._active))
-
-    def _checked(self, chosen: list[Any], context: SamplingContext) -> tuple[int, ...]:
-        name = type(self.sampler).__name__
-        if len(set(chosen)) != len(chosen) or not all(
-            isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
-        ):
-            raise ValueError(
-                f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
-                f"but returned {chosen} in period {context.round}."
-            )
-        if not chosen and not context.allow_empty:
-            raise ValueError(
-                f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
-            )
-        return tuple(sorted(chosen))
 
     def _apply(self, active: tuple[int, ...]) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
@@ -364,12 +356,23 @@ class LayerScheduler:
             parameter.requires_grad_(name in training)
             if name not in training:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        self._view.project(
+            {n: p for n, p in self._model.named_parameters() if n in self._projected & training}
+        )
         in_stack = [unit for i in active if (unit := self._units.sampled[i]) in self.model_layers.layers]
         self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
 
     def _place_state(self) -> None:
         parameters = list(self._model.parameters())
-        self._policy.freeze(self._optimizer, [p for p in parameters if not p.requires_grad])
+        frozen = [p for p in parameters if not p.requires_grad]
+        self._view.check_loaded()
+        self._view.freeze(frozen)
+        self._policy.freeze(self._optimizer, frozen)
         self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
         self._state_is_placed = True
+
+
+def _as_json(options: Mapping[str, Any] | None) -> Any:
+    """Options as a checkpoint in JSON will give them back."""
+    return json.loads(json.dumps(dict(options or {}), default=str))

@@ -12,7 +12,7 @@ from helpers import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from layersample import list_samplers, registry
+from layersample import registry
 
 # Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
 torch.set_num_threads(1)
@@ -26,10 +26,11 @@ def _same_randomness() -> None:
 @pytest.fixture(autouse=True)
 def _forget_new_names() -> Iterator[None]:
     """What a test registers is gone after it."""
-    before = list_samplers()
+    before = [(names, names.list()) for names in (registry.SAMPLERS, registry.PROJECTIONS)]
     yield
-    registry._samplers.clear()
-    registry._samplers.update(before)
+    for names, classes in before:
+        names.classes.clear()
+        names.classes.update(classes)
 
 
 @pytest.fixture(autouse=True)

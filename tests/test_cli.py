@@ -68,9 +68,8 @@ def test_defaults_are_those_of_the_configuration(given: list[TrainConfig]) -> No
 def test_every_option_has_a_flag(given: list[TrainConfig]) -> None:
     flags = invoke("train", "--help")
     for name in TrainConfig.model_fields:
-        flag = {"sampler_options": "sampler-option", "trainer": "trainer-option"}.get(
-            name, name.replace("_", "-")
-        )
+        flag = name.replace("_options", "_option").replace("_", "-")
+        flag = "trainer-option" if name == "trainer" else flag
         assert f"--{flag} " in flags
 
 
@@ -143,7 +142,7 @@ def test_main_prints_one_message_and_exits_with_2(
     with pytest.raises(SystemExit) as exit:
         cli.main()
     assert exit.value.code == 2
-    assert "Error: Unknown sampler 'liza'" in capsys.readouterr().err
+    assert "Error: Unknown sampler or projection 'liza'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

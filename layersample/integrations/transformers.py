@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from layersample.head import ChunkedLoss
 from layersample.optimizer_state import StatePolicyName
+from layersample.projection import Projection
 from layersample.recompute import SelectiveRecompute
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
@@ -48,6 +49,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: The same for the final norm.
         other: The same for every other parameter.
         state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
+        projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
+        projection_options: Options of a projection given by name.
+        master_weights: Whether bf16 weights train on fp32 masters.
         check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
             :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
@@ -72,6 +76,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         norm: Rule = "train",
         other: Rule = "train",
         state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
         check: bool = False,
         loss_chunk: int | None = None,
         recompute: bool = False,
@@ -88,6 +95,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "norm": norm,
             "other": other,
             "state": state,
+            "projection": projection,
+            "projection_options": projection_options,
+            "master_weights": master_weights,
             "check": check,
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
@@ -176,16 +186,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         layers = arguments["layers"]
         if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
             arguments["layers"] = None  # JSON can't hold modules
-        sampler = (
-            self._sampler if isinstance(self._sampler, str) else f"{type(self._sampler).__name__} (object)"
-        )
+        for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
+            named = value is None or isinstance(value, str)
+            arguments[key] = value if named else f"{type(value).__name__} (object)"
         return {
-            "args": {
-                "sampler": sampler,
-                **arguments,
-                "loss_chunk": self._loss_chunk,
-                "recompute": self._recompute,
-            },
+            "args": {**arguments, "loss_chunk": self._loss_chunk, "recompute": self._recompute},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 

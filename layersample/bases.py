@@ -1,0 +1,97 @@
+"""Bases of low-rank projections: orthonormal columns that span most of a gradient's energy."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
+    """The leading left singular vectors: the best basis there is, and the dearest.
+
+    Args:
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        rank: Columns of the basis, at most ``min(k, n)``.
+        turned: Whether the gradient of the weight is ``gradient.mT``. Singular vectors have no sign of their own;
+            so they have those of the weight's own SVD, as in GaLore's code.
+
+    Returns:
+        Orthonormal columns ``(k, rank)``, or a batch of them.
+
+    References:
+        GaLore, arXiv 2403.03507.
+    """
+    try:
+        u, _, vh = torch.linalg.svd(gradient.mT if turned else gradient, full_matrices=False)
+        leading: Tensor = (vh.mT if turned else u)[..., :rank]
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        logger.warning("The SVD of a gradient failed (%s); its Gram matrix is decomposed in float64.", error)
+        wide = gradient.double()
+        vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors  # eigenvalues ascend: the last ones lead
+        leading = vectors[..., -rank:].flip(-1).to(gradient.dtype)
+    return leading.contiguous()
+
+
+def subspace_basis(gradient: Tensor, previous: Tensor) -> Tensor:
+    """One step of subspace iteration from the basis of the step before: two products and a Householder QR.
+
+    It is nearly as good as an SVD, at a twentieth of its cost.
+
+    Args:
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        previous: The basis to start from, ``(k, rank)``.
+
+    Returns:
+        Orthonormal columns ``(k, rank)``. They turn as little as the gradient does, so that moments stay comparable.
+    """
+    return orthonormal(gradient @ (gradient.mT @ previous))
+
+
+def randomized_basis(
+    gradient: Tensor, rank: int, generator: torch.Generator, *, oversampling: int = 8, power_steps: int = 2
+) -> Tensor:
+    """The leading left singular vectors from random directions: subspace iteration and a small eigenproblem.
+
+    Args:
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        rank: Columns of the basis, at most ``min(k, n)``.
+        generator: Source of the random directions.
+        oversampling: Directions more than ``rank`` that are followed.
+        power_steps: Steps of subspace iteration.
+
+    Returns:
+        Orthonormal columns ``(k, rank)``, or a batch of them, ordered as singular vectors are.
+
+    References:
+        Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.3.
+    """
+    followed = min(rank + oversampling, gradient.shape[-2])
+    columns = random_basis((*gradient.shape[:-1], followed), generator, gradient)
+    for _ in range(power_steps):
+        columns = subspace_basis(gradient, columns)
+    seen = columns.mT @ gradient  # (followed, n)
+    vectors: Tensor = torch.linalg.eigh(seen @ seen.mT).eigenvectors  # eigenvalues ascend: the last ones lead
+    return columns @ vectors[..., -rank:].flip(-1)
+
+
+def random_basis(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random orthonormal columns of a shape ``(..., k, rank)``, of the type and on the device of a tensor.
+
+    The numbers are drawn on the CPU, so that they are the same on every device.
+    """
+    return orthonormal(torch.randn(size, generator=generator, dtype=torch.float32).to(like))
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns that span the same space, in the same order and directions.
+
+    By Householder reflections: Cholesky-QR fails where a gradient has a lower rank than the basis.
+    """
+    q: Tensor
+    q, r = torch.linalg.qr(columns)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)  # (..., rank)
+    return q * signs.unsqueeze(-2)

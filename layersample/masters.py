@@ -1,0 +1,80 @@
+"""Exact fp32 values behind bf16 weights: a master while a weight trains, a 16-bit remainder while it is frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASTER = "master_weight"
+REMAINDER = "master_remainder"
+EXCEPTIONS = "master_exceptions"
+EXCEPTION_VALUES = "master_exception_values"
+AT_REST = (REMAINDER, EXCEPTIONS, EXCEPTION_VALUES)
+
+
+def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Keep what rounding to bf16 has lost: two bytes an element, on the CPU.
+
+    The remainder is the difference of the bit patterns as integers, so that subnormals and values that round
+    to infinity need no care. Rounding to the nearest leaves a difference from -2¹⁵ to 2¹⁵: one value more than
+    16 bits hold, which ties make about once in 10⁵ elements. Those, and NaN, are listed whole.
+
+    Args:
+        master: fp32 values, any shape.
+        weight: bf16, the same shape: the master, rounded.
+
+    Returns:
+        ``master_remainder`` (int16, the same shape) and, where there are any, ``master_exceptions`` (int64
+        positions in the flattened tensor) and ``master_exception_values`` (fp32).
+    """
+    difference = master.view(torch.int32) - _bits(weight)
+    remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
+    kept = {REMAINDER: _to_host(remainder)}
+    wrong = (remainder != difference).flatten().nonzero().flatten()
+    if wrong.numel():
+        kept |= {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: master.flatten()[wrong].cpu()}
+    return kept
+
+
+def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
+    """The exact fp32 values of a bf16 weight.
+
+    Args:
+        weight: The weight, any shape.
+        state: What the optimizer's state of it holds: its master, what :func:`split` kept, or neither where the
+            weight hasn't trained yet.
+
+    Returns:
+        fp32, the same shape: the master itself where there is one.
+    """
+    if MASTER in state:
+        master: Tensor = state[MASTER]
+        return master
+    if REMAINDER not in state:
+        return weight.detach().float()
+    bits = _bits(weight.detach()) + state[REMAINDER].to(weight.device, non_blocking=True)
+    exact = bits.view(torch.float32)
+    if EXCEPTIONS in state:
+        places = state[EXCEPTIONS].to(weight.device)
+        exact.view(-1)[places] = state[EXCEPTION_VALUES].to(weight.device)
+    return exact
+
+
+def at_rest(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The part of a parameter's optimizer state that must outlive its being frozen."""
+    return {key: state[key] for key in AT_REST if key in state}
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """The bit patterns of bf16 values, widened to fp32, as int32."""
+    wide: Tensor = weight.detach().view(torch.int16).to(torch.int32)
+    return torch.bitwise_left_shift(wide, 16)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
