@@ -65,9 +65,15 @@ class ModelOptions(_Options):
     """The model."""
 
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of weights and arithmetic.")
-    autocast: Literal["none", "bfloat16", "float16"] = Field(
-        "none", description="Type of the arithmetic alone (mixed precision)."
+    precision: Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"] = Field(
+        "fp32",
+        description="Type of weights and arithmetic; mixed: fp32 weights, and arithmetic in the other.",
+    )
+    master_weights: bool = Field(
+        True, description="Train bf16 weights on fp32 masters, so that no update is lost in rounding."
+    )
+    save_precision: Literal["model", "fp32"] = Field(
+        "model", description="Type of the saved weights: the model's own, or exact fp32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     recompute: bool = Field(
@@ -130,8 +136,6 @@ class TrainConfig(
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:
             raise ValueError("resume needs output, the folder of the run to continue")
-        if self.dtype == "bfloat16" and self.autocast != "none":
-            raise ValueError("autocast is for float32 weights: choose dtype float32, or autocast none")
         return self
 
 

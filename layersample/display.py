@@ -99,8 +99,13 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("process, at most", _bytes(peak["process"])),
         ("training", f"{summary['seconds']['training']:.0f} s"),
     ]
-    if peak["offloaded_state"]:
-        rows.insert(6, ("optimizer state, offloaded", _bytes(peak["offloaded_state"])))
+    for kind, title in (
+        ("offloaded_state", "optimizer state, offloaded"),
+        ("master_weights", "fp32 masters, at most"),
+        ("master_remainders", "fp32 remainders, in CPU memory"),
+    ):
+        if peak[kind]:
+            rows.insert(-2, (title, _bytes(peak[kind])))
     if peak["device"] is not None:
         rows.insert(-1, ("GPU, at most", _bytes(peak["device"])))
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -90,7 +91,9 @@ def finetune(
     arguments = _training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
     train, held_out = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed)
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), report)
+    model, tokenizer = load_model(
+        config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
+    )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise ConfigError(
@@ -132,8 +135,10 @@ def finetune(
         finally:
             if progress:
                 progress.end()
-        _save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder.path / "model")
         assert sampling.scheduler is not None
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        weights = sampling.scheduler.fp32_state_dict() if config.save_precision == "fp32" else None
+        _save_model(trained, weights, tokenizer, folder.path / "model")
         summary = summarize(
             folder.path,
             config,
@@ -260,7 +265,8 @@ def _stop_on_signal() -> Iterator[_StopOnSignal]:
 
 def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
-    arguments = {name: getattr(config, name) for name in (*names, "embeddings", "head", "norm", "other")}
+    rules = ("embeddings", "head", "norm", "other")
+    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights")}
     return {**arguments, "projection_options": config.projection_arguments}
 
 
@@ -282,8 +288,8 @@ def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.clip,
         "max_length": config.max_length,
-        "bf16": config.autocast == "bfloat16",
-        "fp16": config.autocast == "float16",
+        "bf16": config.precision == "bf16-mixed",
+        "fp16": config.precision == "fp16-mixed",
         "seed": config.seed,
         "logging_steps": 1,
         "save_strategy": "steps" if config.save_steps else "no",
@@ -300,10 +306,19 @@ def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         raise ConfigError(f"The training options don't go together: {error}") from error
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _save_model(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+) -> None:
     with tempfile.TemporaryDirectory(prefix=".model-", dir=target.parent) as scratch:
         whole = Path(scratch) / "model"
-        model.save_pretrained(whole)
+        model.save_pretrained(whole, state_dict=weights)
+        if weights is not None:  # save_pretrained notes the type that the model has
+            config = AutoConfig.from_pretrained(whole)
+            config.dtype = torch.float32
+            config.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
 

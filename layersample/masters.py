@@ -54,8 +54,8 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
         return master
     if REMAINDER not in state:
         return weight.detach().float()
-    bits = _bits(weight.detach()) + state[REMAINDER].to(weight.device, non_blocking=True)
-    exact = bits.view(torch.float32)
+    bits: Tensor = _bits(weight.detach()) + state[REMAINDER].to(weight.device, non_blocking=True)
+    exact: Tensor = bits.view(torch.float32)
     if EXCEPTIONS in state:
         places = state[EXCEPTIONS].to(weight.device)
         exact.view(-1)[places] = state[EXCEPTION_VALUES].to(weight.device)
@@ -69,8 +69,8 @@ def at_rest(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def _bits(weight: Tensor) -> Tensor:
     """The bit patterns of bf16 values, widened to fp32, as int32."""
-    wide: Tensor = weight.detach().view(torch.int16).to(torch.int32)
-    return torch.bitwise_left_shift(wide, 16)
+    high: Tensor = weight.detach().view(torch.int16).to(torch.int32)
+    return torch.bitwise_left_shift(high, torch.tensor(16, dtype=torch.int32))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.masters import AT_REST, MASTER
+
+_KINDS_OF_STATE = ("optimizer_state", "offloaded_state", "master_weights", "master_remainders")
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -19,31 +23,41 @@ class MemoryUse:
         gradients: Bytes of the gradients that exist.
         optimizer_state: Bytes of the optimizer's tensors on the device of their parameter.
         offloaded_state: Bytes of the optimizer's tensors that the ``offload`` policy holds elsewhere.
+        master_weights: Bytes of the fp32 masters of bf16 weights that train.
+        master_remainders: Bytes in CPU memory by which frozen bf16 weights are exact.
     """
 
     weights: int
     gradients: int
     optimizer_state: int
     offloaded_state: int = 0
+    master_weights: int = 0
+    master_remainders: int = 0
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
     """Count the bytes of a model and its optimizer, as they are now."""
     parameters = list(model.parameters())
-    here: list[torch.Tensor] = []
-    elsewhere: list[torch.Tensor] = []
+    held: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS_OF_STATE}
     for parameter, state in optimizer.state.items():
-        for value in state.values():
+        for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                # A step counter is kept on the CPU by design: it has no dimensions.
-                away = value.device != parameter.device and value.dim() > 0
-                (elsewhere if away else here).append(value)
+                held[_kind(key, value, parameter)].append(value)
     return MemoryUse(
         weights=count_bytes([*parameters, *model.buffers()]),
         gradients=count_bytes(p.grad for p in parameters if p.grad is not None),
-        optimizer_state=count_bytes(here),
-        offloaded_state=count_bytes(elsewhere),
+        **{kind: count_bytes(tensors) for kind, tensors in held.items()},
     )
+
+
+def _kind(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
+    if key == MASTER:
+        return "master_weights"
+    if key in AT_REST:
+        return "master_remainders"
+    # A step counter is kept on the CPU by design: it has no dimensions.
+    away = value.device != parameter.device and value.dim() > 0
+    return "offloaded_state" if away else "optimizer_state"
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:

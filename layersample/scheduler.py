@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.errors import ConfigError
 from layersample.history import LayerHistory
 from layersample.layers import GroupName, find_layers, unwrap
+from layersample.masters import combine
 from layersample.optimizer_state import StatePolicyName, create_policy
 from layersample.optimizer_view import OptimizerView
 from layersample.projection import Projection
@@ -253,6 +255,15 @@ class LayerScheduler:
         else:
             self._release()
 
+    def fp32_state_dict(self) -> dict[str, Tensor]:
+        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them."""
+        return {
+            name: combine(value, self._optimizer.state.get(value, {})).clone()
+            if value.dtype == torch.bfloat16
+            else value.detach()
+            for name, value in self._model.state_dict(keep_vars=True).items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
         return {
@@ -366,7 +377,6 @@ class LayerScheduler:
     def _place_state(self) -> None:
         parameters = list(self._model.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
-        self._view.check_loaded()
         self._view.freeze(frozen)
         self._policy.freeze(self._optimizer, frozen)
         self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])

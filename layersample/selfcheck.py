@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.masters import AT_REST, combine
 from layersample.optimizer_state import StatePolicyName
 
 
@@ -40,7 +41,7 @@ class SelfCheck:
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note the bits of all parameters at the beginning of a period."""
         self._moves = False
-        self._digests = {name: _digest(parameter) for name, parameter in parameters.items()}
+        self._digests = {name: self._digest(parameter) for name, parameter in parameters.items()}
 
     def end(self, parameters: Mapping[str, nn.Parameter], active: Mapping[str, tuple[str, ...]]) -> None:
         """Compare at the end of a period, before anything is frozen.
@@ -53,7 +54,7 @@ class SelfCheck:
             SelfCheckError: If a promise doesn't hold.
         """
         training = {name for names in active.values() for name in names}
-        changed = {name for name, digest in self._digests.items() if _digest(parameters[name]) != digest}
+        changed = {name for name, digest in self._digests.items() if self._digest(parameters[name]) != digest}
         for name in sorted(changed - training):
             raise SelfCheckError(f"{name} was frozen in this period, but its weights changed.")
         for layer, names in active.items():
@@ -70,17 +71,21 @@ class SelfCheck:
         if parameter.grad is not None:
             raise SelfCheckError(f"{name} is frozen, but holds a gradient.")
         state = self._optimizer.state.get(parameter, {})
-        tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim() > 0]
-        if self._state == "drop" and state:
+        held = {key: value for key, value in state.items() if key not in AT_REST}
+        tensors = [v for v in held.values() if isinstance(v, torch.Tensor) and v.dim() > 0]
+        if self._state == "drop" and held:
             raise SelfCheckError(f"{name} is frozen, but the optimizer holds state for it (state='drop').")
         if self._state == "offload" and any(tensor.device.type != "cpu" for tensor in tensors):
             raise SelfCheckError(f"{name} is frozen, but its state isn't in CPU memory (state='offload').")
 
+    def _digest(self, parameter: nn.Parameter) -> bytes:
+        """A hash of a parameter's bits; of its exact fp32 values where it has them beyond bf16."""
+        exact = parameter.detach()
+        if parameter.dtype == torch.bfloat16:
+            exact = combine(parameter, self._optimizer.state.get(parameter, {}))
+        data = exact.contiguous().cpu().reshape(-1).view(torch.uint8)
+        return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
+
     def close(self) -> None:
         """Stop watching the optimizer."""
         self._handle.remove()
-
-
-def _digest(parameter: nn.Parameter) -> bytes:
-    data = parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(data.numpy().data, digest_size=16).digest()

@@ -30,7 +30,7 @@ def test_every_option_has_a_description() -> None:
         ({"trainer": [1]}, r"run.yaml: trainer: Input should be a valid dictionary, but got \[1\]"),
         ({"resume": True}, "resume needs output"),
         ({"resume": True, "overwrite": True}, "choose one of them"),
-        ({"dtype": "bfloat16", "autocast": "bfloat16"}, "choose dtype float32, or autocast none"),
+        ({"precision": "bfloat16"}, "precision"),
     ],
 )
 def test_errors_name_source_and_key(options: dict[str, Any], message: str) -> None:

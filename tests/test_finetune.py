@@ -174,8 +174,8 @@ def test_prompts_that_leave_no_room(options: dict[str, Any], tmp_path: Path) -> 
     [
         {"gradient_checkpointing": True, "embeddings": "sample"},
         {"gradient_accumulation": 2, "clip": 0.1},
-        {"autocast": "bfloat16"},
-        {"dtype": "bfloat16"},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16"},
         {"epochs": 0.5},
         {"state": "offload", "warmup": 0.5, "schedule": "cosine"},
         {"trainer": {"optim": "adafactor", "eval_strategy": "steps", "eval_steps": 2}},
@@ -251,3 +251,16 @@ def test_the_chunked_loss_is_that_of_trl(options: dict[str, Any]) -> None:
         run(options, loss_chunk=chunk, overwrite=True)
         losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bf16_is_saved_as_it_is_or_as_exact_fp32(options: dict[str, Any], tmp_path: Path) -> None:
+    saved = {}
+    for precision in ("model", "fp32"):
+        run(options, precision="bf16", save_precision=precision, output=str(tmp_path / precision))
+        saved[precision] = AutoModelForCausalLM.from_pretrained(tmp_path / precision / "model", dtype="auto")
+    assert saved["model"].dtype == torch.bfloat16 and saved["fp32"].dtype == torch.float32
+    fp32 = saved["fp32"].state_dict()
+    assert all(
+        torch.equal(fp32[name].bfloat16(), value) for name, value in saved["model"].state_dict().items()
+    )
+    assert any(not torch.equal(value.bfloat16().float(), value) for value in fp32.values())

@@ -16,6 +16,8 @@ def test_counts_a_known_model_exactly() -> None:
         "gradients": 0,
         "optimizer_state": 0,
         "offloaded_state": 0,
+        "master_weights": 0,
+        "master_remainders": 0,
     }
     model(torch.ones(1, 10)).sum().backward()
     optimizer.step()

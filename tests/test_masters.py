@@ -1,0 +1,184 @@
+"""bf16 weights that lose no update, against a loop that keeps fp32 masters of everything, always."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_batch, make_llama
+from torch import Tensor, nn
+
+from layersample import LayerScheduler, measure_memory
+from layersample.masters import EXCEPTIONS, MASTER, REMAINDER, combine, split
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
+    "adamw-small-steps": lambda p: torch.optim.AdamW(p, lr=1e-6),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-5),
+}
+
+
+def every_kind_of_value() -> Tensor:
+    """Bit patterns of fp32: all low halves over a few high ones, subnormals, and both ends of the range."""
+    high = torch.tensor(
+        [0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, -0x8000, -0x4080, -0x0081], dtype=torch.int32
+    )
+    low = torch.arange(2**16, dtype=torch.int32)
+    bits = (high.unsqueeze(1) << 16) | low
+    return bits.flatten().view(torch.float32)
+
+
+def test_every_value_comes_back_to_the_bit() -> None:
+    exact = every_kind_of_value()
+    weight = exact.bfloat16()
+    kept = split(exact, weight)
+    assert kept[REMAINDER].dtype == torch.int16 and kept[REMAINDER].shape == exact.shape
+    assert torch.equal(combine(weight, kept).view(torch.int32), exact.view(torch.int32))
+    # Ties that round down to an even number: one in 2¹⁷.
+    assert kept[EXCEPTIONS].numel() == pytest.approx(exact.numel() / 2**17, abs=4)
+    assert weight.isinf().any()  # the largest numbers round to infinity, and come back
+
+
+def test_special_values_come_back() -> None:
+    exact = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-45, 3.4e38])
+    back = combine(exact.bfloat16(), split(exact, exact.bfloat16()))
+    assert torch.equal(back.view(torch.int32), exact.view(torch.int32))
+
+
+def test_a_weight_that_has_not_trained_is_what_it_is() -> None:
+    weight = torch.randn(5).bfloat16()
+    assert torch.equal(combine(weight, {}), weight.float())
+
+
+def reference(steps: int, optimizer_name: str, state: str, period: int = 3) -> dict[str, Tensor]:
+    """bf16 forward and backward, fp32 masters of everything; layers in turns, their state as the policy says."""
+    model = make_llama(dtype=torch.bfloat16)
+    masters = {name: p.detach().float() for name, p in model.named_parameters()}
+    fp32 = {name: nn.Parameter(value) for name, value in masters.items()}
+    optimizer = OPTIMIZERS[optimizer_name](fp32.values())
+    for step in range(steps):
+        active = {(step // period * 2) % 4, (step // period * 2 + 1) % 4}
+        model.zero_grad()
+        model(**make_batch(step)).loss.backward()
+        for name, parameter in model.named_parameters():
+            part = name.split(".")
+            trains = part[1] != "layers" or int(part[2]) in active
+            fp32[name].grad = parameter.grad.float() if trains else None
+            if not trains and state == "drop":
+                optimizer.state.pop(fp32[name], None)
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(fp32[name])
+    return {name: value.detach() for name, value in fp32.items()}
+
+
+def run(
+    steps: int,
+    optimizer_name: str = "adamw",
+    state: str = "drop",
+    *,
+    stop: int | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> tuple[dict[str, Tensor], LayerScheduler]:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, LayerScheduler]:
+        model = make_llama(dtype=torch.bfloat16)
+        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+        scheduler = LayerScheduler(
+            model, optimizer, "cyclic", num_active=2, period=3, state=state, **{"check": True, **options}
+        )
+        return model, optimizer, scheduler
+
+    model, optimizer, scheduler = build()
+    for step in range(steps):
+        if step == stop:
+            assert folder is not None
+            parts = {"m": model.state_dict(), "o": optimizer.state_dict(), "s": scheduler.state_dict()}
+            torch.save(parts, folder / "checkpoint.pt")
+            model, optimizer, scheduler = build()
+            saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+            model.load_state_dict(saved["m"])
+            optimizer.load_state_dict(saved["o"])
+            scheduler.load_state_dict(saved["s"])
+        model(**make_batch(step)).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return scheduler.fp32_state_dict(), scheduler
+
+
+@pytest.mark.parametrize("state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_are_those_of_masters_of_everything(name: str, state: str) -> None:
+    exact, scheduler = run(14, name, state, sampler_options={"order": "ascending"})
+    expected = reference(14, name, state)
+    assert all(torch.equal(exact[key], value) for key, value in expected.items())
+    model = scheduler._model
+    assert all(torch.equal(exact[key].bfloat16(), value) for key, value in model.state_dict().items())
+    scheduler.close()
+
+
+@pytest.mark.parametrize("projection", [None, "galore", "apollo", "fira"])
+@pytest.mark.parametrize("state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("stop", [4, 6])
+def test_resume_is_exact(projection: str | None, state: str, stop: int, tmp_path: Path) -> None:
+    options = {"projection": projection, "projection_options": projection and {"rank": 4}}
+    whole, _ = run(9, state=state, **options)
+    resumed, _ = run(9, state=state, stop=stop, folder=tmp_path, **options)
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_small_updates_survive_that_bf16_loses() -> None:
+    start = make_llama(dtype=torch.bfloat16).state_dict()
+    kept, _ = run(12, "adamw-small-steps")
+    lost, _ = run(12, "adamw-small-steps", master_weights=False, check=False)
+    changed = [
+        sum(int((values[name] != value.float()).sum()) for name, value in start.items() if "layers" in name)
+        for values in (kept, lost)
+    ]
+    assert changed[0] > 2 * changed[1]
+
+
+def test_memory_is_counted_by_kind() -> None:
+    _, scheduler = run(4)  # one step into the second period
+    model, optimizer = scheduler._model, scheduler._optimizer
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    use = measure_memory(model, optimizer)
+    assert use.master_weights == 4 * trained
+    assert use.master_remainders == pytest.approx(2 * 2 * layer, abs=100)  # and a few ties
+    assert use.optimizer_state == pytest.approx(2 * 4 * trained, rel=0.01)  # fp32 moments, not bf16 ones
+    scheduler.close()
+
+
+def test_an_optimizer_may_be_loaded_before_the_scheduler_is_made() -> None:
+    """As the Trainer does; torch alone would cast the state to bf16."""
+    exact, first = run(4)
+    model = make_llama(dtype=torch.bfloat16)
+    model.load_state_dict(first._model.state_dict())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer.load_state_dict(first._optimizer.state_dict())
+    second = LayerScheduler(model, optimizer, "cyclic", num_active=2, period=3, state_dict=first.state_dict())
+    assert all(torch.equal(exact[name], value) for name, value in second.fp32_state_dict().items())
+    for one, other in zip(first._model.parameters(), model.parameters(), strict=True):
+        state, loaded = first._optimizer.state.get(one, {}), optimizer.state.get(other, {})
+        assert state.keys() == loaded.keys()
+        assert all(torch.equal(state[k], loaded[k]) and state[k].dtype == loaded[k].dtype for k in state)
+    first.close()
+    second.close()
+
+
+def test_fp32_weights_have_no_masters() -> None:
+    model = make_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LayerScheduler(model, optimizer, "lisa"):
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+    assert not any(MASTER in state for state in optimizer.state.values())
