@@ -20,6 +20,33 @@ BUILTIN_DATA = "gsm_symbolic"
 PROFILE_SAMPLERS = ("lisa", "owlore:metric=alpha")
 PROFILE_DATA_SAMPLERS = (*PROFILE_SAMPLERS, "owlore:metric=outlier")
 
+# What `layersample plan` shows beside a run: each as commonly run, with the run's own model, batch and precision.
+PLAN_COMMON: dict[str, Any] = {
+    "embeddings": "train",
+    "head": "train",
+    "norm": "train",
+    "other": "train",
+    "projection": None,
+    "rank": None,
+    "projection_options": {},
+    "sampler_options": {},
+    "master_weights": False,
+    "loss_chunk": 0,
+    "recompute": False,
+}
+PLAN_LORA_RANK, PLAN_GALORE_RANK = 16, 128
+PLAN_BASELINES: dict[str, dict[str, Any]] = {
+    "full fine-tuning": {**PLAN_COMMON, "sampler": "full", "state": "drop"},
+    "LISA as published": {**PLAN_COMMON, "sampler": "lisa", "state": "keep"},
+    f"GaLore, rank {PLAN_GALORE_RANK}": {
+        **PLAN_COMMON,
+        "sampler": "full",
+        "state": "drop",
+        "projection": "galore",
+        "rank": PLAN_GALORE_RANK,
+    },
+}
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=False)

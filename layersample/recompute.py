@@ -78,9 +78,12 @@ class SelectiveRecompute:
         self._norm_input = None
 
     def _remember_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled() and len(args) == 1 and isinstance(output, Tensor):
+        if self._contexts and torch.is_grad_enabled() and len(args) == 1 and isinstance(output, Tensor):
             again = _Again(module.forward, args[0].detach(), args[0]._version)
-            self._made[id(output)] = _Made(weakref.ref(output), output._version, again)
+            key = id(output)
+            # Forgotten with the output, or it would hold the input of a layer that keeps nothing.
+            alive = weakref.ref(output, lambda _: self._made.pop(key, None))
+            self._made[key] = _Made(alive, output._version, again)
 
     def _remember_norm_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._norm_input = weakref.ref(args[0]) if args and isinstance(args[0], Tensor) else None
