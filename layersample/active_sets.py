@@ -17,7 +17,7 @@ from layersample.simulation import fake_model
 from layersample.units import arrange
 
 _DRAWS = 101
-_UNMEASURED = "The sampler weighs layers by what it measures on the model or its data; the typical set is drawn uniformly."
+_UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."
 
 
 @dataclass(frozen=True)

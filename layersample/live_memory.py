@@ -17,7 +17,7 @@ Kind = Literal["weights", "gradients", "optimizer_state", "masters", "activation
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage from its first tensor to its end.
 
     Memory that a kernel takes for itself isn't seen, nor what an allocator rounds up or keeps.
@@ -31,7 +31,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, *, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary = vocabulary
         self._alive: dict[int, tuple[int, Kind]] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}

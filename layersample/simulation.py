@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from layersample.config import TrainConfig
 from layersample.head import ChunkedLoss
@@ -97,12 +96,14 @@ def simulate_step(
             scheduler.step()  # from the set that has left its state to the one that trains
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: live.label([p.grad], "gradients"))
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda p: live.label([p.grad], "gradients")
+                )
         if config.loss_chunk:
             stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
         if config.recompute:
             stack.enter_context(SelectiveRecompute(model))
-        with live:
+        with live, _unmasked_attention():
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
             _step(model, optimizer, config, live)
@@ -126,6 +127,20 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfi
             trained = [p for p in model.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
+
+
+@contextmanager
+def _unmasked_attention() -> Iterator[None]:
+    """Have transformers leave out the mask of a batch without padding, as it does where it can read the batch.
+
+    On fake tensors it takes itself to be traced, and makes a mask for any batch: memory that a run doesn't use.
+    """
+    before = masking_utils.is_tracing  # type: ignore[attr-defined]
+    masking_utils.is_tracing = lambda tensor=None: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = before  # type: ignore[attr-defined]
 
 
 def _fill_state(model: nn.Module, optimizer: torch.optim.Optimizer, live: LiveMemory) -> None:
