@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from layersample.checkpoints import Checkpoints
 from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "ChunkedLoss",
     "ConfigError",
     "Layer",

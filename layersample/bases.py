@@ -6,6 +6,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
         GaLore, arXiv 2403.03507.
     """
     try:
-        u, _, vh = torch.linalg.svd(gradient.mT if turned else gradient, full_matrices=False)
+        whole = replicate(gradient)
+        u, _, vh = torch.linalg.svd(whole.mT if turned else whole, full_matrices=False)
         leading: Tensor = (vh.mT if turned else u)[..., :rank]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.warning("The SVD of a gradient failed (%s); its Gram matrix is decomposed in float64.", error)
-        wide = gradient.double()
+        wide = replicate(gradient).double()
         vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors  # eigenvalues ascend: the last ones lead
         leading = vectors[..., -rank:].flip(-1).to(gradient.dtype)
     return leading.contiguous()
@@ -74,7 +76,8 @@ def randomized_basis(
     for _ in range(power_steps):
         columns = subspace_basis(gradient, columns)
     seen = columns.mT @ gradient  # (followed, n)
-    vectors: Tensor = torch.linalg.eigh(seen @ seen.mT).eigenvectors  # eigenvalues ascend: the last ones lead
+    # Eigenvalues ascend: the last ones lead.
+    vectors: Tensor = torch.linalg.eigh(replicate(seen @ seen.mT)).eigenvectors
     return columns @ vectors[..., -rank:].flip(-1)
 
 
@@ -83,7 +86,23 @@ def random_basis(size: tuple[int, ...], generator: torch.Generator, like: Tensor
 
     The numbers are drawn on the CPU, so that they are the same on every device.
     """
-    return orthonormal(torch.randn(size, generator=generator, dtype=torch.float32).to(like))
+    return orthonormal(draw_normal(size, generator, like))
+
+
+def draw_normal(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal numbers of the type and on the device of a tensor, drawn on the CPU; the same on all ranks."""
+    numbers = torch.randn(size, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return numbers
+
+
+def replicate(tensor: Tensor) -> Tensor:
+    """A tensor as it is; of a DTensor, the whole of it on every rank."""
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return tensor
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -92,6 +111,6 @@ def orthonormal(columns: Tensor) -> Tensor:
     By Householder reflections: Cholesky-QR fails where a gradient has a lower rank than the basis.
     """
     q: Tensor
-    q, r = torch.linalg.qr(columns)
+    q, r = torch.linalg.qr(replicate(columns))
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)  # (..., rank)
     return q * signs.unsqueeze(-2)

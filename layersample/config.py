@@ -147,6 +147,7 @@ class OutputOptions(_Options):
         None, ge=1, description="Optimizer steps between checkpoints; default: none."
     )
     resume: bool = Field(False, description="Continue the run in the output folder.")
+    allow_changes: bool = Field(False, description="Resume though other options have changed.")
     overwrite: bool = Field(False, description="Replace the run in the output folder.")
 
 
@@ -164,6 +165,35 @@ class TrainConfig(
         if self.resume and self.output is None:
             raise ValueError("resume needs output, the folder of the run to continue")
         return self
+
+
+# What may differ when a run is resumed, because its result doesn't depend on it.
+_MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "save_steps", "save_precision", "check"}
+
+
+def check_same_run(config: TrainConfig, stored: Path) -> None:
+    """Make sure that a run is resumed with the options that it was begun with.
+
+    Args:
+        config: The options now.
+        stored: The run's ``config.yaml``; nothing is checked where there is none.
+
+    Raises:
+        ConfigError: If others have changed, and ``allow_changes`` is off; it gives both values of each.
+    """
+    if config.allow_changes or not stored.is_file():
+        return
+    before, now = read_yaml(stored), yaml.safe_load(write_yaml(config))
+    changed = [
+        f"{key} was {before[key]!r}, but is {now[key]!r} now"
+        for key in sorted(before.keys() & now.keys() - _MAY_CHANGE)
+        if before[key] != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"A run must be resumed with the options it was begun with: {'; '.join(changed)}. Leave them as they "
+            "were, or add --allow-changes: its result will then be that of neither."
+        )
 
 
 SECTIONS: tuple[type[_Options], ...] = (

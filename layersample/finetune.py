@@ -24,9 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from layersample.checkpoints import find_last, step_of
 from layersample.config import TrainConfig, write_yaml
 from layersample.data import load_split
 from layersample.errors import ConfigError, unknown
@@ -107,7 +107,7 @@ def finetune(
         recorder = RunRecorder(
             folder.path / "metrics.jsonl",
             lambda: sampling.scheduler,
-            resume_step=_step_of(checkpoint) if checkpoint else None,
+            resume_step=step_of(checkpoint) if checkpoint else None,
             progress=progress,
         )
         trainer = _Trainer(
@@ -161,13 +161,13 @@ def _train(trainer: _Trainer, checkpoint: Path | None) -> None:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
-        saved = get_last_checkpoint(trainer.args.output_dir)
+        saved = find_last(Path(str(trainer.args.output_dir)))
         assert saved is not None
-        raise Interrupted(stop.received, Path(saved))
+        raise Interrupted(stop.received, saved)
 
 
 class _Trainer(SFTTrainer):
-    """SFTTrainer that counts what it cuts, stops at a loss that is no number, and saves whole checkpoints."""
+    """SFTTrainer that counts what it cuts, and stops at a loss that is no number."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.too_long: dict[str, int] = {}
@@ -208,26 +208,13 @@ class _Trainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
-            saved = get_last_checkpoint(self.args.output_dir)
+            saved = find_last(Path(str(self.args.output_dir)))
             good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
             raise NonFiniteLossError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}, so training stops before this "
                 f"step changes any weight. {good} A lower learning rate or float32 may help."
             )
         return loss
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save beside its place, then rename: a killed run leaves a whole checkpoint or none."""
-        place = Path(str(self.args.output_dir))
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as scratch:
-            self.args.output_dir = scratch
-            try:
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-            finally:
-                self.args.output_dir = str(place)
-            name = f"checkpoint-{self.state.global_step}"
-            replace_folder(Path(scratch) / name, place / name)
-        rotate_checkpoints(output_dir=str(place), save_total_limit=self.args.save_total_limit, use_mtime=True)
 
 
 class _StopOnSignal(TrainerCallback):
@@ -266,7 +253,7 @@ def _stop_on_signal() -> Iterator[_StopOnSignal]:
 def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
-    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights")}
+    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
     return {**arguments, "projection_options": config.projection_arguments}
 
 
@@ -321,7 +308,3 @@ def _save_model(
             config.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

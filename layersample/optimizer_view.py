@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
@@ -66,7 +67,8 @@ class OptimizerView:
         seed: Seed of the projection's randomness.
 
     Raises:
-        ConfigError: If the optimizer's weight decay can't be told apart from its update.
+        ConfigError: If the optimizer's weight decay can't be told apart from its update, or masters are asked for
+            of sharded parameters.
     """
 
     def __init__(
@@ -77,6 +79,12 @@ class OptimizerView:
         if projection is not None:
             for group in self._optimizer.param_groups:
                 decays_decoupled(self._optimizer, group)
+        if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
+            raise ConfigError(
+                "Master weights of sharded bf16 parameters aren't kept: shard the model in float32 with "
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16), whose shards are the masters, or choose "
+                "master_weights=False, which loses small updates."
+            )
         self._projected: dict[nn.Parameter, str] = {}
         self._replaced: list[_Replacement] = []
         self._groups: list[dict[str, Any]] = []
@@ -112,6 +120,12 @@ class OptimizerView:
             if MASTER in state:
                 state.update(split(state.pop(MASTER), parameter.detach()))
             for key in [k for k in state if k.startswith(_PREFIX) and not (k == BASIS and keeps_basis)]:
+                del state[key]
+
+    def forget(self) -> None:
+        """Drop all state but exact weights: of another projection, it has other shapes."""
+        for state in self._optimizer.state.values():
+            for key in [key for key in state if key != MASTER and key not in AT_REST]:
                 del state[key]
 
     def has_master(self, parameter: Tensor) -> bool:
@@ -167,10 +181,10 @@ class OptimizerView:
     def _check_gradients(self, optimizer: Optimizer) -> None:
         gradients = {p: p.grad for p in self._projected if p.grad is not None}
         # A sum is five times as fast as a look at every element, and finite only where those are.
-        sums = [gradient.sum(dtype=torch.float32) for gradient in gradients.values()]
+        sums = [whole(gradient.sum(dtype=torch.float32)) for gradient in gradients.values()]
         if not sums or all(torch.stack(sums).isfinite().tolist()):
             return
-        bad = next((p for p, gradient in gradients.items() if not gradient.isfinite().all()), None)
+        bad = next((p for p, gradient in gradients.items() if not whole(gradient.isfinite().all())), None)
         if bad is None:
             return
         steps = int(optimizer.state.get(bad, {}).get(STEPS, 0))
@@ -199,10 +213,10 @@ class OptimizerView:
 
         gradient = whole_gradient()
         basis = self._find_basis(gradient, own, kept, parameter)
-        low_rank = basis.mT @ gradient  # (rank, n)
+        low_rank = share(basis.mT @ gradient)  # (rank, n)
         start = 0.0
         if scales_by_weight(self._optimizer, group):  # it must see the size that the weight has
-            start = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel())
+            start = float(whole(torch.linalg.vector_norm(weight))) / math.sqrt(weight.numel())
         stand_in = nn.Parameter(torch.full_like(low_rank, start))
         stand_in.grad = (
             low_rank.clone() if scale is None else low_rank * scale
@@ -350,3 +364,16 @@ def _rotate(state: dict[str, Any], rotation: Tensor) -> None:
                 vector = value.dim() < rotation.dim()
                 turned = matrix.to(value) @ (value.unsqueeze(-1) if vector else value)
                 state[key] = turned.squeeze(-1) if vector else turned
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; of a DTensor, its whole value."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(low_rank: Tensor) -> Tensor:
+    """A low-rank gradient ``(rank, n)`` as it is; of a DTensor that ranks must add up, one part of n for each rank."""
+    if not isinstance(low_rank, DTensor):
+        return low_rank
+    parts = [Shard(low_rank.dim() - 1) if p.is_partial() else p for p in low_rank.placements]
+    return low_rank.redistribute(placements=parts)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from layersample.config import TrainConfig
+from layersample.checkpoints import check, find_last, remove_unfinished
+from layersample.config import TrainConfig, check_same_run
 from layersample.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,11 +49,15 @@ class RunFolder:
                 f"The output folder must be new or empty, but {path} holds {_contents(path)}. "
                 "Add --resume to continue that run, --overwrite to replace it, or choose another --output."
             )
-        if config.resume and folder._last_checkpoint() is None:
-            raise ConfigError(
-                f"There must be a checkpoint to resume from, but {folder.checkpoints} has none. Runs save them "
-                "every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
-            )
+        if config.resume:
+            last = find_last(folder.checkpoints)
+            if last is None:
+                raise ConfigError(
+                    f"There must be a checkpoint to resume from, but {folder.checkpoints} has none. Runs save "
+                    "them every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
+                )
+            check(last)
+            check_same_run(config, path / "config.yaml")
         if config.overwrite and holds_something and not (path / "config.yaml").is_file():
             raise ConfigError(
                 f"--overwrite replaces a run, but {path} holds {_contents(path)} and no config.yaml."
@@ -79,10 +82,9 @@ class RunFolder:
             aside = next(p for n in range(1, 10**6) if not (p := self._aside(n)).exists())
             self.path.rename(aside)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".saving-*"):  # a run was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_unfinished(self.checkpoints)
         try:
-            yield self._last_checkpoint() if self.resume else None
+            yield find_last(self.checkpoints) if self.resume else None
         except BaseException:
             metrics = self.path / "metrics.jsonl"
             if not self.resume and not (metrics.exists() and metrics.stat().st_size):
@@ -99,10 +101,6 @@ class RunFolder:
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.previous" + (f"-{number}" if number > 1 else ""))
-
-    def _last_checkpoint(self) -> Path | None:
-        last = get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
-        return Path(last) if last else None
 
     def _check_writable(self) -> None:
         parent = self.path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.errors import ConfigError
 from layersample.history import LayerHistory
+from layersample.identity import RunIdentity
 from layersample.layers import GroupName, find_layers, unwrap
 from layersample.masters import combine
 from layersample.optimizer_state import StatePolicyName, create_policy
@@ -29,7 +29,6 @@ from layersample.units import Rule, arrange, check_optimizer
 logger = logging.getLogger(__name__)
 
 Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
-_STATE_VERSION = 1
 
 
 class LayerScheduler:
@@ -67,6 +66,8 @@ class LayerScheduler:
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
             measuring and drawing a first set in vain.
+        allow_changes: Whether a state of another sampler, seed, period, number of active layers or projection may
+            be loaded. Layers that are active stay so until their period ends.
         check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
             did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
 
@@ -105,15 +106,14 @@ class LayerScheduler:
         master_weights: bool = True,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
         check: bool = False,
     ) -> None:
         if period < 1:
             raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
-        self._projection_name: str | None
-        self.projection, self._projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
-        self._options = {"sampler": sampler_options, "projection": projection_options}
+        self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
         self._model = unwrap(model)
         self._optimizer = optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
@@ -142,6 +142,17 @@ class LayerScheduler:
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
         self._batches = batches
+        self._allow_changes = allow_changes
+        self._identity = RunIdentity(
+            sampler=self._sampler_name,
+            sampler_options=sampler_options,
+            projection=projection_name,
+            projection_options=projection_options,
+            num_active=num_active,
+            period=period,
+            seed=seed,
+            layers=self.layers,
+        )
         if state_dict is None:
             self._start_round()
         else:
@@ -267,8 +278,7 @@ class LayerScheduler:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
         return {
-            "version": _STATE_VERSION,
-            **self._identity(),
+            **self._identity.state_dict(),
             "round": self._round,
             "steps": self._steps,
             "active": list(self._active),
@@ -283,33 +293,20 @@ class LayerScheduler:
         Load the model and the optimizer first.
 
         Raises:
-            ConfigError: If the state is of another version, sampler, seed, period, number or list of layers.
+            ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
+                number of active layers or projection, unless the scheduler was made with ``allow_changes``.
         """
-        for key, here in {"version": _STATE_VERSION, **self._identity()}.items():
-            if state.get(key) != here:
-                raise ConfigError(
-                    f"A run must be resumed with the {key} it was begun with: it was {state.get(key)!r}, "
-                    f"but is {here!r} now."
-                )
-        self.sampler.load_state_dict(state["sampler_state"])
+        changed = self._identity.changes(state, allow=self._allow_changes)
+        if "sampler" not in changed:
+            self.sampler.load_state_dict(state["sampler_state"])
+        if changed & {"projection", "projection_options"}:
+            self._view.forget()
         self._round, self._steps = state["round"], state["steps"]
         self._history.load_state_dict(state)
         self._inclusion = state["inclusion"]
         self._apply(tuple(state["active"]))
         self._place_state()
         self._begin_check()
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "sampler": self._sampler_name,
-            "sampler_options": _as_json(self._options["sampler"]),
-            "projection": self._projection_name,
-            "projection_options": _as_json(self._options["projection"]),
-            "num_active": self.num_active,
-            "period": self.period,
-            "seed": self.seed,
-            "layers": list(self.layers),
-        }
 
     # How it is done
 
@@ -381,8 +378,3 @@ class LayerScheduler:
         self._policy.freeze(self._optimizer, frozen)
         self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
         self._state_is_placed = True
-
-
-def _as_json(options: Mapping[str, Any] | None) -> Any:
-    """Options as a checkpoint in JSON will give them back."""
-    return json.loads(json.dumps(dict(options or {}), default=str))

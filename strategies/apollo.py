@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from layersample import LowRankStep, Projection, ProjectionContext, Side, register_projection
+from layersample.bases import draw_normal
 
 
 @register_projection("apollo")
@@ -58,8 +58,7 @@ class Apollo(Projection):
         if previous is not None:
             return previous
         size = (*gradient.shape[:-1], self.rank)
-        columns = torch.randn(size, generator=context.generator(), dtype=torch.float32)
-        return columns.to(gradient).div_(math.sqrt(self.rank))
+        return draw_normal(size, context.generator(), gradient).div_(math.sqrt(self.rank))
 
     def apply(self, weight: Tensor, step: LowRankStep) -> None:
         """Add the scaled gradient."""

@@ -105,9 +105,11 @@ def test_resumes_in_the_middle_of_a_period_to_the_bit(
 def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None:
     run(options, save_steps=3)
     with pytest.raises(
-        ConfigError, match="resumed with the num_active it was begun with: it was 2, but is 1 now"
+        ConfigError, match="num_active was 2, but is 1 now; steps was 6, but is 9 now.*--allow-changes"
     ):
         run(options, save_steps=3, resume=True, num_active=1, steps=9)
+    summary = run(options, save_steps=3, resume=True, num_active=1, steps=9, allow_changes=True)
+    assert summary["steps"] == 9 and len(records(Path(options["output"]))[-2]["active"]) == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from layersample import ConfigError
+from layersample.checkpoints import seal
 from layersample.config import make_config
 from layersample.run_folder import RunFolder
 
@@ -17,9 +18,11 @@ def choose(path: Path, **options: Any) -> RunFolder:
 
 def make_run(path: Path, checkpoints: tuple[int, ...] = ()) -> None:
     path.mkdir()
-    (path / "config.yaml").write_text("steps: 1\n")
+    (path / "config.yaml").write_text("steps: 40\n")
     for step in checkpoints:
-        (path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        checkpoint = path / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        seal(checkpoint)
 
 
 def test_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.head import ChunkedLoss
+from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
 from layersample.projection import Projection
 from layersample.recompute import SelectiveRecompute
@@ -52,6 +53,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
         projection_options: Options of a projection given by name.
         master_weights: Whether bf16 weights train on fp32 masters.
+        allow_changes: Whether a checkpoint of other arguments may be resumed.
         check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
             :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
@@ -79,6 +81,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
+        allow_changes: bool = False,
         check: bool = False,
         loss_chunk: int | None = None,
         recompute: bool = False,
@@ -98,6 +101,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "projection": projection,
             "projection_options": projection_options,
             "master_weights": master_weights,
+            "allow_changes": allow_changes,
             "check": check,
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
@@ -107,10 +111,15 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self.scheduler_state: dict[str, Any] | None = None
 
     def attach(self, trainer: Trainer) -> LayerSamplingCallback:
-        """Add this callback to a Trainer in front of its reporters, so that they get the active layers too."""
+        """Add this callback to a Trainer in front of its reporters, so that they get the active layers too.
+
+        The Trainer's checkpoints are then whole or not there: each is saved beside its place, listed and renamed,
+        and checked before the Trainer resumes from it.
+        """
         if self in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(self)
         trainer.callback_handler.callbacks.insert(0, self)
+        protect_checkpoints(trainer)
         return self
 
     def on_train_begin(

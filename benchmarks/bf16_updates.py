@@ -1,0 +1,187 @@
+"""How much of an update survives in bf16 weights, and what exact fp32 masters cost.
+
+``python -m layersample_benchmarks.bf16_updates``: the same steps in plain bf16, in bf16 with masters that are rounded
+away at each switch (as BAdam does), and in bf16 with exact masters; then step times, taken in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from layersample import LayerScheduler
+from layersample.environment import environment
+from layersample.files import write_json, write_text
+from layersample.masters import AT_REST
+from layersample.models import load_model
+from layersample_benchmarks.step_cost import RESULTS, Fixed, real_batches
+
+METHODS = ("plain bf16", "rounded at each switch", "exact masters")
+PERIODS = 10
+
+
+@dataclass
+class Run:
+    """A bf16 model that trains a few layers at a time."""
+
+    method: str
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    scheduler: LayerScheduler
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, method: str, folder: str, learning_rate: float, sampler: Any, **options: Any) -> Run:
+        """Load the model and build what trains it."""
+        model, _ = load_model(folder, torch.bfloat16)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+        masters = method != METHODS[0]
+        scheduler = LayerScheduler(model, optimizer, sampler, master_weights=masters, **options)
+        return cls(method, model, optimizer, scheduler)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        """One optimizer step, timed in CPU seconds of all threads."""
+        started = time.process_time()
+        self.model(**batch).loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.cpu_seconds.append(time.process_time() - started)
+        if self.method == METHODS[1]:
+            for state in self.optimizer.state.values():
+                for key in AT_REST:
+                    state.pop(key, None)
+
+
+def measure_survival(
+    folder: str, batches: list[dict[str, Tensor]], period: int, rate: float
+) -> list[dict[str, Any]]:
+    """Train every method for the same periods; a method's update is compared with the exact one."""
+    start = {n: p.detach().float() for n, p in load_model(folder, torch.bfloat16)[0].named_parameters()}
+    changes: dict[str, dict[str, Tensor]] = {}
+    for method in METHODS:
+        run = Run.make(method, folder, rate, "lisa", num_active=2, period=period, embeddings="freeze")
+        for i in range(PERIODS * period):
+            run.step(batches[i % len(batches)])
+        reached = run.scheduler.fp32_state_dict()
+        changes[method] = {n: reached[n] - value for n, value in start.items()}
+    exact = changes[METHODS[-1]]
+    trained = [name for name, change in exact.items() if change.any()]
+    total = sum(float(exact[name].square().sum()) for name in trained)
+    numel = sum(exact[name].numel() for name in trained)
+    return [
+        {
+            "method": method,
+            "weights_changed": sum(int(change[name].count_nonzero()) for name in trained) / numel,
+            "update_kept": sum(float((change[name] * exact[name]).sum()) for name in trained) / total,
+        }
+        for method, change in changes.items()
+    ]
+
+
+def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) -> list[dict[str, Any]]:
+    """CPU seconds of a step with exact masters over one in plain bf16, in turns."""
+    rows = []
+    for title, sampler, options in (
+        ("layers 9 and 20", Fixed(layers=(9, 20)), {"embeddings": "freeze", "period": 10**6}),
+        ("lisa, a switch after every step", "lisa", {"period": 1}),
+    ):
+        plain, exact = (
+            Run.make(method, folder, 1e-5, sampler, **options) for method in (METHODS[0], METHODS[-1])
+        )
+        for i in range(rounds + 2):
+            for run in (plain, exact):
+                run.step(batches[i % len(batches)])
+        ratios = [a / b for a, b in zip(exact.cpu_seconds[2:], plain.cpu_seconds[2:], strict=True)]
+        rows.append(
+            {
+                "what": title,
+                "exact_over_plain": statistics.median(ratios),
+                "plain_cpu_seconds": statistics.median(plain.cpu_seconds[2:]),
+            }
+        )
+    return rows
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Built-in name or folder.")] = "smollm2-135m",
+    period: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the 10 periods.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each method.")] = 12,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Measure, print the tables, and store them."""
+    batches = real_batches(model)
+    result: dict[str, Any] = {
+        "period": period,
+        "learning_rate": learning_rate,
+        "rounds": rounds,
+        "survival": measure_survival(model, batches, period, learning_rate),
+        "steps": measure_steps(model, batches, rounds),
+        "environment": environment(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "bf16_updates.json", result)
+    write_text(output / "bf16_updates.md", as_markdown(result))
+    table = Table(*_HEADINGS, box=None)
+    for cells in _cells(result):
+        table.add_row(*cells)
+    console = Console()
+    console.print(table)
+    for sentence in _sentences(result):
+        console.print("-", sentence, highlight=False)
+
+
+_HEADINGS = ("bf16 weights", "weights changed", "of the exact update")
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [row["method"], f"{row['weights_changed']:.1%}", f"{row['update_kept']:.1%}"]
+        for row in result["survival"]
+    ]
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    return [
+        f"A step with exact masters over one in plain bf16, {row['what']}: {row['exact_over_plain']:.3f} "
+        f"(median of {result['rounds']} pairs)."
+        for row in result["steps"]
+    ]
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table, with the command and the machine."""
+    machine = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# What is left of an update in bf16",
+        "",
+        f"SmolLM2-135M in bf16, `lisa` with 2 layers, {PERIODS} periods of {result['period']} steps, AdamW at "
+        f"{result['learning_rate']:g}, 4 × 128 tokens of real text; of the weights of the layers that trained.",
+        f"`python -m layersample_benchmarks.bf16_updates --period {result['period']} --rounds {result['rounds']}` on "
+        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}.",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(cells) + " |" for cells in _cells(result)),
+        "",
+        *(f"- {sentence}" for sentence in _sentences(result)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
