@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layersample.checkpoints import Checkpoints
+from layersample.costs import LayerCosts, layer_costs
 from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
@@ -28,7 +29,7 @@ from layersample.sampler import (
     SamplingContext,
 )
 from layersample.scheduler import LayerScheduler
-from layersample.weighted import MeasuredSampler, WeightedSampler
+from layersample.weighted import Cost, MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
     from layersample import metrics
@@ -40,7 +41,9 @@ __all__ = [
     "Checkpoints",
     "ChunkedLoss",
     "ConfigError",
+    "Cost",
     "Layer",
+    "LayerCosts",
     "LayerSampler",
     "LayerSamplingCallback",
     "LayerScheduler",
@@ -59,6 +62,7 @@ __all__ = [
     "create_projection",
     "create_sampler",
     "find_layers",
+    "layer_costs",
     "list_projections",
     "list_samplers",
     "load_plugin",

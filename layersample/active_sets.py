@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from layersample.config import TrainConfig
+from layersample.costs import LayerCosts, layer_costs
 from layersample.errors import ConfigError
 from layersample.layers import find_layers
 from layersample.registry import create_sampler
@@ -78,6 +79,7 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
         rules = {name: getattr(config, name) for name in layers.groups}
         units = arrange(model, layers, rules)
         size = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        costs = layer_costs(model, units)
     sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
     if config.num_active > len(sizes):
         raise ConfigError(
@@ -86,7 +88,7 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
         )
     names = tuple(unit.name for unit in units.sampled)
     sampler = create_sampler(config.sampler, config.sampler_options)
-    draws, notes = _draw(sampler, names, config, units.always_trains_something)
+    draws, notes = _draw(sampler, names, config, units.always_trains_something, costs)
     count = max(map(len, draws))
     lowest = tuple(range(count))
     largest = tuple(sorted(sorted(lowest + tuple(range(count, len(sizes))), key=lambda i: -sizes[i])[:count]))
@@ -106,7 +108,7 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
 
 
 def _draw(
-    sampler: LayerSampler, names: tuple[str, ...], config: TrainConfig, allow_empty: bool
+    sampler: LayerSampler, names: tuple[str, ...], config: TrainConfig, allow_empty: bool, costs: LayerCosts
 ) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
     contexts = [
         SamplingContext(
@@ -117,6 +119,7 @@ def _draw(
             seed=config.seed,
             statistics=LayerStatistics((0,) * len(names), (None,) * len(names)),
             allow_empty=allow_empty,
+            costs=costs,
         )
         for round in range(_DRAWS)
     ]

@@ -60,6 +60,11 @@ class SamplingOptions(_Options):
         {}, description="Options of the sampler: `layersample list NAME`."
     )
     num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
+    budget: str | None = Field(
+        None,
+        description="In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
+        "parameters that may train at a time (0.05).",
+    )
     period: int = Field(5, ge=1, description="Optimizer steps between draws (K).")
     layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
     embeddings: Rule = Field("train", description="Embeddings: train always, freeze, or sample as a layer.")

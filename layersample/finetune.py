@@ -34,6 +34,7 @@ from layersample.files import replace_folder, write_json, write_text
 from layersample.head import ChunkedLoss
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.models import load_model
+from layersample.planner import apply_budget
 from layersample.recording import Progress, RunRecorder
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.run_folder import RunFolder
@@ -87,6 +88,9 @@ def finetune(
     # Names and options, before anything is loaded.
     create_sampler(config.sampler, config.sampler_options)
     PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+    if config.budget is not None:
+        config = apply_budget(config)
+        report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
     folder = RunFolder.choose(config)
     arguments = _training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")

@@ -115,6 +115,7 @@ def plan(
     if gpus < 1:
         raise ConfigError(f"gpus must be at least 1, but got gpus={gpus}.")
     shape = _check(model, config)
+    config = apply_budget(config, shape)
     sets = find_active_sets(shape, config)
     worst = max((_simulate(shape, config, sets, s, gpus) for s in sets.worst), key=_peak)
     typical = _simulate(shape, config, sets, sets.typical, gpus)
@@ -165,6 +166,18 @@ def choose_num_active(model: ModelLike, config: TrainConfig, budget: str | float
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= limit else (low, middle - 1)
     return low
+
+
+def apply_budget(config: TrainConfig, model: ModelLike | None = None) -> TrainConfig:
+    """The options with the ``num_active`` that their budget allows; as they are without one.
+
+    Raises:
+        ConfigError: As :func:`choose_num_active`.
+    """
+    if config.budget is None:
+        return config
+    chosen = choose_num_active(model or config.model, config, config.budget)
+    return config.model_copy(update={"num_active": chosen})
 
 
 def parse_budget(budget: str | float) -> int | float:

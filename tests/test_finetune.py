@@ -266,3 +266,11 @@ def test_bf16_is_saved_as_it_is_or_as_exact_fp32(options: dict[str, Any], tmp_pa
         torch.equal(fp32[name].bfloat16(), value) for name, value in saved["model"].state_dict().items()
     )
     assert any(not torch.equal(value.bfloat16().float(), value) for value in fp32.values())
+
+
+def test_a_budget_chooses_the_number_of_layers(options: dict[str, Any]) -> None:
+    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    run({**options, **frozen}, budget="0.5")
+    assert {len(r["active"]) for r in records(Path(options["output"])) if "active" in r} == {3}
+    stored = yaml.safe_load((Path(options["output"]) / "config.yaml").read_text())
+    assert (stored["budget"], stored["num_active"]) == ("0.5", 3)

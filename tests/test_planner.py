@@ -158,6 +158,7 @@ def test_a_budget_chooses_how_many_layers_train() -> None:
     parameters = 4 * LAYER + 2 * GROUP + 16
     assert choose_num_active(TINY, config(), 2.5 * LAYER / parameters) == 2
     assert choose_num_active(TINY, config(), "0.5GB") == 4
+    assert plan(TINY, config(budget="0.9"), baselines=False).config.num_active == 4
     two = simulate_step(TINY, config(num_active=2), (0, 1))
     bytes_of_two = two.peak_bytes - two.parts["weights"]
     assert choose_num_active(TINY, config(), f"{bytes_of_two / 1000}kB") == 2
