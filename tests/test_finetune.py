@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,27 @@ def start(options: dict[str, Any], **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 300) -> None:
+def resume(folder: Path) -> subprocess.Popen[str]:
+    """The command that an interrupted run names."""
+    command = [sys.executable, "-m", "layersample.cli", "train", "--output", str(folder), "--resume"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    path = folder / "metrics.jsonl"
+    wait_for(lambda: path.exists() and any(line["step"] >= step for line in records(folder)), process)
+
+
+def wait_for(reached: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and any(line["step"] >= step for line in records(folder)):
+        if reached():
             return
         time.sleep(0.02)
     process.kill()
@@ -226,15 +243,34 @@ def test_ctrl_c_saves_a_checkpoint_to_resume_from(smollm2: Path, tmp_path: Path)
     assert process.returncode == 130, output
     assert "--resume" in output
     assert not (tmp_path / "run" / "model").exists()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "layersample.cli", "train", "--output", str(tmp_path / "run"), "--resume"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = resume(tmp_path / "run")
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_three_kills_leave_no_trace(smollm2: Path, tmp_path: Path) -> None:
+    """On the real model, in bf16 with a projection: killed in a step, at a switch and while it saved."""
+    options = {
+        "steps": 7, "period": 3, "batch_size": 1, "eval_size": 1, "max_length": 96, "save_steps": 1,
+        "precision": "bf16", "projection": "galore", "embeddings": "freeze",
+    }  # fmt: skip
+    run(options, output=str(tmp_path / "whole"))
+    folder = tmp_path / "run"
+    process = start(options, output=folder)
+    wait_for_step(folder, 2, process)
+    kill(process)
+    process = resume(folder)
+    wait_for_step(folder, 3, process)  # the third step ends a period
+    kill(process)
+    process = resume(folder)
+    wait_for(lambda: bool(list((folder / "checkpoints").glob(".saving-[56]"))), process)
+    kill(process)
+    process = resume(folder)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert same_weights(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from helpers import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from layersample import cli, list_samplers
+from layersample import LayerScheduler, cli, list_projections, list_samplers
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ COMMANDS = re.findall(r"^(layersample .*?)(?:\s+#.*)?$", TEXT, re.MULTILINE)
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_blocks_run(block: str, tmp_path: Path) -> None:
+def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(8)]
     names: dict[str, Any] = {
@@ -31,6 +31,7 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": [make_batch(i) for i in range(3)],
+        "torch": torch,
         "Trainer": Trainer,
         "args": TrainingArguments(
             str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
@@ -38,6 +39,9 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
         "data": Dataset.from_list(rows),
         "calibration_batches": [make_batch(i) for i in range(2)],
     }
+    if "scheduler" in block and "LayerScheduler" not in block:
+        names["scheduler"] = LayerScheduler(model, names["optimizer"], "lisa")
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), names)
 
 
@@ -55,8 +59,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, 
     assert result.exit_code == 0, result.output
 
 
-def test_every_built_in_sampler_is_in_the_table() -> None:
-    for name, cls in list_samplers().items():
+def test_every_built_in_strategy_is_in_a_table() -> None:
+    for name, cls in {**list_samplers(), **list_projections()}.items():
         if cls.__module__.startswith("layersample_strategies"):
             assert f"| `{name}` |" in TEXT
 
