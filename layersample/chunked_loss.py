@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+_BLOCK = 8192  # rows of the vocabulary
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -206,7 +208,13 @@ class _Head:
         if self.grad_weight is not None:
             if self.grad_weight.dtype == hidden.dtype:
                 self.grad_weight.addmm_(grad_logits.t(), hidden)
-            else:
-                self.grad_weight += grad_logits.t() @ hidden
+            else:  # autocast; in blocks, because the product has another type than the sum
+                blocks = zip(
+                    torch.split(self.grad_weight, _BLOCK),
+                    torch.split(grad_logits, _BLOCK, dim=1),
+                    strict=True,
+                )
+                for total, part in blocks:
+                    total += part.t() @ hidden
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0)
