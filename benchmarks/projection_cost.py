@@ -88,9 +88,7 @@ def measure_bases(folder: str, batches: list[dict[str, Tensor]]) -> list[dict[st
             errors.append(lost(gradient, found))
         rows.append({"basis": title, "cpu_seconds": seconds, "lost": statistics.mean(errors)})
     for row in rows:
-        row["svd_over_this"] = (
-            rows[0]["cpu_seconds"] / row["cpu_seconds"] if row["cpu_seconds"] > 1e-3 else None
-        )
+        row["svd_over_this"] = rows[0]["cpu_seconds"] / max(row["cpu_seconds"], 1e-9)
     return rows
 
 
@@ -280,7 +278,7 @@ def _cells(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
         [
             row["basis"],
             f"{row['cpu_seconds']:.2f}",
-            f"{row['svd_over_this']:.1f}" if row["svd_over_this"] else "",
+            f"{row['svd_over_this']:.1f}" if row["cpu_seconds"] > 0.01 else "",
             f"{row['lost']:.3f}",
         ]
         for row in rows

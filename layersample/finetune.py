@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -83,6 +84,11 @@ def finetune(
         NonFiniteLossError: If the loss is NaN or infinite. Earlier checkpoints stay.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint saved at the end of the step.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "layersample train must run in one process, but was launched in several. Use a script of your own with "
+            "LayerSamplingCallback(...).attach(trainer), as examples/torchrun/distributed_sft.py."
+        )
     if config.plugin is not None:
         load_plugin(config.plugin)
     # Names and options, before anything is loaded.

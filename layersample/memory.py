@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.distributed import local_part
 from layersample.masters import AT_REST, MASTER
 
 _KINDS_OF_STATE = ("optimizer_state", "offloaded_state", "master_weights", "master_remainders")
@@ -61,6 +62,6 @@ def _kind(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind some tensors; a storage that several share counts once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    """Bytes of the storages behind some tensors: of a DTensor this rank's; one that several share counts once."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.distributed import local_part
 from layersample.masters import AT_REST, at_rest
 
 StatePolicyName = Literal["drop", "keep", "offload"]
@@ -55,7 +56,8 @@ class Offload:
         """Copy the state to the CPU; the copies of one switch run side by side."""
         moved = False
         for parameter, key, value in _tensors(optimizer, parameters):
-            if value.is_cuda:
+            # The shards of a DTensor are copied one after another: it has no pinned memory of its own.
+            if value.is_cuda and local_part(value) is value:
                 host = torch.empty_like(value, device="cpu", pin_memory=True)
                 optimizer.state[parameter][key] = host.copy_(value, non_blocking=True)
                 moved = True

@@ -7,25 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layersample.checkpointing import TruncatedCheckpointing
 from layersample.costs import layer_costs
+from layersample.engine import find_engine
 from layersample.errors import ConfigError
 from layersample.history import LayerHistory
 from layersample.identity import RunIdentity
-from layersample.layers import GroupName, find_layers, unwrap
-from layersample.masters import combine
-from layersample.optimizer_state import StatePolicyName, create_policy
-from layersample.optimizer_view import OptimizerView
+from layersample.layers import GroupName, find_layers
+from layersample.optimizer_state import StatePolicyName
 from layersample.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampler import LayerSampler, Measurement, SamplingContext, draw
-from layersample.selfcheck import SelfCheck
-from layersample.targets import find_targets
-from layersample.units import Rule, arrange, check_optimizer
+from layersample.step_in_backward import StepInBackward
+from layersample.switch import Switch
+from layersample.units import Rule, arrange
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ class LayerScheduler:
     doesn't require one when the scheduler is made stays frozen.
 
     Args:
-        model: The model. A tied weight counts once.
+        model: The model, wrapped by DDP or sharded by FSDP already, if it will be. A tied weight counts once.
         optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
         sampler: Name of a registered sampler, or a sampler.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
@@ -63,6 +60,8 @@ class LayerScheduler:
         projection_options: Options of a projection given by name: rank, scale, update_gap, targets, ...
         master_weights: Whether bf16 weights train on fp32 masters, so that no update is lost in rounding. While a
             layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory.
+        step_in_backward: Update each parameter in the backward pass, as soon as its gradient is whole, and free the
+            gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``None`` leaves it to the loop.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -105,6 +104,7 @@ class LayerScheduler:
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
+        step_in_backward: StepInBackward | None = None,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
@@ -115,35 +115,38 @@ class LayerScheduler:
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
-        self._model = unwrap(model)
-        self._optimizer = optimizer
+        engine = find_engine(model, optimizer)
+        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
+        rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
         try:
-            self._policy = create_policy(state)
             self.model_layers = find_layers(self._model, layers)
+            self._units = arrange(self._model, self.model_layers, rules)
+            if not 1 <= num_active <= len(self._units.sampled):
+                raise ConfigError(
+                    f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
+                    f"but got num_active={num_active}."
+                )
+            self._switch = Switch(
+                engine,
+                optimizer,
+                self.model_layers,
+                self._units,
+                state=state,
+                projection=self.projection,
+                master_weights=master_weights,
+                seed=seed,
+                step_in_backward=step_in_backward,
+                check=check,
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
-        self._units = arrange(self._model, self.model_layers, rules)
-        if not 1 <= num_active <= len(self._units.sampled):
-            raise ConfigError(
-                f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
-                f"but got num_active={num_active}."
-            )
-        check_optimizer(self._model, optimizer, self._units)
-        self._checkpointing = TruncatedCheckpointing(self._model, self.model_layers.num_stacks)
-        self._projected = find_targets(self._model, self.model_layers, self.projection)
-        self._view = OptimizerView(
-            optimizer, projection=self.projection, master_weights=master_weights, seed=seed
-        )
-        self._self_check = SelfCheck(optimizer, state) if check else None
-        self._state_is_placed = False
-        self._round, self._steps = 0, 0
+        self._state_is_placed, self._round, self._steps = False, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
         self._costs = layer_costs(self._model, self._units)
-        self._batches = batches
+        self._batches = batches if batches is None or callable(batches) else lambda: batches
         self._allow_changes = allow_changes
         self._identity = RunIdentity(
             sampler=self._sampler_name,
@@ -180,7 +183,7 @@ class LayerScheduler:
     @property
     def projected(self) -> frozenset[str]:
         """Names of the weights whose gradients are projected when they train."""
-        return self._projected
+        return self._switch.projected
 
     @property
     def round(self) -> int:
@@ -228,13 +231,15 @@ class LayerScheduler:
             if not self._state_is_placed:
                 # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
                 # load_state_dict which layers its state belongs to.
-                self._place_state()
+                self._switch.place_state()
+                self._state_is_placed = True
             self._steps += 1
             if self._steps % self.period == 0:
-                self._finish_round()
+                self._history.record(self._round, self._active)
+                self._switch.check(self._active)
                 self._round += 1
                 self._start_round()
-                self._place_state()
+                self._switch.place_state()
 
     def close(self) -> None:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
@@ -242,18 +247,8 @@ class LayerScheduler:
         Raises:
             SelfCheckError: With ``check=True``, if the current period, cut short, fails its check.
         """
-        self._check_round()
-        self._release()
-
-    def _release(self) -> None:
-        if self._self_check is not None:
-            self._self_check.close()
-            self._self_check = None
-        self._checkpointing.close()
-        self._view.close()
-        parameters = dict(self._model.named_parameters())
-        for name, trainable in self._units.trainable.items():
-            parameters[name].requires_grad_(trainable)
+        self._switch.check(self._active)
+        self._switch.close()
 
     def __enter__(self) -> LayerScheduler:
         return self
@@ -264,16 +259,11 @@ class LayerScheduler:
         if error is None:
             self.close()
         else:
-            self._release()
+            self._switch.close()
 
     def fp32_state_dict(self) -> dict[str, Tensor]:
         """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them."""
-        return {
-            name: combine(value, self._optimizer.state.get(value, {})).clone()
-            if value.dtype == torch.bfloat16
-            else value.detach()
-            for name, value in self._model.state_dict(keep_vars=True).items()
-        }
+        return self._switch.fp32_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
@@ -284,6 +274,7 @@ class LayerScheduler:
             "active": list(self._active),
             **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
+            "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
             "sampler_state": self.sampler.state_dict(),
         }
 
@@ -300,13 +291,16 @@ class LayerScheduler:
         if "sampler" not in changed:
             self.sampler.load_state_dict(state["sampler_state"])
         if changed & {"projection", "projection_options"}:
-            self._view.forget()
+            self._switch.view.forget()
         self._round, self._steps = state["round"], state["steps"]
         self._history.load_state_dict(state)
         self._inclusion = state["inclusion"]
-        self._apply(tuple(state["active"]))
-        self._place_state()
-        self._begin_check()
+        self._active = tuple(state["active"])
+        if self._switch.stepper is not None and state.get("backward"):
+            self._switch.stepper.load_state_dict(state["backward"])
+        self._switch.apply(self._active, self._round)
+        self._switch.place_state()
+        self._state_is_placed = True
 
     def _start_round(self) -> None:
         context = SamplingContext(
@@ -324,56 +318,22 @@ class LayerScheduler:
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
             self._inclusion = self.sampler.inclusion_probabilities(context)
-            chosen = draw(self.sampler, context)
+            self._active = draw(self.sampler, context)
         except ValueError as error:
             raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
-        self._apply(chosen)
-        self._begin_check()
+        logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
+        self._switch.apply(self._active, self._round)
 
     def _measure(self) -> None:
-        batches = self._batches
+        if not self._engine.must_measure(self.sampler):
+            return
         measurement = Measurement(
             model=self._model,
             model_layers=self.model_layers,
             layers=self.layers,
             num_active=self.num_active,
             changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
-            batches=batches if batches is None or callable(batches) else lambda: batches,
+            batches=self._batches,
         )
         self.sampler.measure(measurement)
         self._history.changed.clear()
-
-    def _begin_check(self) -> None:
-        if self._self_check is not None:
-            self._self_check.begin(dict(self._model.named_parameters()))
-
-    def _finish_round(self) -> None:
-        self._history.record(self._round, self._active)
-        self._check_round()
-
-    def _check_round(self) -> None:
-        if self._self_check is not None:
-            self._self_check.end(dict(self._model.named_parameters()), self._units.training(self._active))
-
-    def _apply(self, active: tuple[int, ...]) -> None:
-        """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects."""
-        self._active = active
-        training = {name for own in self._units.training(active).values() for name in own}
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(name in training)
-            if name not in training:
-                parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
-        self._view.project(
-            {n: p for n, p in self._model.named_parameters() if n in self._projected & training}
-        )
-        in_stack = [unit for i in active if (unit := self._units.sampled[i]) in self.model_layers.layers]
-        self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
-        logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
-
-    def _place_state(self) -> None:
-        parameters = list(self._model.parameters())
-        frozen = [p for p in parameters if not p.requires_grad]
-        self._view.freeze(frozen)
-        self._policy.freeze(self._optimizer, frozen)
-        self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
-        self._state_is_placed = True

@@ -1,4 +1,4 @@
-"""The optimizer's step in the backward pass: each parameter is updated, and its gradient freed, as soon as it is whole."""
+"""The optimizer's step in the backward pass: a parameter is updated, and its gradient freed, once that is whole."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class StepInBackward:
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(f"max_norm must be above 0, or None, but got {self.max_norm}.")
         if self.clip_by not in get_args(ClipBy):
-            raise ConfigError(f"clip_by must be one of {', '.join(get_args(ClipBy))}, but got {self.clip_by!r}.")
+            raise ConfigError(
+                f"clip_by must be one of {', '.join(get_args(ClipBy))}, but got {self.clip_by!r}."
+            )
 
 
 class BackwardStepper:
@@ -78,7 +80,8 @@ class BackwardStepper:
         """Step these parameters from now on, and no others."""
         self._unhook()
         for parameter in parameters:
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+            hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
 
     def close(self) -> None:
         """Leave the steps to the loop again."""

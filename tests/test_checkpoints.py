@@ -170,7 +170,7 @@ def dies(kill: str) -> Iterator[None]:
 
     target, at = {
         "in a step": ("torch.optim.adamw.AdamW._init_group", 5),
-        "at a switch": ("layersample.scheduler.LayerScheduler._place_state", 3),
+        "at a switch": ("layersample.switch.Switch.place_state", 3),
         "while saving": ("torch.save", 6),
         "before the rename": ("os.fsync", 12),
     }[kill]

@@ -152,6 +152,14 @@ def test_bad_input_is_named_before_anything_is_written(
     assert not Path(options["output"]).exists()
 
 
+def test_several_processes_are_sent_to_the_example(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process.*distributed_sft.py"):
+        run(options)
+
+
 def test_examples_that_are_too_long_are_counted(options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": f"{i}", "completion": "x" * (40 if i < 5 else 4)} for i in range(20)]

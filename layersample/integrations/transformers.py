@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from layersample.distributed_checkpoint import optimizer_of
 from layersample.head import ChunkedLoss
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
@@ -36,6 +37,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     have trained) and ``layer_staleness`` (most periods since a layer last trained). They are in
     ``state.log_history`` and reach the callbacks behind this one. The Trainer puts its own reporters
     (TensorBoard, W&B) in front of callbacks that it is given, so use :meth:`attach` to have them report these.
+
+    With several processes, use :meth:`attach` too: a callback never sees DistributedDataParallel, which must be
+    told of each switch, and comes too late for the optimizer's checkpoint of FSDP2.
 
     Args:
         sampler: Name of a registered sampler, or a sampler.
@@ -106,19 +110,34 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
         self._savers: list[ChunkedLoss | SelectiveRecompute] = []
+        self._trainer: Trainer | None = None
         self.scheduler: LayerScheduler | None = None
         # Set by the Trainer where restore_callback_states_from_checkpoint=True.
         self.scheduler_state: dict[str, Any] | None = None
 
     def attach(self, trainer: Trainer) -> LayerSamplingCallback:
-        """Add this callback to a Trainer in front of its reporters, so that they get the active layers too.
+        """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
 
         The Trainer's checkpoints are then whole or not there: each is saved beside its place, listed and renamed,
         and checked before the Trainer resumes from it.
+
+        Args:
+            trainer: The Trainer, before ``train()``; SFTTrainer and the like are Trainers.
         """
         if self in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(self)
         trainer.callback_handler.callbacks.insert(0, self)
+        if trainer is not self._trainer:
+            self._trainer = trainer
+            load = trainer._load_optimizer_and_scheduler
+
+            def load_what_is_there(checkpoint: str | None) -> None:
+                assert trainer.model is not None
+                with optimizer_of(checkpoint, trainer.model):
+                    load(checkpoint)
+
+            # No callback runs between the preparation of the model and this.
+            trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
         protect_checkpoints(trainer)
         return self
 
@@ -136,7 +155,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             exported = exported[-1] if exported else {}
         saved = exported.get("attributes", {}).get("scheduler_state") or self.scheduler_state
         self.scheduler = LayerScheduler(
-            kwargs["model"],
+            self._trainer.model_wrapped if self._trainer is not None else kwargs["model"],
             kwargs["optimizer"],
             self._sampler,
             **arguments,

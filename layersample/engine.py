@@ -1,0 +1,169 @@
+"""What spreads a model over processes, and what it must be told when other layers begin to train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from layersample.distributed import check_agreement, is_distributed
+from layersample.errors import ConfigError
+from layersample.layers import unwrap
+from layersample.sampler import LayerSampler
+
+
+class Engine:
+    """A model in one process, or in several that don't spread it: nothing to tell it but who agrees.
+
+    Args:
+        model: The model without its wrappers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._num_trainable = 0
+        self._handle: RemovableHandle | None = None
+
+    def prepare(self) -> None:
+        """Called once, while every parameter that may ever train requires a gradient."""
+        self._num_trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
+        if is_distributed():
+            self._handle = self.model.register_forward_pre_hook(self._refuse_unknown_wrapper)
+
+    def switched(self, active: Sequence[str], round: int) -> None:
+        """Called when other parameters require a gradient than before, before the next forward.
+
+        Args:
+            active: Names of the layers that train now.
+            round: Number of the period.
+
+        Raises:
+            ConfigError: If the ranks don't agree on them.
+        """
+        for group in self.groups:
+            check_agreement(active, round=round, device=self.device, group=group)
+
+    def check_step_in_backward(self) -> None:
+        """Whether gradients are whole as soon as backward has made them.
+
+        Raises:
+            ConfigError: If other ranks add to them after that.
+        """
+        if is_distributed():
+            raise ConfigError(
+                "A step in the backward pass needs gradients that are whole there, but those of several processes "
+                "are added up later: leave step_in_backward out."
+            )
+
+    def must_measure(self, sampler: LayerSampler) -> bool:
+        """Whether a sampler may look at the model now; False if it has done so already, and can't again.
+
+        Raises:
+            ConfigError: If it must, but can't.
+        """
+        return True
+
+    def close(self) -> None:
+        """Called when sampling has ended, and all parameters have their ``requires_grad`` back."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup | None]:
+        """The groups of ranks that must agree; None is all ranks."""
+        return [None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where gradients are reduced."""
+        return next(self.model.parameters()).device
+
+    def _refuse_unknown_wrapper(self, module: nn.Module, args: Any) -> None:
+        """Stop before the first gradient of a model that was wrapped without the scheduler's knowing."""
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise ConfigError(
+                "fully_shard must be called before LayerScheduler is made, because FSDP looks at which parameters "
+                "require a gradient and replaces them, but the model was sharded after it: with accelerate, too, "
+                "make LayerScheduler after prepare()."
+            )
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None or not torch.is_grad_enabled() or self._copes_alone(wrapper):
+            return
+        raise ConfigError(
+            "LayerScheduler must be given the DistributedDataParallel that the model runs in, but was given the "
+            "model inside: gradients of layers that it switches on would not be averaged, or the run would stop. "
+            "Wrap the model while every parameter that may train requires a gradient, then make "
+            "LayerScheduler(ddp_model, ...). With the Trainer, use "
+            "LayerSamplingCallback(...).attach(trainer) in place of callbacks=."
+        )
+
+    def _copes_alone(self, wrapper: DistributedDataParallel) -> bool:
+        """Whether DDP averages any set of layers by itself: it knows all parameters, and looks for unused ones."""
+        if not wrapper.find_unused_parameters or wrapper.static_graph:
+            return False
+        ddp: Any = wrapper  # its private methods have no types
+        return bool(ddp._get_ddp_logging_data()["num_parameter_tensors"] == self._num_trainable)
+
+
+def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
+    """The engine of a model, as its wrappers and its optimizer show.
+
+    Args:
+        model: The model, with its wrappers if it has any.
+        optimizer: Its optimizer, or a wrapper of one.
+
+    Raises:
+        ConfigError: If layers can't be switched under it: DeepSpeed, or options of DistributedDataParallel or
+            FullyShardedDataParallel that forbid it.
+    """
+    _refuse_deepspeed(model, optimizer)
+    inner = unwrap(model)
+    wrapper = _find_ddp(model)
+    if wrapper is not None:
+        from layersample.ddp import DDPEngine  # it is an Engine itself
+
+        return DDPEngine(wrapper, inner)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what isn't imported wraps nothing
+    if fsdp is None:
+        return Engine(inner)
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in inner.modules()):
+        from layersample.fsdp import FSDP1Engine
+
+        return FSDP1Engine(inner)
+    if any(isinstance(module, fsdp.FSDPModule) for module in inner.modules()):
+        from layersample.fsdp import FSDPEngine
+
+        return FSDPEngine(inner)
+    return Engine(inner)
+
+
+def _find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def _refuse_deepspeed(model: nn.Module, optimizer: Optimizer) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    classes = [*type(model).__mro__, *type(optimizer).__mro__, *type(inner).__mro__]
+    by_class = any(cls.__module__.partition(".")[0] == "deepspeed" for cls in classes)
+    by_name = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"  # accelerate's own
+    if not (by_class or by_name or any(hasattr(p, "ds_id") for p in model.parameters())):
+        return
+    raise ConfigError(
+        "Layers can't be switched under DeepSpeed: ZeRO copies the parameters that require a gradient into flat "
+        "buffers of its own once, when it is made, so it would go on training the first set, or move frozen "
+        "layers. Use FSDP2 in its place (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 for accelerate), "
+        "which shards weights, gradients and optimizer state as ZeRO-3 does, or DistributedDataParallel."
+    )

@@ -1,0 +1,133 @@
+"""A switch of layers: which parameters require a gradient, and everything that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from layersample.checkpointing import TruncatedCheckpointing
+from layersample.engine import Engine
+from layersample.layers import ModelLayers
+from layersample.masters import combine
+from layersample.optimizer_state import StatePolicyName, create_policy
+from layersample.optimizer_view import OptimizerView
+from layersample.projection import Projection
+from layersample.selfcheck import SelfCheck
+from layersample.step_in_backward import BackwardStepper, StepInBackward
+from layersample.targets import find_targets
+from layersample.units import Units, check_optimizer
+
+
+class Switch:
+    """Lets some layers of a model train, and freezes the others. All arguments mean what they do in LayerScheduler.
+
+    Args:
+        engine: What the model runs in.
+        optimizer: Its optimizer.
+        model_layers: The model's layers.
+        units: What is sampled of them, and what always trains.
+        state: What happens to the optimizer's state of frozen layers.
+        projection: The low-rank projection, if any.
+        master_weights: Whether bf16 weights train on fp32 masters.
+        seed: Seed of the projection.
+        step_in_backward: How to step in the backward pass, if so.
+        check: Whether to check each period.
+
+    Raises:
+        ConfigError: If the optimizer can't train the model this way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        model_layers: ModelLayers,
+        units: Units,
+        *,
+        state: StatePolicyName,
+        projection: Projection | None,
+        master_weights: bool,
+        seed: int,
+        step_in_backward: StepInBackward | None,
+        check: bool,
+    ) -> None:
+        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
+        self._layers, self._units = model_layers, units
+        check_optimizer(self._model, optimizer, units)
+        self._policy = create_policy(state)
+        self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks)
+        self.projected = find_targets(self._model, model_layers, projection)
+        if step_in_backward is not None:
+            engine.check_step_in_backward()
+        self.view = OptimizerView(optimizer, projection=projection, master_weights=master_weights, seed=seed)
+        self.stepper = BackwardStepper(optimizer, step_in_backward) if step_in_backward is not None else None
+        self._self_check = SelfCheck(optimizer, state) if check else None
+        engine.prepare()
+
+    def apply(self, active: Sequence[int], round: int) -> None:
+        """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects.
+
+        Args:
+            active: Indices of the sampled layers that train from now on.
+            round: Number of the period.
+        """
+        names = {name for own in self._units.training(active).values() for name in own}
+        training = {}
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in names)
+            if name in names:
+                training[name] = parameter
+            else:
+                parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        self.view.project({name: p for name, p in training.items() if name in self.projected})
+        if self.stepper is not None:
+            self.stepper.watch(training.values())
+        units = [self._units.sampled[i] for i in active]
+        in_stack = [unit for unit in units if unit in self._layers.layers]
+        self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
+        self._engine.switched([unit.name for unit in units], round)
+        if self._self_check is not None:
+            self._self_check.begin(dict(self._model.named_parameters()))
+
+    def place_state(self) -> None:
+        """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
+        parameters = list(self._model.parameters())
+        frozen = [p for p in parameters if not p.requires_grad]
+        self.view.freeze(frozen)
+        self._policy.freeze(self._optimizer, frozen)
+        self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
+
+    def check(self, active: Sequence[int]) -> None:
+        """Check a period at its end, where that is asked for.
+
+        Raises:
+            SelfCheckError: If it fails.
+        """
+        if self._self_check is not None:
+            self._self_check.end(dict(self._model.named_parameters()), self._units.training(active))
+
+    def fp32_weights(self) -> dict[str, Tensor]:
+        """The model's state in fp32: bf16 weights with what their masters hold beyond them."""
+        return {
+            name: combine(value, self._optimizer.state.get(value, {})).clone()
+            if value.dtype == torch.bfloat16
+            else value.detach()
+            for name, value in self._model.state_dict(keep_vars=True).items()
+        }
+
+    def close(self) -> None:
+        """Every parameter requires a gradient again as it did before. Safe to call twice."""
+        if self._self_check is not None:
+            self._self_check.close()
+            self._self_check = None
+        if self.stepper is not None:
+            self.stepper.close()
+        self._checkpointing.close()
+        self.view.close()
+        parameters = dict(self._model.named_parameters())
+        for name, trainable in self._units.trainable.items():
+            parameters[name].requires_grad_(trainable)
+        self._engine.close()
