@@ -32,7 +32,8 @@ class ActiveSets:
         outside: Parameters outside of the layers.
         largest_layer: Parameters of the largest layer.
         parameters: Of the whole model.
-        worst: Sets, one of which holds most: the lowest layers, whose backward is longest, and the largest.
+        worst: Sets, one of which holds most: the lowest layers, whose backward is longest; these, but for one at
+            the top; and the largest.
         typical: The median of many draws, by the depth of the lowest layer.
         notes: What had to be assumed.
     """
@@ -92,6 +93,8 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
     count = max(map(len, draws))
     lowest = tuple(range(count))
     largest = tuple(sorted(sorted(lowest + tuple(range(count, len(sizes))), key=lambda i: -sizes[i])[:count]))
+    # The top one trains while all that backward will need further down is still there.
+    widest = (*lowest[:-1], len(sizes) - 1) if count > 1 else lowest
     by_depth = sorted(draws, key=lambda active: (-min(active, default=len(sizes)), active))
     by_layer = [sum(size[name] for name in layer.parameters) for layer in layers.layers]
     return ActiveSets(
@@ -101,7 +104,7 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
         outside=sum(size.values()) - sum(by_layer),
         largest_layer=max(by_layer),
         parameters=sum(size.values()),
-        worst=tuple(dict.fromkeys((lowest, largest))),
+        worst=tuple(dict.fromkeys((lowest, largest, widest))),
         typical=by_depth[len(by_depth) // 2],
         notes=notes,
     )

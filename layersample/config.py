@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from layersample.errors import ConfigError, unknown
 from layersample.optimizer_state import StatePolicyName
+from layersample.step_in_backward import StepInBackward
 from layersample.units import Rule
 
 BUILTIN_MODEL = "smollm2-135m"
@@ -31,6 +32,7 @@ PLAN_COMMON: dict[str, Any] = {
     "projection_options": {},
     "sampler_options": {},
     "master_weights": False,
+    "step_in_backward": False,
     "loss_chunk": 0,
     "recompute": False,
 }
@@ -141,6 +143,10 @@ class OptimizationOptions(_Options):
     warmup: float = Field(0.0, ge=0, description="Warm-up: steps, or a part of all steps below 1.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
+    step_in_backward: bool = Field(
+        False,
+        description="Update each parameter as soon as its gradient is whole, and free it; clips by a running norm.",
+    )
     seed: int = Field(0, ge=0, description="Seed of data order, dropout and draws.")
 
 
@@ -162,6 +168,13 @@ class TrainConfig(
     """All options of ``layersample train``."""
 
     trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
+
+    @property
+    def backward_stepping(self) -> StepInBackward | None:
+        """How to step in the backward pass, if so."""
+        if not self.step_in_backward:
+            return None
+        return StepInBackward(accumulation=self.gradient_accumulation, max_norm=self.clip or None)
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:

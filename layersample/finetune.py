@@ -264,6 +264,7 @@ def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
     arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
+    arguments["step_in_backward"] = config.backward_stepping
     return {**arguments, "projection_options": config.projection_arguments}
 
 
@@ -283,7 +284,7 @@ def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
-        "max_grad_norm": config.clip,
+        "max_grad_norm": 0.0 if config.step_in_backward else config.clip,
         "max_length": config.max_length,
         "bf16": config.precision == "bf16-mixed",
         "fp16": config.precision == "fp16-mixed",

@@ -96,9 +96,11 @@ def simulate_step(
             scheduler.step()  # from the set that has left its state to the one that trains
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda p: live.label([p.grad], "gradients")
                 )
+                # In front: a step in backward leaves no gradient behind.
+                parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
         if config.loss_chunk:
             stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
         if config.recompute:
@@ -123,7 +125,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfi
             loss.backward()
     del loss
     with live.moment("optimizer"):
-        if config.clip:
+        if config.clip and not config.step_in_backward:
             trained = [p for p in model.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
@@ -181,6 +183,7 @@ class _Scheduler:
             projection=config.projection,
             projection_options=config.projection_arguments,
             master_weights=config.master_weights,
+            step_in_backward=config.backward_stepping,
         )
 
 

@@ -318,3 +318,12 @@ def test_a_budget_chooses_the_number_of_layers(options: dict[str, Any]) -> None:
     assert {len(r["active"]) for r in records(Path(options["output"])) if "active" in r} == {3}
     stored = yaml.safe_load((Path(options["output"]) / "config.yaml").read_text())
     assert (stored["budget"], stored["num_active"]) == ("0.5", 3)
+
+
+def test_a_step_in_backward_trains_alike_and_holds_fewer_gradients(options: dict[str, Any]) -> None:
+    losses = []
+    for stepping in (False, True):
+        summary = run(options, step_in_backward=stepping, clip=0.0, overwrite=True)
+        losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
+    assert losses[0] == losses[1]
+    assert summary["peak_bytes"]["gradients"] == 0, "none is left when the optimizer would step"

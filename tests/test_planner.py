@@ -62,6 +62,8 @@ def test_what_makes_a_step_smaller_makes_the_plan_smaller() -> None:
     assert peak(gradient_checkpointing=True) < peak()
     assert peak() < peak(embeddings="train", head="train")
     assert peak() < peak(gradient_accumulation=2)  # the second forward finds gradients
+    stepping = simulate_step(TINY, lean.model_copy(update={"step_in_backward": True}), (0, 1))
+    assert stepping.moments["optimizer"]["gradients"] == 0
     projected = simulate_step(TINY, lean.model_copy(update={"projection": "galore", "rank": 2}), (0,))
     assert projected.parts["optimizer_state"] < simulate_step(TINY, lean, (0,)).parts["optimizer_state"]
 
@@ -116,7 +118,9 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
 
 def test_worst_and_typical_sets() -> None:
     planned = plan(TINY, config(num_active=2), baselines=False)
-    assert planned.worst.layers == ("model.layers.0", "model.layers.1")
+    assert planned.worst.layers[0] == "model.layers.0"
+    sets = find_active_sets(TINY, config(num_active=2))
+    assert sets.worst == ((0, 1), (0, 3))
     assert planned.worst.trainable == 2 * LAYER
     assert planned.typical.memory.peak_bytes <= planned.peak_bytes
     sampled = plan(TINY, config(embeddings="sample"), baselines=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,6 +21,7 @@ from layersample.projection import Projection
 from layersample.recompute import SelectiveRecompute
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
+from layersample.step_in_backward import StepInBackward
 from layersample.units import Rule
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection_options: Options of a projection given by name.
         master_weights: Whether bf16 weights train on fp32 masters.
         allow_changes: Whether a checkpoint of other arguments may be resumed.
+        step_in_backward: Update each parameter as soon as its gradient is whole. Set ``max_grad_norm=0`` in the
+            Trainer's arguments, which finds no gradients to clip; this has a ``max_norm`` of its own.
         check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
             :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
@@ -86,6 +90,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
         allow_changes: bool = False,
+        step_in_backward: StepInBackward | None = None,
         check: bool = False,
         loss_chunk: int | None = None,
         recompute: bool = False,
@@ -106,6 +111,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "projection_options": projection_options,
             "master_weights": master_weights,
             "allow_changes": allow_changes,
+            "step_in_backward": step_in_backward,
             "check": check,
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
@@ -217,6 +223,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
             named = value is None or isinstance(value, str)
             arguments[key] = value if named else f"{type(value).__name__} (object)"
+        stepping = arguments["step_in_backward"]
+        arguments["step_in_backward"] = None if stepping is None else asdict(stepping)
         return {
             "args": {**arguments, "loss_chunk": self._loss_chunk, "recompute": self._recompute},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
