@@ -88,8 +88,8 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Plans beside the papers",
         "",
-        "bf16, one example of 1024 tokens. As commonly run: bf16 moments, every logit, no checkpointing, state of frozen "
-        "layers dropped.",
+        "bf16, one example of 1024 tokens. As commonly run: bf16 moments, every logit, no checkpointing, state of "
+        "frozen layers dropped.",
         "`python -m layersample_benchmarks.plan_papers`, simulated without a GPU.",
         "",
         "| " + " | ".join(_HEADINGS) + " |",
