@@ -33,7 +33,7 @@ PAPERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ),
 )
 PRESETS = (
-    ("llama-2-7b", "lisa-16gb"),
+    ("llama-2-7b", "lisa-7b"),
     ("llama-2-7b", "owlore-16gb"),
     ("llama-2-7b", "smallest"),
     ("llama-2-70b", "lisa-70b"),

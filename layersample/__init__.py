@@ -29,6 +29,7 @@ from layersample.sampler import (
     SamplingContext,
 )
 from layersample.scheduler import LayerScheduler
+from layersample.step_in_backward import StepInBackward
 from layersample.weighted import Cost, MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "SamplingContext",
     "SelectiveRecompute",
     "Side",
+    "StepInBackward",
     "WeightedSampler",
     "create_projection",
     "create_sampler",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from layersample.errors import ConfigError, unknown
 from layersample.optimizer_state import StatePolicyName
-from layersample.step_in_backward import StepInBackward
+from layersample.step_in_backward import ClipBy, StepInBackward
 from layersample.units import Rule
 
 BUILTIN_MODEL = "smollm2-135m"
@@ -33,6 +33,7 @@ PLAN_COMMON: dict[str, Any] = {
     "sampler_options": {},
     "master_weights": False,
     "step_in_backward": False,
+    "clip_by": "all",
     "loss_chunk": 0,
     "recompute": False,
 }
@@ -143,9 +144,13 @@ class OptimizationOptions(_Options):
     warmup: float = Field(0.0, ge=0, description="Warm-up: steps, or a part of all steps below 1.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
+    clip_by: Literal["all", "running", "parameter"] = Field(
+        "all",
+        description="Norm to clip by: of all gradients; with step_in_backward: that of the step before (running), or "
+        "each parameter's own.",
+    )
     step_in_backward: bool = Field(
-        False,
-        description="Update each parameter as soon as its gradient is whole, and free it; clips by a running norm.",
+        False, description="Update each parameter in the backward pass, as soon as its gradient is whole."
     )
     seed: int = Field(0, ge=0, description="Seed of data order, dropout and draws.")
 
@@ -174,7 +179,10 @@ class TrainConfig(
         """How to step in the backward pass, if so."""
         if not self.step_in_backward:
             return None
-        return StepInBackward(accumulation=self.gradient_accumulation, max_norm=self.clip or None)
+        by: ClipBy = "parameter" if self.clip_by == "parameter" else "running"
+        return StepInBackward(
+            accumulation=self.gradient_accumulation, max_norm=self.clip or None, clip_by=by
+        )
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
@@ -182,6 +190,19 @@ class TrainConfig(
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:
             raise ValueError("resume needs output, the folder of the run to continue")
+        if self.step_in_backward and self.clip and self.clip_by == "all":
+            raise ValueError(
+                "step_in_backward never has all gradients at once, and so can't clip by their norm: choose clip_by "
+                "running or parameter, or clip 0"
+            )
+        if self.clip_by != "all" and not self.step_in_backward:
+            raise ValueError(
+                f"clip_by {self.clip_by} is for step_in_backward: turn it on, or choose clip_by all"
+            )
+        if self.step_in_backward and self.precision == "fp16-mixed":
+            raise ValueError(
+                "step_in_backward can't look for overflows of fp16 before it steps: choose another precision"
+            )
         return self
 
 

@@ -23,6 +23,9 @@ from torch.optim import Optimizer
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json
 from layersample.layers import unwrap
+from layersample.masters import MASTER, REMAINDER
+from layersample.optimizer_view import BASIS, OptimizerView
+from layersample.projection import Projection
 
 # What wrappers add to the names of parameters, and torch.distributed.checkpoint leaves out.
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
@@ -39,12 +42,20 @@ def save_distributed(
         model: The model: sharded by ``fully_shard``, inside of DistributedDataParallel, or neither.
         optimizer: Its optimizer.
         scheduler_state: ``state_dict()`` of its LayerScheduler.
+
+    Raises:
+        ConfigError: If bf16 weights have masters.
     """
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save
 
     place = Path(folder)
     scratch = place.with_name(f".{place.name}.new")
+    if any(MASTER in state or REMAINDER in state for state in optimizer.state.values()):
+        raise ConfigError(
+            "save_distributed doesn't keep the masters of bf16 weights: use layersample.Checkpoints on one rank, or "
+            "shard fp32 weights with MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+        )
     weights, state = get_state_dict(model, optimizer)
     with _one_process_is_fine():
         save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
@@ -55,7 +66,9 @@ def save_distributed(
         dist.barrier()  # no rank goes on before the checkpoint is in its place
 
 
-def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_distributed(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, projection: Projection | None = None
+) -> dict[str, Any]:
     """Load weights and optimizer state on all ranks, of which there may be more or fewer than wrote them.
 
     Then give what it returns to ``LayerScheduler(..., state_dict=)``.
@@ -64,12 +77,13 @@ def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer)
         folder: Where :func:`save_distributed` wrote to.
         model: The model, prepared as it was then; every parameter that may train requires a gradient.
         optimizer: Its optimizer, new.
+        projection: The low-rank projection that the run has, whose state has shapes of its own.
 
     Returns:
         The state of the LayerScheduler.
 
     Raises:
-        ConfigError: If there is no checkpoint.
+        ConfigError: If there is no checkpoint, or it is of another projection.
     """
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -79,8 +93,23 @@ def load_distributed(folder: str | Path, model: nn.Module, optimizer: Optimizer)
         raise ConfigError(f"There must be a checkpoint of save_distributed in {place}, but there is none.")
     optimizer.state.clear()
     optimizer.zero_grad()
-    with only_trainable(model, stored_names(place)), _one_process_is_fine():
+    stored = stored_state(place)
+    ranks = {keys[BASIS][-1] for keys in stored.values() if BASIS in keys}
+    if ranks != ({projection.rank} if projection is not None else set()):
+        raise ConfigError(
+            f"The checkpoint in {place} must be loaded with the projection that it was written with: the rank was "
+            f"{', '.join(map(str, ranks)) or 'none'}, but is {projection.rank if projection else 'none'} now."
+        )
+    with (
+        only_trainable(model, stored),
+        _low_rank(model, optimizer, projection, stored),
+        _one_process_is_fine(),
+    ):
         weights, state = get_state_dict(model, optimizer)
+        for name, keys in stored.items():
+            held: Any = state["state"][name]  # type: ignore[call-overload]
+            for key in held.keys() - keys:
+                del held[key]
         load({"model": weights, "optimizer": state}, checkpoint_id=place)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     loaded: dict[str, Any] = json.loads((place / _SCHEDULER).read_text(encoding="utf-8"))
@@ -98,19 +127,44 @@ def optimizer_of(checkpoint: str | None, model: nn.Module) -> AbstractContextMan
         return nullcontext()
     folder, file = Path(checkpoint) / "optimizer_0", Path(checkpoint) / "optimizer.bin"  # accelerate's names
     if folder.is_dir():
-        return only_trainable(model, stored_names(folder))
+        return only_trainable(model, stored_state(folder))
     if file.is_file():
         stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         return only_trainable(model, stored["state"])
     return nullcontext()
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Names of the parameters that have optimizer state in a checkpoint of torch.distributed.checkpoint."""
+def stored_state(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the optimizer state in a checkpoint of torch.distributed.checkpoint: by parameter, then by key."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    paths = (FileSystemReader(folder).read_metadata().planner_data or {}).values()
-    return {path[2] for path in paths if path[:2] == ("optimizer", "state")}
+    metadata = FileSystemReader(folder).read_metadata()
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for flat, path in (metadata.planner_data or {}).items():
+        if path[:2] == ("optimizer", "state"):
+            size = getattr(metadata.state_dict_metadata[flat], "size", ())
+            found.setdefault(path[2], {})[path[3]] = tuple(size)
+    return found
+
+
+@contextmanager
+def _low_rank(
+    model: nn.Module,
+    optimizer: Optimizer,
+    projection: Projection | None,
+    stored: Mapping[str, Mapping[str, tuple[int, ...]]],
+) -> Iterator[None]:
+    """Give the template the shapes of the projection, where the checkpoint has them."""
+    if projection is None:
+        yield
+        return
+    view = OptimizerView(optimizer, projection=projection, master_weights=False, seed=0)
+    parameters = {_WRAPPERS.sub("", name): p for name, p in unwrap(model).named_parameters()}
+    view.project({name: parameters[name] for name, keys in stored.items() if BASIS in keys})
+    try:
+        yield
+    finally:
+        view.close()
 
 
 @contextmanager

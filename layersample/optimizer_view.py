@@ -262,7 +262,8 @@ class OptimizerView:
         due = steps % self._projection.update_gap == 0
         turned = not self._projection.is_left(parameter.shape)
         context = ProjectionContext(self._projected[parameter], steps, self._seed, turned)
-        basis = self._projection.basis(gradient, None if due else previous, context)
+        # A checkpoint may bring it back in another layout, and products differ in their last bits by layout.
+        basis = self._projection.basis(gradient, None if due else previous, context).contiguous()
         if self._projection.rotate_moments and previous is not None and basis is not previous:
             _rotate(own, basis.mT @ previous)
         return basis

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +93,11 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count bytes while the optimizer has all of its state and the gradients are still there."""
-        self._raise_peak(measure_memory(kwargs["model"], kwargs["optimizer"]))
+        use = measure_memory(kwargs["model"], kwargs["optimizer"])
+        scheduler = self._scheduler()
+        if scheduler is not None:  # gradients that a step in the backward pass has freed already
+            use = replace(use, gradients=max(use.gradients, scheduler.largest_gradient))
+        self._raise_peak(use)
         self._trainable = sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
 
     def on_log(
@@ -116,7 +120,7 @@ class RunRecorder(TrainerCallback):
                 "step": state.global_step,
                 "loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
+                "grad_norm": logs.get("grad_norm", scheduler.gradient_norm),
                 "round": scheduler.round,
                 "active": list(scheduler.active),
                 "coverage": scheduler.coverage,

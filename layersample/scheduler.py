@@ -186,6 +186,16 @@ class LayerScheduler:
         return self._switch.projected
 
     @property
+    def gradient_norm(self) -> float | None:
+        """With ``step_in_backward``: norm of all gradients of the last step, before clipping."""
+        return None if self._switch.stepper is None else self._switch.stepper.norm
+
+    @property
+    def largest_gradient(self) -> int:
+        """With ``step_in_backward``: most bytes of gradients that stood side by side."""
+        return 0 if self._switch.stepper is None else self._switch.stepper.largest_gradient
+
+    @property
     def round(self) -> int:
         """Number of the current period, from 0."""
         return self._round

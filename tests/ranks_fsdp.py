@@ -21,7 +21,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from layersample import ConfigError, LayerSamplingCallback, LayerScheduler, create_sampler, measure_memory
+from layersample import (
+    ConfigError,
+    LayerSamplingCallback,
+    LayerScheduler,
+    create_projection,
+    create_sampler,
+    measure_memory,
+)
 from layersample.distributed import local_part
 from layersample.distributed_checkpoint import load_distributed, optimizer_of, save_distributed
 
@@ -328,3 +335,47 @@ def check_the_trainer(folder: Path) -> None:
     }
     if dist.get_rank() == 0:
         torch.save(weights, folder / "trainer.pt")
+
+
+def check_projection_on_shards(folder: Path) -> None:
+    """GaLore on shards is GaLore on whole gradients; its low-rank state is spread over the ranks."""
+    for name, options in (
+        ("galore", {"rank": 4, "basis": "svd", "update_gap": 3}),
+        ("galore", {"rank": 4, "side": "reverse_std", "rotate_moments": True}),
+        ("fira", {"rank": 4}),
+        ("apollo", {"rank": 4}),
+    ):
+        more = {"projection": name, "projection_options": options, "state": "keep"}
+        model = sharded()
+        scheduler = run(model, **more)
+        state = next(s for s in scheduler._optimizer.state.values() if "projection_basis" in s)
+        assert local_part(state["exp_avg"]).numel() * 2 == state["exp_avg"].numel()
+        scheduler.close()
+        assert_close(model, alone(**more), 1e-7)
+
+
+def check_checkpoints_hold_the_projection(folder: Path) -> None:
+    for kept in ({"state": "drop"}, {"state": "keep", "rotate_moments": True}):
+        galore = {"rank": 4, "update_gap": 3, **{k: v for k, v in kept.items() if k != "state"}}
+        more = {"projection": create_projection("galore", galore), "state": kept["state"]}
+        whole = sharded()
+        run(whole, range(7), **more)
+        first = sharded()
+        optimizer = adamw(first)
+        scheduler = run(first, range(3), optimizer=optimizer, **more)
+        save_distributed(folder / "projected", first, optimizer, scheduler.state_dict())
+        second = sharded()
+        optimizer = adamw(second)
+        with pytest.raises(ConfigError, match="the rank was 4, but is none now"):
+            load_distributed(folder / "projected", second, optimizer)
+        state = load_distributed(folder / "projected", second, optimizer, more["projection"])
+        run(second, range(3, 7), optimizer=optimizer, state_dict=state, **more)
+        for name, parameter in second.named_parameters():
+            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+
+
+def check_masters_of_shards_are_refused(folder: Path) -> None:
+    model = sharded(make_llama(NUM_LAYERS, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match="shard the model in float32 with"):
+        LayerScheduler(model, adamw(model), "lisa")
+    LayerScheduler(model, adamw(model), "lisa", master_weights=False).close()

@@ -31,6 +31,9 @@ def test_every_option_has_a_description() -> None:
         ({"resume": True}, "resume needs output"),
         ({"resume": True, "overwrite": True}, "choose one of them"),
         ({"precision": "bfloat16"}, "precision"),
+        ({"step_in_backward": True}, "can't clip by their norm: choose clip_by"),
+        ({"clip_by": "running"}, "clip_by running is for step_in_backward"),
+        ({"step_in_backward": True, "clip": 0, "precision": "fp16-mixed"}, "can't look for overflows"),
     ],
 )
 def test_errors_name_source_and_key(options: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from ranks import NUM_LAYERS, assert_close, checks_of, launch, train
 
 from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
 from layersample.distributed import check_agreement, is_distributed, local_part
-from layersample.distributed_checkpoint import load_distributed, save_distributed, stored_names
+from layersample.distributed_checkpoint import load_distributed, save_distributed, stored_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 Launched = tuple[set[str], str, Path]
@@ -91,7 +91,7 @@ def test_a_checkpoint_in_one_process_continues_to_the_bit(tmp_path: Path) -> Non
     for _ in range(2):  # the second one takes the place of the first
         save_distributed(tmp_path / "saved", whole, optimizer, scheduler.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    names = stored_names(tmp_path / "saved")
+    names = stored_state(tmp_path / "saved")
     assert names == {name for name, p in whole.named_parameters() if p in optimizer.state}
     train(whole, optimizer, scheduler, range(3, 6))
 

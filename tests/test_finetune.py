@@ -187,6 +187,13 @@ def test_prompts_that_leave_no_room(options: dict[str, Any], tmp_path: Path) -> 
         {"gradient_accumulation": 2, "clip": 0.1},
         {"precision": "bf16-mixed"},
         {"precision": "bf16"},
+        {
+            "precision": "bf16",
+            "projection": "galore",
+            "rank": 4,
+            "step_in_backward": True,
+            "clip_by": "running",
+        },
         {"epochs": 0.5},
         {"state": "offload", "warmup": 0.5, "schedule": "cosine"},
         {"trainer": {"optim": "adafactor", "eval_strategy": "steps", "eval_steps": 2}},

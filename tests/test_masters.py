@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,25 @@ def test_weights_are_those_of_masters_of_everything(name: str, state: str) -> No
     model = scheduler._model
     assert all(torch.equal(exact[key].bfloat16(), value) for key, value in model.state_dict().items())
     scheduler.close()
+
+
+@pytest.mark.parametrize("state", ["drop", "keep"])
+@pytest.mark.parametrize("projection", ["galore", "apollo", "fira"])
+def test_projected_weights_are_those_of_masters_of_everything(projection: str, state: Any) -> None:
+    options = {"projection": projection, "projection_options": {"rank": 4, "update_gap": 2}, "state": state}
+    exact, scheduler = run(14, **options)
+    scheduler.close()
+    whole = make_llama(dtype=torch.bfloat16).float()  # fp32 always, and run in bf16
+    optimizer = OPTIMIZERS["adamw"](whole.parameters())
+    scheduler = LayerScheduler(whole, optimizer, "cyclic", num_active=2, period=3, **options)
+    for step in range(14):
+        rounded = copy.deepcopy(whole).bfloat16()
+        rounded(**make_batch(step)).loss.backward()
+        for parameter, twin in zip(whole.parameters(), rounded.parameters(), strict=True):
+            parameter.grad = twin.grad.float() if parameter.requires_grad else None
+        optimizer.step()
+        scheduler.step()
+    assert all(torch.equal(exact[name], value) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("projection", [None, "galore", "apollo", "fira"])

@@ -13,7 +13,7 @@ from layersample.planner import plan
 @pytest.mark.parametrize(
     ("model", "preset", "most"),
     [
-        ("llama-2-7b", "lisa-16gb", 16.0),
+        ("llama-2-7b", "lisa-7b", 16.0),
         ("llama-2-7b", "smallest", 13.5),
     ],
 )

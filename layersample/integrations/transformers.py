@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.distributed_checkpoint import optimizer_of
+from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
@@ -59,9 +60,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
         projection_options: Options of a projection given by name.
         master_weights: Whether bf16 weights train on fp32 masters.
+        step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0.
         allow_changes: Whether a checkpoint of other arguments may be resumed.
-        step_in_backward: Update each parameter as soon as its gradient is whole. Set ``max_grad_norm=0`` in the
-            Trainer's arguments, which finds no gradients to clip; this has a ``max_norm`` of its own.
         check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
             :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
@@ -89,8 +89,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
-        allow_changes: bool = False,
         step_in_backward: StepInBackward | None = None,
+        allow_changes: bool = False,
         check: bool = False,
         loss_chunk: int | None = None,
         recompute: bool = False,
@@ -110,8 +110,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "projection": projection,
             "projection_options": projection_options,
             "master_weights": master_weights,
-            "allow_changes": allow_changes,
             "step_in_backward": step_in_backward,
+            "allow_changes": allow_changes,
             "check": check,
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
@@ -152,6 +152,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the scheduler; take back its state from a checkpoint."""
         arguments = dict(self._arguments)
+        if arguments["step_in_backward"] is not None and args.max_grad_norm:
+            raise ConfigError(
+                "A step in the backward pass leaves no gradients to clip: set the Trainer's max_grad_norm to 0, and "
+                f"StepInBackward(max_norm=...) in its place, but got max_grad_norm={args.max_grad_norm}."
+            )
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
         # The Trainer saves the state of callbacks only under keys that are there.
@@ -223,8 +228,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
             named = value is None or isinstance(value, str)
             arguments[key] = value if named else f"{type(value).__name__} (object)"
-        stepping = arguments["step_in_backward"]
-        arguments["step_in_backward"] = None if stepping is None else asdict(stepping)
+        backward = arguments["step_in_backward"]
+        arguments["step_in_backward"] = None if backward is None else asdict(backward)
         return {
             "args": {**arguments, "loss_chunk": self._loss_chunk, "recompute": self._recompute},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},

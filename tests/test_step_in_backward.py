@@ -1,0 +1,202 @@
+"""Steps in the backward pass, against the same steps after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import make_batch, make_llama
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from layersample import Checkpoints, ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+def run(
+    backward: StepInBackward | None,
+    optimizer_name: str = "adamw",
+    *,
+    accumulation: int = 1,
+    checkpointing: bool | None = None,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    clip: float | None = None,
+    **options: Any,
+) -> tuple[dict[str, Tensor], LayerScheduler]:
+    model = make_llama(dtype=dtype, tie=tie)
+    model.train()
+    if checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    scheduler = LayerScheduler(
+        model, optimizer, "lisa", num_active=2, period=3, check=True, step_in_backward=backward, **options
+    )
+    for step in range(7):
+        for part in range(accumulation):
+            (model(**make_batch(10 * step + part), use_cache=False).loss / accumulation).backward()
+        if clip is not None:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    nn.utils.clip_grad_norm_([parameter], clip)
+        if backward is not None:
+            assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+        schedule.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    weights = scheduler.fp32_state_dict()
+    scheduler.close()
+    return {name: value.clone() for name, value in weights.items()}, scheduler
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("state", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_the_ordinary_step_to_the_bit(name: str, state: Any) -> None:
+    assert same(run(StepInBackward(), name, state=state)[0], run(None, name, state=state)[0])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # frozen layers under checkpointing
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie": True},
+        {"embeddings": "sample"},
+        {"checkpointing": True, "embeddings": "freeze"},
+        {"checkpointing": False},
+        {"dtype": torch.bfloat16},
+        *({"projection": name, "projection_options": {"rank": 4}} for name in ("galore", "apollo", "fira")),
+        {"projection": "galore", "projection_options": {"rank": 4}, "dtype": torch.bfloat16, "state": "keep"},
+    ],
+    ids=str,
+)
+def test_with_everything_else(options: dict[str, Any]) -> None:
+    assert same(run(StepInBackward(), **options)[0], run(None, **options)[0])
+
+
+def test_gradients_are_summed_up_first() -> None:
+    backward = StepInBackward(accumulation=3)
+    assert same(run(backward, accumulation=3)[0], run(None, accumulation=3)[0])
+
+
+def test_clipping_by_parameter_is_clipping_each_by_itself() -> None:
+    ours, _ = run(StepInBackward(max_norm=0.05, clip_by="parameter"), "sgd-momentum")
+    naive, _ = run(None, "sgd-momentum", clip=0.05)
+    assert all(torch.allclose(ours[name], naive[name], atol=1e-7) for name in naive)
+    assert not same(ours, run(None, "sgd-momentum")[0])
+
+
+def test_the_running_norm_is_that_of_the_step_before() -> None:
+    model = make_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    options = StepInBackward(max_norm=0.5)
+    scheduler = LayerScheduler(model, optimizer, "full", num_active=1, step_in_backward=options)
+    assert scheduler.gradient_norm is None
+    norms, moved = [], []
+    for step in range(3):
+        reference = make_llama()
+        reference.load_state_dict(model.state_dict())
+        reference(**make_batch(step)).loss.backward()
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in reference.parameters()])))
+        before = [p.detach().clone() for p in model.parameters()]
+        model(**make_batch(step)).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.gradient_norm == pytest.approx(norms[-1], rel=1e-5)
+        moved.append(
+            float(
+                nn.utils.get_total_norm(
+                    [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+                )
+            )
+        )
+    assert moved[0] == pytest.approx(1e-3 * norms[0], rel=1e-3)  # nothing is known yet
+    for step in (1, 2):
+        assert moved[step] == pytest.approx(1e-3 * norms[step] * 0.5 / norms[step - 1], rel=1e-2)
+
+
+def test_gradients_never_stand_side_by_side() -> None:
+    _, scheduler = run(StepInBackward())
+    model = make_llama()
+    assert scheduler.largest_gradient == max(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_in_the_trainer(tmp_path: Path, accumulate: int) -> None:
+    weights = []
+    for backward in (None, StepInBackward()):
+        rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(12)]
+        args = TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulate,
+            max_grad_norm=0.0, report_to="none", use_cpu=True, dataloader_pin_memory=False, save_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model=make_llama(), args=args, train_dataset=Dataset.from_list(rows))
+        LayerSamplingCallback("lisa", period=2, step_in_backward=backward).attach(trainer)
+        trainer.train()
+        weights.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+    assert same(*weights)
+
+
+def test_the_trainer_s_clipping_is_refused(tmp_path: Path) -> None:
+    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(2)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", use_cpu=True, dataloader_pin_memory=False
+    )
+    trainer = Trainer(model=make_llama(), args=args, train_dataset=Dataset.from_list(rows))
+    LayerSamplingCallback("lisa", step_in_backward=StepInBackward()).attach(trainer)
+    with pytest.raises(ConfigError, match="max_grad_norm to 0"):
+        trainer.train()
+
+
+def test_the_running_norm_survives_a_checkpoint(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, LayerScheduler, Checkpoints]:
+        model = make_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        backward = StepInBackward(max_norm=0.1)
+        scheduler = LayerScheduler(model, optimizer, "lisa", period=3, step_in_backward=backward)
+        kept = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        return model, optimizer, scheduler, Checkpoints(tmp_path, kept)
+
+    def train(steps: range, built: Any) -> dict[str, Tensor]:
+        model, optimizer, scheduler, checkpoints = built
+        for step in steps:
+            model(**make_batch(step)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if step == 3:
+                checkpoints.save(step + 1)
+        return model.state_dict()
+
+    whole = train(range(8), build())
+    resumed = build()
+    assert same(whole, train(range(resumed[3].load_last(), 8), resumed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"max_norm": 0.0}, "max_norm must be above 0"),
+        ({"clip_by": "all"}, "clip_by must be one of running, parameter"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StepInBackward(**options)
