@@ -333,4 +333,4 @@ def test_a_step_in_backward_trains_alike_and_holds_fewer_gradients(options: dict
         summary = run(options, step_in_backward=stepping, clip=0.0, overwrite=True)
         losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
     assert losses[0] == losses[1]
-    assert summary["peak_bytes"]["gradients"] == 0, "none is left when the optimizer would step"
+    assert summary["peak_bytes"]["gradients"] == 4 * 260 * 16, "the largest one, alone"
