@@ -44,7 +44,7 @@ class TimedTrainer(CheckedTrainer):
             self.tokens = int(inputs["attention_mask"].sum())
         # What an evaluation takes is forgotten at the next step's beginning.
         with self.clock.phase("forward" if model.training else "evaluation"):
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Time both passes."""

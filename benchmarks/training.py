@@ -69,6 +69,10 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
         arguments = training_arguments(config, Path(scratch))
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
+        if config.loss_chunk:
+            trainer.chunk_loss(config.loss_chunk)
+        if config.recompute:  # not through the callback, which baselines don't have
+            SelectiveRecompute(prepared.model)
         recorder.on_step = report
         scores = _train(suite, job, trainer, tokenizer)
     return {

@@ -6,10 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from layersample.checkpoints import Checkpoints
+from layersample.costs import LayerCosts, layer_costs
 from layersample.errors import ConfigError
+from layersample.head import ChunkedLoss
 from layersample.layers import Layer, ModelLayers, find_layers
 from layersample.memory import MemoryUse, measure_memory
 from layersample.projection import LowRankStep, Projection, ProjectionContext, Side
+from layersample.recompute import SelectiveRecompute
 from layersample.registry import (
     create_projection,
     create_sampler,
@@ -27,7 +30,7 @@ from layersample.sampler import (
 )
 from layersample.scheduler import LayerScheduler
 from layersample.step_in_backward import StepInBackward
-from layersample.weighted import MeasuredSampler, WeightedSampler
+from layersample.weighted import Cost, MeasuredSampler, WeightedSampler
 
 if TYPE_CHECKING:
     from layersample import metrics
@@ -37,8 +40,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoints",
+    "ChunkedLoss",
     "ConfigError",
+    "Cost",
     "Layer",
+    "LayerCosts",
     "LayerSampler",
     "LayerSamplingCallback",
     "LayerScheduler",
@@ -51,12 +57,14 @@ __all__ = [
     "Projection",
     "ProjectionContext",
     "SamplingContext",
+    "SelectiveRecompute",
     "Side",
     "StepInBackward",
     "WeightedSampler",
     "create_projection",
     "create_sampler",
     "find_layers",
+    "layer_costs",
     "list_projections",
     "list_samplers",
     "load_plugin",

@@ -1,4 +1,4 @@
-"""The command line: ``layersample list | profile | train | benchmark``."""
+"""The command line: ``layersample list | profile | plan | train | benchmark``."""
 
 from __future__ import annotations
 
@@ -7,27 +7,18 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from layersample.config import (
-    PROFILE_DATA_SAMPLERS,
-    PROFILE_SAMPLERS,
-    SECTIONS,
-    TrainConfig,
-    make_config,
-    read_yaml,
-)
+from layersample.cli_options import own_option, with_options
+from layersample.config import PROFILE_DATA_SAMPLERS, PROFILE_SAMPLERS, TrainConfig, make_config, read_yaml
 from layersample.display import plain
 from layersample.errors import ConfigError, unknown
 from layersample.registry import (
@@ -171,6 +162,55 @@ def train(
 
     Without options: SmolLM2-135M on grade-school problems with LISA, about five minutes on two cores.
     """
+    _run(_settings(config, preset, sampler_option, projection_option, trainer_option, flags))
+
+
+def plan(
+    *,
+    model: str,
+    gpus: int = 1,
+    as_json: bool = False,
+    picture: Path | None = None,
+    baselines: bool = True,
+    config: Path | None = None,
+    preset: str | None = None,
+    sampler_option: list[str] | None = None,
+    projection_option: list[str] | None = None,
+    **flags: Any,
+) -> None:
+    """Show the peak memory of a run before it is run; no GPU and no weights are needed."""
+    # Seconds of imports that the other commands don't need.
+    import json
+
+    from transformers.utils import logging as transformers_logging
+
+    from layersample.plan_report import print_plan
+    from layersample.planner import plan as plan_run
+    from layersample.plots import plot_plan
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    settings = _settings(config, preset, sampler_option, projection_option, None, {**flags, "model": model})
+    if settings.plugin is not None:
+        load_plugin(settings.plugin)
+    planned = plan_run(model, settings, gpus=gpus, baselines=baselines)
+    if picture is not None:
+        plot_plan(picture, planned.to_json(), f"{model}, bytes at the peak")
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=2))
+    else:
+        print_plan(console, planned)
+
+
+def _settings(
+    config: Path | None,
+    preset: str | None,
+    sampler_option: list[str] | None,
+    projection_option: list[str] | None,
+    trainer_option: list[str] | None,
+    flags: dict[str, Any],
+) -> TrainConfig:
+    """All options from a stored run, a preset, a file and the command line; later ones win."""
     given = {key: value for key, value in flags.items() if value is not None}
     sources: list[tuple[str, dict[str, Any]]] = []
     if given.get("resume") and (stored := Path(given.get("output") or "") / "config.yaml").is_file():
@@ -189,8 +229,7 @@ def train(
             for _, options in sources:
                 base = options.get(key, base)
             given[key] = {**base, **_parse_pairs(pairs, key)}
-    settings = make_config(*sources, ("command line", given))
-    _run(settings)
+    return make_config(*sources, ("command line", given))
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -265,53 +304,33 @@ def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
     return parsed
 
 
-def _with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of the configuration; typer reads them from the signature.
-
-    A flag that isn't given is ``None``, so that it doesn't win over a file.
-    """
-    panel = "Configuration"
-    extra: list[tuple[str, Any, str]] = [
-        ("config", Path | None, "YAML file of options; flags win over it."),
-        ("preset", str | None, "Options of a paper: lisa or owlore."),
-        ("sampler_option", list[str] | None, "KEY=VALUE for the sampler; may be repeated."),
-        ("projection_option", list[str] | None, "KEY=VALUE for the projection; may be repeated."),
-        ("trainer_option", list[str] | None, "KEY=VALUE for TRL's SFTConfig; may be repeated."),
-    ]
-    parameters = [_flag(name, kind, text, panel) for name, kind, text in extra]
-    for section in SECTIONS:
-        for name, field in section.model_fields.items():
-            if name not in ("sampler_options", "projection_options"):
-                text = f"{field.description} [dim]\\[default: {_default(field)}][/]"
-                parameters.append(
-                    _flag(name, _flag_type(field.annotation), text, (section.__doc__ or "").strip("."))
-                )
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
-
-
-def _flag(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
-    flag = f"--{name.replace('_', '-')}"
-    declared = f"{flag}/--no{flag[1:]}" if kind == (bool | None) else flag
-    option = typer.Option(declared, help=text, show_default=False, rich_help_panel=panel)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
-    )
-
-
-def _flag_type(annotation: Any) -> Any:
-    """The type that typer reads: choices as they are, everything else checked by pydantic."""
-    kinds = [k for k in get_args(annotation) if k is not type(None)]
-    kind = kinds[0] if get_origin(annotation) in (Union, UnionType) else annotation
-    return (kind if kind in (int, float, bool, Path) or get_origin(kind) is Literal else str) | None
-
-
-def _default(field: FieldInfo) -> str:
-    return "none" if field.default is None else str(field.default)
-
-
-app.command(rich_help_panel=None)(_with_options(train))
+_PLAN_OPTIONS = (
+    own_option(
+        "model", str, inspect.Parameter.empty, typer.Argument(help="Built-in shape, folder or hub id.")
+    ),
+    own_option("gpus", int, 1, typer.Option(min=1, help="GPUs that the run is sharded over (FSDP).")),
+    own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
+    own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),
+    own_option("baselines", bool, True, typer.Option(help="Plan the usual ways to train as well.")),
+)
+# Options that change nothing in a step's memory.
+_NOT_PLANNED = (
+    *(
+        "model",
+        "check",
+        "save_precision",
+        "data",
+        "eval_data",
+        "eval_size",
+        "steps",
+        "epochs",
+        "learning_rate",
+    ),
+    *("schedule", "warmup", "weight_decay", "output", "save_steps", "resume", "overwrite", "trainer_option"),
+    *("sampler_options", "projection_options"),
+)
+app.command(rich_help_panel=None)(with_options(plan, leave_out=_NOT_PLANNED, first=_PLAN_OPTIONS))
+app.command(rich_help_panel=None)(with_options(train))
 app.add_typer(benchmark_app, name="benchmark")
 if __name__ == "__main__":
     main()

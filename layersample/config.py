@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from layersample.errors import ConfigError, unknown
 from layersample.optimizer_state import StatePolicyName
+from layersample.step_in_backward import ClipBy, StepInBackward
 from layersample.units import Rule
 
 BUILTIN_MODEL = "smollm2-135m"
@@ -19,6 +20,35 @@ BUILTIN_DATA = "gsm_symbolic"
 # Samplers that `layersample profile` compares, as its --sampler takes them: without data, and with it.
 PROFILE_SAMPLERS = ("lisa", "owlore:metric=alpha")
 PROFILE_DATA_SAMPLERS = (*PROFILE_SAMPLERS, "owlore:metric=outlier")
+
+# What `layersample plan` shows beside a run: each as commonly run, with the run's own model, batch and precision.
+PLAN_COMMON: dict[str, Any] = {
+    "embeddings": "train",
+    "head": "train",
+    "norm": "train",
+    "other": "train",
+    "projection": None,
+    "rank": None,
+    "projection_options": {},
+    "sampler_options": {},
+    "master_weights": False,
+    "step_in_backward": False,
+    "clip_by": "all",
+    "loss_chunk": 0,
+    "recompute": False,
+}
+PLAN_LORA_RANK, PLAN_GALORE_RANK = 16, 128
+PLAN_BASELINES: dict[str, dict[str, Any]] = {
+    "full fine-tuning": {**PLAN_COMMON, "sampler": "full", "state": "drop"},
+    "LISA as published": {**PLAN_COMMON, "sampler": "lisa", "state": "keep"},
+    f"GaLore, rank {PLAN_GALORE_RANK}": {
+        **PLAN_COMMON,
+        "sampler": "full",
+        "state": "drop",
+        "projection": "galore",
+        "rank": PLAN_GALORE_RANK,
+    },
+}
 
 
 class _Options(BaseModel):
@@ -33,6 +63,11 @@ class SamplingOptions(_Options):
         {}, description="Options of the sampler: `layersample list NAME`."
     )
     num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
+    budget: str | None = Field(
+        None,
+        description="In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
+        "parameters that may train at a time (0.05).",
+    )
     period: int = Field(5, ge=1, description="Optimizer steps between draws (K).")
     layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
     embeddings: Rule = Field("train", description="Embeddings: train always, freeze, or sample as a layer.")
@@ -76,6 +111,12 @@ class ModelOptions(_Options):
         "model", description="Type of the saved weights: the model's own, or exact fp32."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    recompute: bool = Field(
+        True, description="Compute cheap activations again in backward: the same to the bit, in less memory."
+    )
+    loss_chunk: int = Field(
+        128, ge=0, description="Positions whose logits exist at a time; 0: TRL's loss, which holds more."
+    )
 
 
 class DataOptions(_Options):
@@ -132,6 +173,14 @@ class TrainConfig(
     """All options of ``layersample train``."""
 
     trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
+
+    @property
+    def backward_stepping(self) -> StepInBackward | None:
+        """How to step in the backward pass, if so."""
+        if not self.step_in_backward:
+            return None
+        by: ClipBy = "parameter" if self.clip_by == "parameter" else "running"
+        return StepInBackward(accumulation=self.gradient_accumulation, max_norm=self.clip or None, clip_by=by)
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:

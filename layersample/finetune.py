@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -31,12 +32,13 @@ from layersample.config import TrainConfig, write_yaml
 from layersample.data import load_split
 from layersample.errors import ConfigError, unknown
 from layersample.files import replace_folder, write_json, write_text
+from layersample.head import ChunkedLoss
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.models import load_model
+from layersample.planner import apply_budget
 from layersample.recording import Progress, RunRecorder
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.run_folder import RunFolder
-from layersample.step_in_backward import ClipBy, StepInBackward
 from layersample.summary import summarize, write_pictures
 
 Report = Callable[[str], None]
@@ -92,6 +94,9 @@ def finetune(
     # Names and options, before anything is loaded.
     create_sampler(config.sampler, config.sampler_options)
     PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+    if config.budget is not None:
+        config = apply_budget(config)
+        report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
     folder = RunFolder.choose(config)
     arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
@@ -104,7 +109,9 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
+    sampling = LayerSamplingCallback(
+        config.sampler, **scheduler_arguments(config), recompute=config.recompute
+    )
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -121,6 +128,8 @@ def finetune(
             processing_class=tokenizer,
             callbacks=[recorder],
         )
+        if config.loss_chunk:
+            trainer.chunk_loss(config.loss_chunk)
         trainer.remove_callback(PrinterCallback)
         sampling.attach(trainer)
         for name, count in trainer.too_long.items():
@@ -172,6 +181,7 @@ class CheckedTrainer(SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self.too_long: dict[str, int] = {}
+        self._chunks_loss = False
         super().__init__(**kwargs)
 
     def _prepare_dataset(
@@ -192,6 +202,19 @@ class CheckedTrainer(SFTTrainer):
                 f"max_length={limit} tokens: raise it."
             )
         return ready
+
+    def chunk_loss(self, positions: int) -> None:
+        """Compute the training loss from the logits of some positions at a time."""
+        assert self.model is not None
+        ChunkedLoss(self.model, chunk_size=positions)
+        self._chunks_loss = True
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The chunked loss in training, where it is on; else SFTTrainer's own."""
+        if self._chunks_loss and model.training:
+            # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Stop at a loss that is no number, before the optimizer steps."""
@@ -244,11 +267,8 @@ def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
     arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
-    backward = None
-    if config.step_in_backward:
-        by: ClipBy = "parameter" if config.clip_by == "parameter" else "running"
-        backward = StepInBackward(max_norm=config.clip or None, clip_by=by)
-    return {**arguments, "projection_options": config.projection_arguments, "step_in_backward": backward}
+    arguments["step_in_backward"] = config.backward_stepping
+    return {**arguments, "projection_options": config.projection_arguments}
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:

@@ -1,4 +1,4 @@
-"""Pictures: which layers of a run trained when, its loss, and the profile of a model."""
+"""Pictures: which layers of a run trained when, its loss, the profile of a model, and a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from layersample.files import whole_file
 
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150}
-_COLORS = ("#1f5fa8", "#c8501e", "#2f8f4e", "#7a4fa3", "#8a6d1f", "#555555")
+_COLORS = ("#1f5fa8", "#c8501e", "#2f8f4e", "#7a4fa3", "#8a6d1f", "#555555", "#b0558f")
 _MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
 
 
@@ -107,6 +107,39 @@ def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> N
         all_axes[-1].set_xlabel("layer")
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels()
+        figure.suptitle(title, fontsize=12)
+        _save(figure, path)
+
+
+def plot_plan(path: Path, planned: Mapping[str, Any], title: str) -> None:
+    """Draw what a run and the usual ways to train hold at their peak, by kind.
+
+    Args:
+        path: The PNG to write.
+        planned: A plan as ``Plan.to_json`` gives it.
+        title: Above the picture.
+    """
+    sets = planned["sets"]
+    bars = {
+        "this run, worst set": sets["worst"],
+        "this run, typical set": sets["typical"],
+        **planned["baselines"],
+    }
+    kinds = [kind for kind in sets["worst"]["parts"] if any(bar["parts"][kind] for bar in bars.values())]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 1.3 + 0.45 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        left = [0.0] * len(bars)
+        for number, kind in enumerate(kinds):
+            widths = [bar["parts"][kind] / 2**30 for bar in bars.values()]
+            color = _COLORS[number % len(_COLORS)]
+            axes.barh(list(bars), widths, left=left, color=color, label=kind.replace("_", " "))
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for row, (end, bar) in enumerate(zip(left, bars.values(), strict=True)):
+            axes.annotate(f" {bar['peak_bytes'] / 2**30:.1f}", (end, row), va="center")
+        axes.invert_yaxis()
+        axes.set(xlabel="GiB on each GPU", xlim=(0, 1.1 * max(left)))
+        figure.legend(frameon=False, loc="outside lower center", ncols=4, fontsize=9)
         figure.suptitle(title, fontsize=12)
         _save(figure, path)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from layersample.costs import LayerCosts
 from layersample.layers import ModelLayers
 
 
@@ -40,6 +41,7 @@ class SamplingContext:
         seed: The user's seed; every rank has the same.
         statistics: What is known of each layer from the run so far.
         allow_empty: Whether a period without any layer still trains something (embeddings, head, norm).
+        costs: What it costs to train each layer; ``None`` where there is no model to count it on.
     """
 
     layers: tuple[str, ...]
@@ -49,6 +51,7 @@ class SamplingContext:
     seed: int = 0
     statistics: LayerStatistics = field(default=LayerStatistics((), ()))
     allow_empty: bool = False
+    costs: LayerCosts | None = None
 
     @property
     def num_layers(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layersample.costs import layer_costs
 from layersample.engine import find_engine
 from layersample.errors import ConfigError
 from layersample.history import LayerHistory
@@ -144,6 +145,7 @@ class LayerScheduler:
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
+        self._costs = layer_costs(self._model, self._units)
         self._batches = batches if batches is None or callable(batches) else lambda: batches
         self._allow_changes = allow_changes
         self._identity = RunIdentity(
@@ -217,8 +219,6 @@ class LayerScheduler:
     def staleness(self) -> list[int]:
         """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
         return self._history.staleness(self._round, self._active)
-
-    # The run
 
     def step(self) -> None:
         """Count one optimizer step; at the end of a period, switch to the next set of layers.
@@ -312,8 +312,6 @@ class LayerScheduler:
         self._switch.place_state()
         self._state_is_placed = True
 
-    # How it is done
-
     def _start_round(self) -> None:
         context = SamplingContext(
             layers=self.layers,
@@ -323,6 +321,7 @@ class LayerScheduler:
             seed=self.seed,
             statistics=self._history.statistics,
             allow_empty=self._units.always_trains_something,
+            costs=self._costs,
         )
         try:
             every = self.sampler.measure_every

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,6 +19,9 @@ from layersample.draws import (
 from layersample.errors import ConfigError
 from layersample.sampler import LayerSampler, SamplingContext
 
+Cost = Literal["none", "flops", "memory"]
+_COST_FLOOR = 0.1
+
 
 class WeightedSampler(LayerSampler):
     """Draws ``num_active`` layers without replacement, by weights. Write :meth:`weights`.
@@ -31,6 +34,11 @@ class WeightedSampler(LayerSampler):
         draw: ``"sequential"`` draws one layer after another from those that are left, as the papers' code
             does; a layer's chance to be in the set is then not ``num_active`` times its probability.
             ``"systematic"`` makes it exactly that (at most 1). Either way it is computed and logged.
+        cost: What weights are divided by: ``"none"``; ``"flops"``, a layer's share of the backward pass, which
+            goes the deeper the lower the layer is; or ``"memory"``, the bytes of its gradients, optimizer state
+            and activations. With a cost and no ``min_probability``, that is a tenth of 1 / number of layers, so
+            that no layer is too dear to be trained.
+        cost_tokens: Tokens of a batch, for the activations of ``cost="memory"``.
     """
 
     fixed_size = True
@@ -38,9 +46,17 @@ class WeightedSampler(LayerSampler):
     temperature: float = 1.0
     min_probability: float = 0.0
     draw: Draw = "sequential"
+    cost: Cost = "none"
+    cost_tokens: int = 1024
 
     def __init__(
-        self, *, temperature: float = 1.0, min_probability: float = 0.0, draw: Draw = "sequential"
+        self,
+        *,
+        temperature: float = 1.0,
+        min_probability: float = 0.0,
+        draw: Draw = "sequential",
+        cost: Cost = "none",
+        cost_tokens: int = 1024,
     ) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be finite and above 0, but got {temperature}.")
@@ -48,14 +64,19 @@ class WeightedSampler(LayerSampler):
             raise ValueError(f"min_probability must be between 0 and 1, but got {min_probability}.")
         if draw not in get_args(Draw):
             raise ValueError(f"draw must be 'sequential' or 'systematic', but got {draw!r}.")
+        if cost not in get_args(Cost):
+            raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, but got {cost!r}.")
+        if cost_tokens < 1:
+            raise ValueError(f"cost_tokens must be at least 1 token, but got cost_tokens={cost_tokens}.")
         self.temperature, self.min_probability, self.draw = temperature, min_probability, draw
+        self.cost, self.cost_tokens = cost, cost_tokens
 
     @abstractmethod
     def weights(self, context: SamplingContext) -> Sequence[float]:
         """Return one finite weight of at least 0 for each of ``context.layers``; they need not sum to 1."""
 
     def probabilities(self, context: SamplingContext) -> list[float]:
-        """The probability p of each layer, with temperature and floor; they sum to 1.
+        """The probability p of each layer, with temperature, cost and floor; they sum to 1.
 
         Raises:
             ConfigError: If the weights aren't one finite number of at least 0 a layer, fewer than
@@ -64,7 +85,11 @@ class WeightedSampler(LayerSampler):
         weights = check_weights(self.weights(context), context)
         # Relative to the largest one, so that no power overflows.
         powers = (weights / weights.max()) ** (1 / self.temperature)
+        if self.cost != "none":
+            powers = powers / self._costs(context)
         floor = self.min_probability
+        if self.cost != "none" and not floor:
+            floor = _COST_FLOOR / context.num_layers
         if floor * context.num_layers > 1 + 1e-9:
             raise ConfigError(
                 f"min_probability must be at most 1 / {context.num_layers} layers, but got {floor}."
@@ -77,6 +102,17 @@ class WeightedSampler(LayerSampler):
                 f"{positive} have. Lower num_active, or give min_probability."
             )
         return [float(value) for value in probabilities]
+
+    def _costs(self, context: SamplingContext) -> torch.Tensor:
+        """The cost of each layer relative to the cheapest one: fp64, ``(num_layers,)``."""
+        if context.costs is None:
+            raise ConfigError(
+                f"cost={self.cost!r} needs the costs of the layers, but the context has none: make it with a "
+                f"LayerScheduler, or give SamplingContext(costs=layer_costs(model, units))."
+            )
+        found = context.costs.flops if self.cost == "flops" else context.costs.memory(self.cost_tokens)
+        costs = torch.tensor(found, dtype=torch.float64)
+        return costs / costs[costs > 0].min() if bool((costs > 0).any()) else torch.ones_like(costs)
 
     def sample(self, context: SamplingContext) -> list[int]:
         """Draw ``context.num_active`` layers.
@@ -111,8 +147,16 @@ class MeasuredSampler(WeightedSampler):
         temperature: float = 1.0,
         min_probability: float = 0.0,
         draw: Draw = "sequential",
+        cost: Cost = "none",
+        cost_tokens: int = 1024,
     ) -> None:
-        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(
+            temperature=temperature,
+            min_probability=min_probability,
+            draw=draw,
+            cost=cost,
+            cost_tokens=cost_tokens,
+        )
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1 period, but got {every}.")
         self.measure_every = every

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal, get_args
 
-from layersample import ConfigError, MeasuredSampler, Measurement, register
+from layersample import ConfigError, Cost, MeasuredSampler, Measurement, register
 from layersample.draws import Draw
 from layersample.metrics import LoraNorms, has_lora, lora_norms, probe_lora
 
@@ -51,8 +51,17 @@ class LoraNorm(MeasuredSampler):
         temperature: float = 1.0,
         min_probability: float = 0.0,
         draw: Draw = "sequential",
+        cost: Cost = "none",
+        cost_tokens: int = 1024,
     ) -> None:
-        super().__init__(every=every, temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(
+            every=every,
+            temperature=temperature,
+            min_probability=min_probability,
+            draw=draw,
+            cost=cost,
+            cost_tokens=cost_tokens,
+        )
         if measure not in get_args(Measure):
             raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}, but got {measure!r}.")
         for name, value in (("probe_steps", probe_steps), ("probe_rank", probe_rank)):

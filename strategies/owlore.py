@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from layersample import ConfigError, MeasuredSampler, Measurement, register
+from layersample import ConfigError, Cost, MeasuredSampler, Measurement, register
 from layersample.draws import Draw
 from layersample.metrics import layer_metrics, outlier_ratios, random_hill
 
@@ -56,8 +56,17 @@ class OwLore(MeasuredSampler):
         temperature: float = 1.0,
         min_probability: float = 0.0,
         draw: Draw = "sequential",
+        cost: Cost = "none",
+        cost_tokens: int = 1024,
     ) -> None:
-        super().__init__(every=every, temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(
+            every=every,
+            temperature=temperature,
+            min_probability=min_probability,
+            draw=draw,
+            cost=cost,
+            cost_tokens=cost_tokens,
+        )
         for name, value, allowed in (("metric", metric, Metric), ("baseline", baseline, Baseline)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, but got {value!r}.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from layersample import SamplingContext, WeightedSampler, register
+from layersample import Cost, SamplingContext, WeightedSampler, register
 from layersample.draws import Draw
 
-_SHAPES = ("increase", "decrease", "middle")
+_SHAPES = ("uniform", "increase", "decrease", "middle")
 
 
 @register("prior")
@@ -15,9 +15,9 @@ class Prior(WeightedSampler):
     """Draw layers by weights that you give: a list, or a shape over depth.
 
     Args:
-        weights: One number of at least 0 a layer, from the input to the output; or ``"increase"`` (1, 2, …, N:
-            the top layers most), ``"decrease"`` (N, …, 2, 1) or ``"middle"`` (1, 2, … up to the middle and
-            down again).
+        weights: One number of at least 0 a layer, from the input to the output; or ``"uniform"`` (to divide by
+            a cost), ``"increase"`` (1, 2, …, N: the top layers most), ``"decrease"`` (N, …, 2, 1) or
+            ``"middle"`` (1, 2, … up to the middle and down again).
 
     References:
         The modes of OwLore's code (arXiv 2405.18380); the shapes are linear here.
@@ -28,12 +28,20 @@ class Prior(WeightedSampler):
     def __init__(
         self,
         *,
-        weights: list[float] | Literal["increase", "decrease", "middle"],
+        weights: list[float] | Literal["uniform", "increase", "decrease", "middle"],
         temperature: float = 1.0,
         min_probability: float = 0.0,
         draw: Draw = "sequential",
+        cost: Cost = "none",
+        cost_tokens: int = 1024,
     ) -> None:
-        super().__init__(temperature=temperature, min_probability=min_probability, draw=draw)
+        super().__init__(
+            temperature=temperature,
+            min_probability=min_probability,
+            draw=draw,
+            cost=cost,
+            cost_tokens=cost_tokens,
+        )
         if isinstance(weights, str) and weights not in _SHAPES:
             raise ValueError(f"weights must be numbers or one of {', '.join(_SHAPES)}, but got {weights!r}.")
         self._weights = weights
@@ -45,6 +53,7 @@ class Prior(WeightedSampler):
         up = [float(index + 1) for index in range(context.num_layers)]
         down = up[::-1]
         shapes = {
+            "uniform": [1.0] * context.num_layers,
             "increase": up,
             "decrease": down,
             "middle": [min(a, b) for a, b in zip(up, down, strict=True)],

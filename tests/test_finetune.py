@@ -116,15 +116,15 @@ def test_refuses_to_resume_with_another_sampler(options: dict[str, Any]) -> None
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl import SFTTrainer
+    from transformers import Trainer
 
-    compute_loss = SFTTrainer.compute_loss
+    compute_loss = Trainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute_loss(self, *args, **kwargs)
         return loss * float("nan") if self.model.training and self.state.global_step == 4 else loss
 
-    monkeypatch.setattr(SFTTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(Trainer, "compute_loss", poisoned)
     with pytest.raises(NonFiniteLossError, match="loss is nan at step 5, .* checkpoint is .*checkpoint-3"):
         run(options, save_steps=3)
     checkpoint = Path(options["output"]) / "checkpoints" / "checkpoint-3"
@@ -298,6 +298,14 @@ def test_trains_the_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> No
     assert os.path.getsize(tmp_path / "run" / "model" / "model.safetensors") > 5e8
 
 
+def test_the_chunked_loss_is_that_of_trl(options: dict[str, Any]) -> None:
+    losses = []
+    for chunk in (0, 3):
+        run(options, loss_chunk=chunk, overwrite=True)
+        losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_bf16_is_saved_as_it_is_or_as_exact_fp32(options: dict[str, Any], tmp_path: Path) -> None:
     saved = {}
     for precision in ("model", "fp32"):
@@ -309,3 +317,20 @@ def test_bf16_is_saved_as_it_is_or_as_exact_fp32(options: dict[str, Any], tmp_pa
         torch.equal(fp32[name].bfloat16(), value) for name, value in saved["model"].state_dict().items()
     )
     assert any(not torch.equal(value.bfloat16().float(), value) for value in fp32.values())
+
+
+def test_a_budget_chooses_the_number_of_layers(options: dict[str, Any]) -> None:
+    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    run({**options, **frozen}, budget="0.5")
+    assert {len(r["active"]) for r in records(Path(options["output"])) if "active" in r} == {3}
+    stored = yaml.safe_load((Path(options["output"]) / "config.yaml").read_text())
+    assert (stored["budget"], stored["num_active"]) == ("0.5", 3)
+
+
+def test_a_step_in_backward_trains_alike_and_holds_fewer_gradients(options: dict[str, Any]) -> None:
+    losses = []
+    for stepping in (False, True):
+        summary = run(options, step_in_backward=stepping, clip=0.0, overwrite=True)
+        losses.append([r["loss"] for r in records(Path(options["output"])) if "loss" in r])
+    assert losses[0] == losses[1]
+    assert summary["peak_bytes"]["gradients"] == 4 * 260 * 16, "the largest one, alone"

@@ -15,9 +15,11 @@ from transformers.trainer_callback import ExportableState
 
 from layersample.distributed_checkpoint import optimizer_of
 from layersample.errors import ConfigError
+from layersample.head import ChunkedLoss
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optimizer_state import StatePolicyName
 from layersample.projection import Projection
+from layersample.recompute import SelectiveRecompute
 from layersample.sampler import LayerSampler
 from layersample.scheduler import LayerScheduler
 from layersample.step_in_backward import StepInBackward
@@ -61,6 +63,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0.
         allow_changes: Whether a checkpoint of other arguments may be resumed.
         check: Check every period, bit by bit.
+        loss_chunk: Compute the loss from the logits of this many positions at a time, see
+            :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
+            of their own, which stays.
+        recompute: Keep fewer activations, exactly, see :class:`~layersample.SelectiveRecompute`.
 
     Raises:
         ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does.
@@ -86,6 +92,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         step_in_backward: StepInBackward | None = None,
         allow_changes: bool = False,
         check: bool = False,
+        loss_chunk: int | None = None,
+        recompute: bool = False,
     ) -> None:
         self._sampler = sampler
         self._arguments: dict[str, Any] = {
@@ -106,6 +114,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "allow_changes": allow_changes,
             "check": check,
         }
+        self._loss_chunk, self._recompute = loss_chunk, recompute
+        self._savers: list[ChunkedLoss | SelectiveRecompute] = []
         self._trainer: Trainer | None = None
         self.scheduler: LayerScheduler | None = None
         # Set by the Trainer where restore_callback_states_from_checkpoint=True.
@@ -163,6 +173,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
+        if self._loss_chunk is not None:
+            self._savers.append(ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk))
+        if self._recompute:
+            self._savers.append(SelectiveRecompute(kwargs["model"]))
         if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
@@ -202,6 +216,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Give every parameter its ``requires_grad`` back."""
         assert self.scheduler is not None
         self.scheduler.close()
+        while self._savers:
+            self._savers.pop().close()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""
@@ -215,7 +231,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         backward = arguments["step_in_backward"]
         arguments["step_in_backward"] = None if backward is None else asdict(backward)
         return {
-            "args": arguments,
+            "args": {**arguments, "loss_chunk": self._loss_chunk, "recompute": self._recompute},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
 

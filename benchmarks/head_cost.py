@@ -1,0 +1,150 @@
+"""What the head and its loss cost: the plain loss, torch's, TRL's and ours, in turns.
+
+``python -m layersample_benchmarks.head_cost``
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from layersample.chunked_loss import chunked_cross_entropy
+from layersample.environment import environment
+from layersample.files import write_json, write_text
+from layersample_benchmarks.measured_peak import measured_peak
+from layersample_benchmarks.step_cost import RESULTS
+
+POSITIONS, HIDDEN, VOCABULARY = 512, 576, 49152  # SmolLM2-135M at 4 × 128 tokens
+TRL_CHUNK = 32768  # what its trainers give
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss as transformers computes it."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """TRL's, as its SFTTrainer calls it off the GPU: every position, with entropy and accuracy."""
+    outputs = ("log_probs", "entropy", "is_top1")
+    log_probs = ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, outputs
+    )[0]
+    labelled = targets != -100
+    loss: Tensor = -log_probs.masked_fill(~labelled, 0).sum() / labelled.sum()
+    return loss
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Ours."""
+    return chunked_cross_entropy(hidden, weight, None, targets)
+
+
+def by_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own fused head."""
+    loss: Tensor = F.linear_cross_entropy(hidden, weight, targets)
+    return loss
+
+
+LOSSES: dict[str, Loss] = {
+    "plain": plain,
+    "torch linear_cross_entropy": by_torch,
+    "TRL": trl,
+    "layersample": ours,
+}
+
+
+def measure(dtype: torch.dtype, masked: float, trained: bool, rounds: int) -> list[dict[str, Any]]:
+    """CPU seconds of forward and backward, medians over rounds in turns, and peak bytes of each."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(POSITIONS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = (0.05 * torch.randn(VOCABULARY, HIDDEN, generator=generator)).to(dtype).requires_grad_(trained)
+    targets = torch.randint(0, VOCABULARY, (POSITIONS,), generator=generator)
+    targets[torch.rand(POSITIONS, generator=generator) < masked] = -100
+
+    def run(loss: Loss) -> None:
+        loss(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
+        hidden.grad = weight.grad = None
+
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for _ in range(rounds + 1):
+        for name, loss in LOSSES.items():
+            started = time.process_time()
+            run(loss)
+            seconds[name].append(time.process_time() - started)
+    return [
+        {
+            "loss": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "masked": masked,
+            "head": "trained" if trained else "frozen",
+            "cpu_seconds": statistics.median(seconds[name][1:]),  # the first one warms up
+            "peak_bytes": measured_peak(lambda loss=loss: run(loss)),
+        }
+        for name, loss in LOSSES.items()
+    ]
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each loss is measured.")] = 5,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Measure, print the table, and store it."""
+    rows = [
+        row
+        for dtype in (torch.float32, torch.bfloat16)
+        for masked, trained in ((0.0, False), (0.6, False), (0.0, True))
+        for row in measure(dtype, masked, trained, rounds)
+    ]
+    result = {"rounds": rounds, "rows": rows, "environment": environment()}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "head_cost.json", result)
+    write_text(output / "head_cost.md", as_markdown(result))
+    table = Table(*_HEADINGS, box=None)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+_HEADINGS = ("type", "masked", "head", "loss", "CPU seconds", "peak")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    first = [row["dtype"], f"{row['masked']:.0%}", row["head"], row["loss"]]
+    return [*first, f"{row['cpu_seconds']:.2f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table, with the command and the machine."""
+    machine = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# What the head and its loss cost",
+        "",
+        f"Forward and backward, {POSITIONS} positions, hidden size {HIDDEN}, vocabulary {VOCABULARY:,} "
+        f"(SmolLM2-135M at 4 × 128 tokens); CPU seconds, medians of {result['rounds']} rounds in turns; "
+        "peak bytes beyond the inputs, as torch's allocator reports them.",
+        f"`python -m layersample_benchmarks.head_cost --rounds {result['rounds']}` on {machine['processor']}, "
+        f"{machine['threads']} threads, Python {machine['python']}, {versions}.",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

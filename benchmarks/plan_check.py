@@ -1,0 +1,214 @@
+"""How far plans are from what steps really take: ``python -m layersample_benchmarks.plan_check``.
+
+Each setting is planned on fake tensors, and run on real ones of random values, whose peak torch's allocator reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from layersample import ChunkedLoss, LayerSampler, LayerScheduler, SamplingContext, SelectiveRecompute
+from layersample.config import TrainConfig
+from layersample.environment import environment
+from layersample.files import write_json, write_text
+from layersample.memory import count_bytes
+from layersample.shapes import load_shape
+from layersample.simulation import simulate_step
+from layersample_benchmarks.measured_peak import measured_peak
+from layersample_benchmarks.step_cost import RESULTS
+
+FROZEN = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+AS_RUN = {"loss_chunk": 0, "recompute": False, "master_weights": False}
+SMALL, LARGE = {"batch_size": 4, "max_length": 128}, {"batch_size": 8, "max_length": 256}
+MIDDLE, EVERY = (9, 20), tuple(range(30))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned and run.
+
+    Args:
+        name: Of the row.
+        active: Indices of the layers that train.
+        options: Options of the run.
+        lora_rank: Rank of a LoRA in place of layers.
+    """
+
+    name: str
+    active: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    lora_rank: int | None = None
+
+
+SETTINGS = (
+    Setting("lisa, fp32", MIDDLE, SMALL),
+    Setting("lisa, bf16 on fp32 masters", MIDDLE, {**SMALL, "precision": "bf16"}),
+    Setting("lisa, pure bf16", MIDDLE, {**SMALL, "precision": "bf16", "master_weights": False}),
+    Setting("lisa, mixed precision", MIDDLE, {**SMALL, "precision": "bf16-mixed"}),
+    Setting("lisa, checkpointing", MIDDLE, {**SMALL, "gradient_checkpointing": True}),
+    Setting("lisa, 1 × 512 tokens", MIDDLE, {"batch_size": 1, "max_length": 512}),
+    Setting("layers 0 and 15, embedding frozen", (0, 15), {**SMALL, **FROZEN}),
+    Setting("layers 28 and 29, embedding frozen", (28, 29), {**SMALL, **FROZEN}),
+    Setting("layers 9 and 20, bf16, 8 × 256", MIDDLE, {**LARGE, **FROZEN, "precision": "bf16"}),
+    Setting("5 layers, GaLore rank 128", (2, 7, 12, 17, 22), {**SMALL, "projection": "galore", "rank": 128}),
+    Setting(
+        "5 layers, GaLore rank 128, bf16, checkpointing",
+        (2, 7, 12, 17, 22),
+        {**SMALL, "projection": "galore", "rank": 128, "precision": "bf16", "gradient_checkpointing": True},
+    ),
+    Setting("full fine-tuning", EVERY, {**SMALL, **AS_RUN}),
+    Setting("full fine-tuning, pure bf16", EVERY, {**SMALL, **AS_RUN, "precision": "bf16"}),
+    Setting("LISA as published", MIDDLE, {**SMALL, **AS_RUN, "state": "keep"}),
+    Setting("GaLore rank 128, whole model", EVERY, {**SMALL, **AS_RUN, "projection": "galore", "rank": 128}),
+    Setting("LoRA rank 16", (), {**SMALL, **AS_RUN}, lora_rank=16),
+)
+
+
+class _Given(LayerSampler):
+    def __init__(self, active: Sequence[int], *, everything_first: bool) -> None:
+        self._active, self._everything_first = active, everything_first
+
+    def sample(self, context: SamplingContext) -> Sequence[int]:
+        return EVERY if self._everything_first and context.round == 0 else self._active
+
+
+def run_setting(setting: Setting, model_name: str) -> int:
+    """Bytes at the peak of the second step of a run: weights, state and all that comes and goes."""
+    config = TrainConfig(**setting.options)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model: nn.Module = AutoModelForCausalLM.from_config(load_shape(model_name), dtype=dtype).train()
+    if setting.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=setting.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
+    tokens = torch.randint(0, 1000, (config.batch_size, config.max_length))
+    mixed = config.precision == "bf16-mixed"
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+
+    scheduler: LayerScheduler | None = None
+    with ExitStack() as stack:
+        if setting.lora_rank is None:
+            scheduler = stack.enter_context(_make_scheduler(setting, config, model, optimizer))
+        if config.loss_chunk:
+            stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
+        if config.recompute:
+            stack.enter_context(SelectiveRecompute(model))
+        step()
+        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        held = count_bytes([*model.parameters(), *model.buffers(), *state])
+        return int(held + measured_peak(step))
+
+
+def _make_scheduler(
+    setting: Setting, config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> LayerScheduler:
+    keeps = config.state == "keep"
+    return LayerScheduler(
+        model,
+        optimizer,
+        _Given(setting.active, everything_first=keeps),
+        num_active=1,
+        period=1 if keeps else 9,
+        embeddings=config.embeddings,
+        head=config.head,
+        norm=config.norm,
+        state=config.state,
+        projection=config.projection,
+        projection_options=config.projection_arguments,
+        master_weights=config.master_weights,
+    )
+
+
+def measure(settings: Sequence[Setting], model: str) -> list[dict[str, Any]]:
+    """Plan and run each setting."""
+    rows = []
+    for setting in settings:
+        config = TrainConfig(**setting.options)
+        planned = simulate_step(load_shape(model), config, setting.active, lora_rank=setting.lora_rank)
+        measured = run_setting(setting, model)
+        rows.append(
+            {
+                "setting": setting.name,
+                "tokens": f"{config.batch_size} × {config.max_length}",
+                "planned_bytes": planned.peak_bytes,
+                "measured_bytes": measured,
+                "off": planned.peak_bytes / measured - 1,
+                "parts": planned.parts,
+            }
+        )
+    return rows
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Built-in shape or folder.")] = "smollm2-135m",
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Plan and run every setting, print the table, and store it."""
+    rows = measure(SETTINGS, model)
+    result = {"model": model, "rows": rows, "environment": environment()}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "plan_check.json", result)
+    write_text(output / "plan_check.md", as_markdown(result))
+    table = Table(*_HEADINGS, box=None)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+_HEADINGS = ("setting", "tokens", "planned", "measured", "off by")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    sizes = [f"{row[key] / 2**20:,.0f} MiB" for key in ("planned_bytes", "measured_bytes")]
+    return [row["setting"], row["tokens"], *sizes, f"{row['off']:+.1%}"]
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table, with the command and the machine."""
+    machine = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# Plans and what steps take",
+        "",
+        f"{result['model']}, random weights; peak bytes of a step once optimizer state is there. Measured: what "
+        "torch's allocator reports, and the weights and state that stood before.",
+        f"`python -m layersample_benchmarks.plan_check` on {machine['processor']}, {machine['threads']} threads, "
+        f"Python {machine['python']}, {versions}.",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

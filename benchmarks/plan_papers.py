@@ -1,0 +1,104 @@
+"""Plans beside what papers report, in their protocol: bf16, one example of 1024 tokens.
+
+``python -m layersample_benchmarks.plan_papers``
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from layersample.cli import read_preset
+from layersample.config import PLAN_COMMON, TrainConfig, make_config
+from layersample.environment import environment
+from layersample.files import write_json, write_text
+from layersample.plan_report import gib
+from layersample.planner import plan
+from layersample_benchmarks.step_cost import RESULTS
+
+_COMMON = {**PLAN_COMMON, "precision": "bf16", "batch_size": 1, "max_length": 1024}
+# What the papers report, and the same method planned as commonly run.
+PAPERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("full fine-tuning", "llama-2-7b", "60 GB or more", {"sampler": "full"}),
+    ("LISA, 2 layers", "llama-2-7b", "under 24 GB", {"sampler": "lisa"}),
+    (
+        "OwLore, 5 layers, rank 256",
+        "llama-2-7b",
+        "21 GB",
+        {"sampler": "owlore", "num_active": 5, "projection": "galore", "rank": 256},
+    ),
+)
+PRESETS = (
+    ("llama-2-7b", "lisa-7b"),
+    ("llama-2-7b", "owlore-16gb"),
+    ("llama-2-7b", "smallest"),
+    ("llama-2-70b", "lisa-70b"),
+)
+
+
+def measure() -> list[dict[str, Any]]:
+    """Plan every row."""
+    rows = []
+    for name, model, reported, options in PAPERS:
+        rows.append(_row(f"{name}, as commonly run", model, reported, TrainConfig(**{**_COMMON, **options})))
+    for model, preset in PRESETS:
+        rows.append(_row(f"--preset {preset}", model, "", make_config((preset, read_preset(preset)))))
+    return rows
+
+
+def _row(name: str, model: str, reported: str, config: TrainConfig) -> dict[str, Any]:
+    planned = plan(model, config, baselines=False)
+    return {
+        "run": name,
+        "model": model,
+        "reported": reported,
+        "typical_bytes": planned.typical.memory.peak_bytes,
+        "worst_bytes": planned.peak_bytes,
+        "fits": next((card for card, fits in planned.fits.items() if fits), "none"),
+    }
+
+
+def main(output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
+    """Plan every row, print the table, and store it."""
+    rows = measure()
+    result = {"rows": rows, "environment": environment()}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "plan_papers.json", result)
+    write_text(output / "plan_papers.md", as_markdown(rows))
+    table = Table(*_HEADINGS, box=None)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+_HEADINGS = ("run", "model", "reported", "typical GiB", "worst GiB", "smallest card")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    sizes = [gib(row["typical_bytes"]), gib(row["worst_bytes"])]
+    return [row["run"], row["model"], row["reported"], *sizes, row["fits"]]
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, with the command."""
+    lines = [
+        "# Plans beside the papers",
+        "",
+        "bf16, one example of 1024 tokens. As commonly run: bf16 moments, every logit, no checkpointing, state of "
+        "frozen layers dropped.",
+        "`python -m layersample_benchmarks.plan_papers`, simulated without a GPU.",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|" + "---|" * len(_HEADINGS),
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
