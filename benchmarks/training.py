@@ -27,6 +27,7 @@ from layersample.environment import environment
 from layersample.finetune import training_arguments
 from layersample.layers import find_layers
 from layersample.models import load_model
+from layersample.recompute import SelectiveRecompute
 from layersample.registry import load_plugin
 
 from .clock import PHASES, PhaseClock
