@@ -1,1 +1,4 @@
-"""Measurements of layersample, each a command: ``python -m layersample_benchmarks.<name>``."""
+"""Samplers and baselines side by side (``layersample benchmark``), and measurements of layersample itself.
+
+Each measurement is a command: ``python -m layersample_benchmarks.<name>``.
+"""

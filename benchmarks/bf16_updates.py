@@ -14,17 +14,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from layersample import LayerScheduler
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample.masters import AT_REST
 from layersample.models import load_model
-from layersample_benchmarks.step_cost import RESULTS, Fixed, real_batches
+from layersample_benchmarks.step_cost import Fixed, real_batches
+from layersample_benchmarks.store import RESULTS, store
 
 METHODS = ("plain bf16", "rounded at each switch", "exact masters")
 PERIODS = 10
@@ -123,64 +120,32 @@ def main(
 ) -> None:
     """Measure, print the tables, and store them."""
     batches = real_batches(model)
-    result: dict[str, Any] = {
-        "period": period,
-        "learning_rate": learning_rate,
-        "rounds": rounds,
-        "survival": measure_survival(model, batches, period, learning_rate),
-        "steps": measure_steps(model, batches, rounds),
-        "environment": environment(),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "bf16_updates.json", result)
-    write_text(output / "bf16_updates.md", as_markdown(result))
-    table = Table(*_HEADINGS, box=None)
-    for cells in _cells(result):
-        table.add_row(*cells)
-    console = Console()
-    console.print(table)
-    for sentence in _sentences(result):
-        console.print("-", sentence, highlight=False)
-
-
-_HEADINGS = ("bf16 weights", "weights changed", "of the exact update")
-
-
-def _cells(result: dict[str, Any]) -> list[list[str]]:
-    return [
-        [row["method"], f"{row['weights_changed']:.1%}", f"{row['update_kept']:.1%}"]
-        for row in result["survival"]
-    ]
-
-
-def _sentences(result: dict[str, Any]) -> list[str]:
-    return [
-        f"A step with exact masters over one in plain bf16, {row['what']}: {row['exact_over_plain']:.3f} "
-        f"(median of {result['rounds']} pairs)."
-        for row in result["steps"]
-    ]
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with the command and the machine."""
-    machine = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# What is left of an update in bf16",
-        "",
-        f"SmolLM2-135M in bf16, `lisa` with 2 layers, {PERIODS} periods of {result['period']} steps, AdamW at "
-        f"{result['learning_rate']:g}, 4 × 128 tokens of real text; of the weights of the layers that trained.",
-        f"`python -m layersample_benchmarks.bf16_updates --period {result['period']} --rounds {result['rounds']}` on "
-        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(cells) + " |" for cells in _cells(result)),
-        "",
-        *(f"- {sentence}" for sentence in _sentences(result)),
-        "",
-    ]
-    return "\n".join(lines)
+    survival = measure_survival(model, batches, period, learning_rate)
+    steps = measure_steps(model, batches, rounds)
+    store(
+        output,
+        "bf16_updates",
+        {
+            "period": period,
+            "learning_rate": learning_rate,
+            "rounds": rounds,
+            "survival": survival,
+            "steps": steps,
+        },
+        title="What is left of an update in bf16",
+        about=f"SmolLM2-135M in bf16, `lisa` with 2 layers, {PERIODS} periods of {period} steps, AdamW at "
+        f"{learning_rate:g}, 4 × 128 tokens of real text; of the weights of the layers that trained.",
+        command=f"bf16_updates --period {period} --rounds {rounds}",
+        headings=("bf16 weights", "weights changed", "of the exact update"),
+        rows=[
+            [row["method"], f"{row['weights_changed']:.1%}", f"{row['update_kept']:.1%}"] for row in survival
+        ],
+        notes=[
+            f"A step with exact masters over one in plain bf16, {row['what']}: {row['exact_over_plain']:.3f} "
+            f"(median of {rounds} pairs)."
+            for row in steps
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +19,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from layersample import LayerScheduler, Projection, ProjectionContext, create_projection, find_layers
 from layersample.bases import random_basis, randomized_basis, subspace_basis, svd_basis
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample.models import load_model
-from layersample_benchmarks.step_cost import RESULTS, Fixed, real_batches
+from layersample_benchmarks.step_cost import Fixed, real_batches
+from layersample_benchmarks.store import RESULTS, store
 
 RANK = 128
 LAYERS = (9, 20)
@@ -250,39 +247,33 @@ def main(
     """Measure, print the tables, and store them."""
     torch.set_num_threads(threads)
     batches = real_batches(model)
+    bases = measure_bases(model, batches)
     result: dict[str, Any] = {
         "rank": RANK,
         "rounds": rounds,
-        "bases": measure_bases(model, batches),
+        "bases": bases,
         "steps": measure_steps(model, batches, rounds),
         "galore_torch": compare_with_galore_torch(model, batches),
-        "environment": environment(),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "projection_cost.json", result)
-    write_text(output / "projection_cost.md", as_markdown(result))
-    table = Table(*_HEADINGS, box=None)
-    for cells in _cells(result["bases"]):
-        table.add_row(*cells)
-    console = Console()
-    console.print(table)
-    for sentence in sentences(result):
-        console.print("-", sentence, highlight=False)
-
-
-_HEADINGS = ("basis of all 210 matrices", "CPU seconds", "SVD over this", "lost of the gradient")
-
-
-def _cells(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
-    return [
-        [
-            row["basis"],
-            f"{row['cpu_seconds']:.2f}",
-            f"{row['svd_over_this']:.1f}" if row["cpu_seconds"] > 0.01 else "",
-            f"{row['lost']:.3f}",
-        ]
-        for row in rows
-    ]
+    store(
+        output,
+        "projection_cost",
+        result,
+        title="What a low-rank projection costs and keeps",
+        about=f"SmolLM2-135M, fp32, real text in batches of 4 × 128 tokens, rank {RANK}, real gradients.",
+        command=f"projection_cost --rounds {rounds} --threads {threads}",
+        headings=("basis of all 210 matrices", "CPU seconds", "SVD over this", "lost of the gradient"),
+        rows=[
+            [
+                row["basis"],
+                f"{row['cpu_seconds']:.2f}",
+                f"{row['svd_over_this']:.1f}" if row["cpu_seconds"] > 0.01 else "",
+                f"{row['lost']:.3f}",
+            ]
+            for row in bases
+        ],
+        notes=sentences(result),
+    )
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -306,27 +297,6 @@ def sentences(result: dict[str, Any]) -> list[str]:
             f"{' '.join(f'{x:.6f}' for x in compared['losses']['galore-torch'])}."
         )
     return text
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with the command and the machine."""
-    machine = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# What a low-rank projection costs and keeps",
-        "",
-        f"SmolLM2-135M, fp32, real text in batches of 4 × 128 tokens, rank {result['rank']}, real gradients.",
-        f"`python -m layersample_benchmarks.projection_cost --rounds {result['rounds']} --threads "
-        f"{machine['threads']}` on {machine['processor']}, Python {machine['python']}, {versions}.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(cells) + " |" for cells in _cells(result["bases"])),
-        "",
-        *(f"- {sentence}" for sentence in sentences(result)),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

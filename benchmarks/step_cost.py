@@ -17,19 +17,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from layersample import LayerSampler, LayerScheduler, SamplingContext, measure_memory
 from layersample.data import load_data
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample.models import load_model
 from layersample.recording import peak_process_bytes
+from layersample_benchmarks.store import RESULTS, store
 
 BATCH, LENGTH = 4, 128
-RESULTS = Path(__file__).parent / "results"
 
 
 class Fixed(LayerSampler):
@@ -190,14 +186,17 @@ def main(
             row["method"],
         ]
         row["peak_process_bytes"] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
-    result = {"batch": BATCH, "length": LENGTH, "rounds": rounds, "rows": rows, "environment": environment()}
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "step_cost.json", result)
-    write_text(output / "step_cost.md", as_markdown(result))
-    table = Table(*_HEADINGS, box=None)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
+    store(
+        output,
+        "step_cost",
+        {"batch": BATCH, "length": LENGTH, "rounds": rounds, "rows": rows},
+        title="What a step costs",
+        about=f"SmolLM2-135M, fp32, {BATCH} × {LENGTH} tokens of real text, a switch after every step, {rounds} "
+        "rounds, medians of ratios within a round, CPU seconds of all threads.",
+        command=f"step_cost --rounds {rounds}",
+        headings=_HEADINGS,
+        rows=[_cells(row) for row in rows],
+    )
 
 
 _HEADINGS = (
@@ -219,26 +218,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
     ratios = [f"{row[key]:.3f}" for key in ("step_over_full", "floor_over_full", "step_over_floor")]
     return [row["method"], *ratios, f"{row['scheduler_share']:.2%}", *mib]
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with the command and the machine."""
-    machine = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# What a step costs",
-        "",
-        f"SmolLM2-135M, fp32, {result['batch']} × {result['length']} tokens of real text, a switch after every step, "
-        f"{result['rounds']} rounds, medians of ratios within a round, CPU seconds of all threads.",
-        f"`python -m layersample_benchmarks.step_cost --rounds {result['rounds']}` on {machine['processor']}, "
-        f"{machine['threads']} threads, Python {machine['python']}, {versions}.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"]),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``layersample list | profile | plan | train``."""
+"""The command line: ``layersample list | profile | plan | train | benchmark``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from layersample.registry import (
     list_samplers,
     load_plugin,
 )
+from layersample_benchmarks.command import app as benchmark_app
 
 app = typer.Typer(
     help="Fine-tune large models a few layers at a time.", no_args_is_help=True, add_completion=False
@@ -330,5 +331,6 @@ _NOT_PLANNED = (
 )
 app.command(rich_help_panel=None)(with_options(plan, leave_out=_NOT_PLANNED, first=_PLAN_OPTIONS))
 app.command(rich_help_panel=None)(with_options(train))
+app.add_typer(benchmark_app, name="benchmark")
 if __name__ == "__main__":
     main()

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layersample.builtin_data import BUILTIN, Row
 from layersample.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Row = Mapping[str, Any]
 
 _FORMATS = (
     'an example must have "prompt" and "completion" (both text, or both lists of messages), '
@@ -74,8 +73,8 @@ def load_data(source: str) -> Dataset:
     except ImportError as error:
         raise ConfigError('Training needs the train extra: pip install "layersample[train]".') from error
     path = Path(source)
-    if source in _BUILTIN:
-        rows = _BUILTIN[source]()
+    if source in BUILTIN:
+        rows = BUILTIN[source]()
         return Dataset.from_list(rows)
     if path.suffix in _READERS or path.exists():
         if not path.is_file():
@@ -85,7 +84,7 @@ def load_data(source: str) -> Dataset:
         return Dataset.from_list(_check_all(_READERS[path.suffix](path), source))
     if source.count("/") != 1:
         raise ConfigError(
-            f"{unknown('data', source, _BUILTIN)} A file ({', '.join(_READERS)}) or a hub id "
+            f"{unknown('data', source, BUILTIN)} A file ({', '.join(_READERS)}) or a hub id "
             "(organisation/name) will do too."
         )
     try:
@@ -94,24 +93,6 @@ def load_data(source: str) -> Dataset:
         raise ConfigError(f"{source}: could not be loaded from the hub: {error}") from error
     _check(data[0], f"{source}, first example")
     return data
-
-
-def _gsm_symbolic() -> list[Row]:
-    """Grade-school problems with worked solutions that end in ``#### answer``."""
-    try:
-        from reasoning_gym import create_dataset
-    except ImportError as error:
-        raise ConfigError(
-            'The data "gsm_symbolic" needs the demo extra: pip install "layersample[demo]".'
-        ) from error
-    problems = create_dataset("gsm_symbolic", size=2500, seed=42)
-    return [
-        {"prompt": problem["question"] + "\n", "completion": problem["metadata"]["answer_cot"]}
-        for problem in problems
-    ]
-
-
-_BUILTIN: dict[str, Callable[[], list[Row]]] = {"gsm_symbolic": _gsm_symbolic}
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

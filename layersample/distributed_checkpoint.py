@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json
 from layersample.layers import unwrap
+from layersample.low_rank import BASIS
 from layersample.masters import MASTER, REMAINDER
-from layersample.optimizer_view import BASIS, OptimizerView
+from layersample.optimizer_view import OptimizerView
 from layersample.projection import Projection
 
 # What wrappers add to the names of parameters, and torch.distributed.checkpoint leaves out.

@@ -12,7 +12,7 @@ import torch
 
 def environment() -> dict[str, Any]:
     """Processor, threads, GPU and versions, to be stored beside every figure."""
-    names = ("layersample", "torch", "transformers", "trl", "accelerate", "peft")
+    names = ("layersample", "torch", "transformers", "trl", "accelerate", "peft", "badam")
     return {
         "python": platform.python_version(),
         "processor": _processor(),

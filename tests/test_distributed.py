@@ -91,7 +91,7 @@ def test_a_checkpoint_in_one_process_continues_to_the_bit(tmp_path: Path) -> Non
     for _ in range(2):  # the second one takes the place of the first
         save_distributed(tmp_path / "saved", whole, optimizer, scheduler.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    names = stored_state(tmp_path / "saved")
+    names = set(stored_state(tmp_path / "saved"))
     assert names == {name for name, p in whole.named_parameters() if p in optimizer.state}
     train(whole, optimizer, scheduler, range(3, 6))
 

@@ -20,7 +20,7 @@ from layersample import (
     list_projections,
     register_projection,
 )
-from layersample.optimizer_view import NonFiniteGradientError
+from layersample.low_rank import NonFiniteGradientError
 
 RANK = 4
 
@@ -106,6 +106,38 @@ def test_galore_is_what_the_paper_says(
     train(ours, optimizer, 50, projection_options=options)
     naive_galore(naive, 50, left, lr=1e-2, scale=0.5, decay=decay)
     torch.testing.assert_close(ours.weight, naive.weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo", "apollo-mini"])
+def test_fira_and_apollo_are_what_their_papers_say(name: str) -> None:
+    ours, naive = Regression(12, 24), Regression(12, 24)
+    rank, scale = (1, 128.0) if name == "apollo-mini" else (RANK, 1.0)
+    options = {"rank": rank, "scale": scale, "update_gap": 100}
+    options |= {"basis": "svd"} if name == "fira" else {"per_channel": name == "apollo"}
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0)
+    scheduler = schedule(ours, optimizer, projection=name.partition("-")[0], projection_options=options)
+    m = v = norm = None
+    for step in range(10):
+        loss = ours.loss(step)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        basis = optimizer.state[ours.weight]["projection_basis"]
+        (gradient,) = torch.autograd.grad(naive.loss(step), naive.weight)
+        low = basis.T @ gradient
+        m = (0 if m is None else 0.9 * m) + 0.1 * low
+        v = (0 if v is None else 0.999 * v) + 0.001 * low**2
+        adam = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        per_column = adam.norm(dim=0) / low.norm(dim=0) if name != "apollo-mini" else adam.norm() / low.norm()
+        update = (gradient - basis @ low if name == "fira" else gradient) * per_column
+        if norm is not None and update.norm() > 1.01 * norm:
+            update *= 1.01 * norm / update.norm()
+        norm = update.norm()
+        with torch.no_grad():
+            naive.weight.sub_(1e-3 * (basis @ adam + update if name == "fira" else scale**0.5 * update))
+        torch.testing.assert_close(ours.weight, naive.weight, rtol=0, atol=1e-12)
+    scheduler.close()
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -417,6 +449,28 @@ def test_an_optimizer_that_raises_leaves_everything_in_its_place(monkeypatch: py
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     assert optimizer.state_dict()["state"][0]["exp_avg"].shape == (RANK, 24)
+    assert optimizer.param_groups[0]["params"] == [model.weight] and len(optimizer.param_groups) == 1
+    scheduler.close()
+
+
+def test_a_basis_that_raises_leaves_everything_in_its_place() -> None:
+    @register_projection("failing")
+    class Failing(Projection):
+        def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
+            if context.steps:
+                raise RuntimeError("no basis")
+            return torch.eye(gradient.shape[0], self.rank, dtype=gradient.dtype)
+
+    model = Regression(12, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = schedule(model, optimizer, projection="failing", projection_options={"rank": RANK})
+    model.loss(0).backward()
+    optimizer.step()
+    before = dict(optimizer.state[model.weight])
+    with pytest.raises(RuntimeError, match="no basis"):
+        optimizer.step()
+    after = optimizer.state[model.weight]
+    assert after.keys() == before.keys() and all(after[key] is before[key] for key in before)
     assert optimizer.param_groups[0]["params"] == [model.weight] and len(optimizer.param_groups) == 1
     scheduler.close()
 

@@ -57,9 +57,12 @@ def leave(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "_run", lambda config: None)
+    monkeypatch.setattr("layersample_benchmarks.command._run", lambda suite, output, jobs: None)
+    monkeypatch.setattr("layersample_benchmarks.report.write_report", lambda folder: ["report.html"])
     monkeypatch.setattr("layersample.models.load_any_model", lambda name, report: make_llama())
     monkeypatch.setattr("layersample.planner.plan", leave)  # what it prints is tested with it
-    (tmp_path / "run.yaml").write_text("steps: 3\n")
+    for name in ("run.yaml", "suite.yaml"):
+        (tmp_path / name).write_text("steps: 3\n")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, command.split()[1:])
     assert result.exit_code == 0, result.output

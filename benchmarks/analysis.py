@@ -1,0 +1,228 @@
+"""From the runs of a benchmark to what its report says: one row a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .comparison import Difference, Estimate, compare, estimate, pareto_front
+from .suite import MethodEntry, Suite
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried: its loss on the validation split, ``None`` where the run failed."""
+
+    rate: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a method. Estimates are over seeds; ``None`` where nothing was measured.
+
+    Args:
+        name: The method.
+        summary: What it does.
+        trials: The learning rates that were tried.
+        rate: The one that was chosen.
+        errors: Why runs failed, each once.
+        runs: Its final runs that ended well, one a seed.
+        loss: Held-out loss at the end, in nats a token.
+        difference: Of the loss, to the baseline's.
+        right: Share of right answers.
+        right_difference: Of the right answers, to the baseline's.
+        forgotten: Loss on other text after training minus before, in nats a token.
+        curve: Held-out loss along the run: pairs of a step and an estimate.
+    """
+
+    name: str
+    summary: str
+    trials: tuple[Trial, ...]
+    rate: float | None
+    errors: tuple[str, ...]
+    runs: tuple[Line, ...]
+    loss: Estimate | None
+    difference: Difference | None
+    right: Estimate | None
+    right_difference: Difference | None
+    forgotten: Estimate | None
+    curve: tuple[tuple[int, Estimate], ...]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the lowest or highest of several, so that a better one may lie outside."""
+        rates = [trial.rate for trial in self.trials]
+        return len(rates) > 1 and self.rate in (min(rates), max(rates))
+
+    def mean(self, read: Callable[[Line], float | None]) -> float | None:
+        """The mean of something over the seeds; ``None`` if it wasn't measured in all of them."""
+        values = [read(run) for run in self.runs]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+    @property
+    def process_bytes(self) -> float | None:
+        """Most bytes of the process in a training step, the mean over seeds."""
+        return self.mean(lambda run: run["peak_bytes"]["process"])
+
+    def tensor_bytes(self, kind: str | None = None) -> float | None:
+        """Bytes of all live tensors when they were most; or of a kind at that moment."""
+
+        def read(run: Line) -> float | None:
+            peak = run["peak_bytes"]["tensors"]
+            return None if peak is None else float(peak["total"] if kind is None else peak["at_peak"][kind])
+
+        return self.mean(read)
+
+    def seconds(self, kind: str, phase: str | None = None) -> float | None:
+        """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part."""
+        return self.mean(lambda run: sum(v for k, v in run["seconds"][kind].items() if phase in (None, k)))
+
+    @property
+    def probabilities(self) -> list[float] | None:
+        """Each layer's computed chance to be active, the mean over a run and seeds; ``None`` if not known."""
+        columns = [run["inclusion_probabilities"] for run in self.runs]
+        if not columns or any(column is None for column in columns):
+            return None
+        return [sum(values) / len(values) for values in zip(*columns, strict=True)]
+
+    @property
+    def shares(self) -> list[float]:
+        """Each layer's share of the steps in which it trained, the mean over seeds."""
+        if not self.runs:
+            return []
+        counts = [0.0] * len(self.runs[0]["layers"])
+        for run in self.runs:
+            steps = len(run["training_loss"])
+            for first, last, active in run["active"]:
+                for index in active:
+                    counts[index] += (last - first + 1) / steps / len(self.runs)
+        return counts
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a benchmark has found.
+
+    Args:
+        suite: What was run.
+        rows: One a method, in the suite's order.
+        front: Names of the methods that no other beats in both memory and loss, from the smallest memory.
+        planned: Runs that the suite asks for at the end, not counting those that try learning rates.
+    """
+
+    suite: Suite
+    rows: tuple[Row, ...]
+    front: tuple[str, ...]
+    planned: int
+
+    @property
+    def finished(self) -> tuple[Row, ...]:
+        """The rows that have results, from the lowest loss to the highest."""
+        return tuple(
+            sorted((row for row in self.rows if row.loss), key=lambda row: row.loss.mean if row.loss else 0)
+        )
+
+    @property
+    def done(self) -> int:
+        """Final runs that have ended well."""
+        return sum(len(row.runs) for row in self.rows)
+
+    def row(self, name: str) -> Row:
+        """The row of a method."""
+        return next(row for row in self.rows if row.name == name)
+
+    def called(self, verdict: str) -> list[Row]:
+        """The methods whose loss was called so against the baseline."""
+        return [row for row in self.rows if row.difference is not None and row.difference.verdict == verdict]
+
+
+def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
+    """Analyze the runs of a suite, finished or not.
+
+    Args:
+        suite: What was asked for.
+        lines: What was measured, as in ``results.jsonl``.
+    """
+    finals = {
+        entry.name: [line for line in lines if line["method"] == entry.name and line["stage"] == "final"]
+        for entry in suite.entries
+    }
+    ended = {name: [line for line in own if "error" not in line] for name, own in finals.items()}
+    losses = {name: {run["seed"]: _last_loss(run) for run in runs} for name, runs in ended.items() if runs}
+    answers = {
+        name: {run["seed"]: run["right"] for run in runs}
+        for name, runs in ended.items()
+        if runs and all(run["right"] is not None for run in runs)
+    }
+    level = suite.confidence
+    loss_differences = compare(losses, suite.reference, level) if suite.reference in losses else {}
+    right_differences = compare(answers, suite.reference, level) if suite.reference in answers else {}
+    rows = tuple(
+        _row(
+            suite,
+            entry,
+            [line for line in lines if line["method"] == entry.name],
+            ended[entry.name],
+            loss_differences.get(entry.name),
+            right_differences.get(entry.name),
+        )
+        for entry in suite.entries
+    )
+    points = {
+        row.name: (row.process_bytes, row.loss.mean)
+        for row in rows
+        if row.loss is not None and row.process_bytes is not None
+    }
+    return Analysis(suite, rows, tuple(pareto_front(points)), len(suite.seeds) * len(rows))
+
+
+def _row(
+    suite: Suite,
+    entry: MethodEntry,
+    lines: list[Line],
+    runs: list[Line],
+    difference: Difference | None,
+    right_difference: Difference | None,
+) -> Row:
+    level = suite.confidence
+    trials = [
+        Trial(line["learning_rate"], None if "error" in line else _last_loss(line))
+        for line in sorted(lines, key=lambda line: float(line["learning_rate"]))
+        if line["stage"] == "search"
+    ]
+    answers = [run["right"] for run in runs]
+    return Row(
+        name=entry.name,
+        summary=next((run["summary"] for run in runs), ""),
+        trials=tuple(trials),
+        rate=runs[0]["learning_rate"] if runs else None,
+        errors=tuple(dict.fromkeys(line["error"] for line in lines if "error" in line)),
+        runs=tuple(runs),
+        loss=estimate([_last_loss(run) for run in runs], level) if runs else None,
+        difference=difference,
+        right=estimate(answers, level) if answers and None not in answers else None,
+        right_difference=right_difference,
+        forgotten=estimate([r["other_loss"]["after"] - r["other_loss"]["before"] for r in runs], level)
+        if runs
+        else None,
+        curve=_curve(runs, level),
+    )
+
+
+def _last_loss(line: Line) -> float:
+    return float(line["loss"]["held_out"][-1])
+
+
+def _curve(runs: list[Line], level: float) -> tuple[tuple[int, Estimate], ...]:
+    if not runs:
+        return ()
+    columns = zip(*(run["loss"]["held_out"] for run in runs), strict=True)
+    return tuple(
+        (step, estimate(values, level))
+        for step, values in zip(runs[0]["loss"]["steps"], columns, strict=True)
+    )

@@ -1,0 +1,219 @@
+"""``layersample benchmark``: run a suite, watch it, and write its report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from layersample.config import read_yaml
+from layersample.display import plain
+from layersample.errors import ConfigError
+
+from .methods import list_baselines
+from .suite import ALL, Job, Suite, builtin_suites, make_suite, read_builtin
+
+app = typer.Typer(
+    help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
+)
+console = Console()
+
+
+@app.callback()
+def benchmark(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="YAML file of a suite, or default, sarcasm, quick.")] = "default",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Samplers, SAMPLER+PROJECTION, baselines, or all; with commas."),
+    ] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file with samplers or baselines of your own.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Built-in name, local folder or hub id.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="gsm_symbolic, sarcasm, or data as train takes it.")
+    ] = None,
+    answer_marker: Annotated[
+        str | None, typer.Option(help="Of data of your own: what the answer follows.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, or which ones, with commas.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run.")] = None,
+    lr_grid: Annotated[
+        str | None, typer.Option(help="Learning rates to try for every method, with commas; one: no search.")
+    ] = None,
+    search_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of a run that tries a rate.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The method that the others are compared with.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of `layersample train`, for every method; may be repeated."),
+    ] = None,
+    set_key: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of any other key of a suite; may be repeated."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; one with results is gone on with.")
+    ] = Path("runs/benchmark"),
+) -> None:
+    """Run every method with every seed, each in a process of its own, and write a report.
+
+    Without options: the default suite, hours on two cores. Stopped at any time, the same command goes on with it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    given: dict[str, Any] = {
+        "methods": None if methods is None else _split(methods),
+        "plugin": plugin,
+        "model": model,
+        "task": task,
+        "answer_marker": answer_marker,
+        "seeds": None if seeds is None else _seeds(seeds),
+        "steps": steps,
+        "learning_rates": None if lr_grid is None else _split(lr_grid),
+        "search_steps": search_steps,
+        "baseline": baseline,
+        **_pairs(set_key or []),
+    }
+    sources = _sources(suite, output)
+    if option:
+        given["options"] = {**sources[-1][1].get("options", {}), **_pairs(option)}
+    asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
+    _run(asked, output, jobs)
+
+
+@app.command("report")
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a benchmark.")]) -> None:
+    """Write the report of a benchmark anew, finished or not."""
+    from .report import write_report
+
+    written = ", ".join(write_report(folder))
+    console.print(f"Written to {plain(folder)}: {written}", highlight=False, soft_wrap=True)
+
+
+class LiveBenchmark:
+    """A bar for all runs and one for each that goes on; without a terminal, a line for each run that ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._runs: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def begin(self, runs: int, done: int) -> None:
+        """Show the bar of all runs."""
+        if done:
+            self._console.print(f"{done} of {runs} runs are there already.", highlight=False)
+        self._runs = self._bar.add_task("all runs", total=runs, completed=done, status="")
+        self._bar.start()
+
+    def step(self, job: Job, step: int, steps: int, loss: float) -> None:
+        """Move the bar of a run."""
+        if job.key not in self._tasks:
+            self._tasks[job.key] = self._bar.add_task(job.key, total=steps, status="")
+        self._bar.update(self._tasks[job.key], completed=step, status=f"loss {loss:.3f}")
+
+    def end_run(self, job: Job, measured: dict[str, Any]) -> None:
+        """Take the bar of a run away, and say how it ended."""
+        if job.key in self._tasks:
+            self._bar.remove_task(self._tasks.pop(job.key))
+        if "error" in measured:
+            words = f"[red]failed:[/] {plain(measured['error'])}"
+        else:
+            words = f"held-out loss {measured['loss']['held_out'][-1]:.4f}"
+        self._console.print(f"{plain(job.key)}: {words}", highlight=False, soft_wrap=True)
+        if self._runs is not None:
+            self._bar.advance(self._runs)
+
+    def end(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+
+def _run(suite: Suite, output: Path, jobs: int) -> None:
+    # Seconds of imports that writing a report doesn't need.
+    from .report import write_report
+    from .runner import run_suite
+
+    if ALL in suite.methods:
+        for method in list_baselines().values():
+            if not method.is_installed and method.extra is not None:
+                pip = plain(f'pip install "layersample[{method.extra[1]}]"')
+                console.print(
+                    f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
+                )
+    progress = LiveBenchmark(console)
+    command = shlex.join(["layersample", *sys.argv[1:]])
+    try:
+        run_suite(suite, output, jobs=jobs, command=command, progress=progress)
+    except KeyboardInterrupt as error:
+        progress.end()
+        Console(stderr=True).print(
+            f"Interrupted. The same command goes on; layersample benchmark report {output} shows what is done.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from error
+    finally:
+        progress.end()
+    written = ", ".join(write_report(output))
+    console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
+
+
+def _sources(suite: str, output: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The suite asked for; where the output has results and none is asked for, the suite of those."""
+    stored = output / "suite.yaml"
+    if suite == "default" and stored.is_file():
+        return [(str(stored), read_yaml(stored))]
+    if suite in builtin_suites() or not Path(suite).suffix:
+        return [(f"suite {suite}", read_builtin(suite))]
+    return [(suite, read_yaml(Path(suite)))]
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in _split(text)]
+    except ValueError as error:
+        raise ConfigError(
+            f"command line: seeds must be a number or numbers with commas, but got {text!r}."
+        ) from error
+    if len(numbers) == 1 and "," not in text:
+        if numbers[0] < 1:
+            raise ConfigError(f"command line: seeds must be at least 1, but got {numbers[0]}.")
+        return list(range(numbers[0]))
+    return numbers
+
+
+def _pairs(pairs: list[str]) -> dict[str, Any]:
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"command line: options must be given as KEY=VALUE, but got {pair!r}.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: the value of {key} must be YAML, but got {value!r}.") from error
+    return parsed

@@ -1,0 +1,153 @@
+"""Statistics over seeds: means with intervals, and paired differences to a baseline, tested together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Verdict = Literal["lower", "higher", "no difference shown", "not tested"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Args:
+        mean: The mean.
+        half_width: Half of its confidence interval (Student's t); ``None`` with a single seed.
+        count: Seeds.
+    """
+
+    mean: float
+    half_width: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a method is from the baseline, seed by seed.
+
+    Args:
+        mean: Mean of (method − baseline) over the seeds that both have.
+        low: Lower end of its interval, at the level at which the correction tested it; ``None`` where it
+            couldn't be tested.
+        high: Upper end.
+        p: Its p-value, corrected for all comparisons.
+        verdict: ``"lower"`` or ``"higher"`` where the interval leaves out zero.
+        count: Seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    verdict: Verdict
+    count: int
+
+
+def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The mean of some values, one a seed, with its interval.
+
+    Args:
+        values: At least one.
+        confidence: Of the interval.
+    """
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return Estimate(float(sample.mean()), None, len(sample))
+    error = float(stats.sem(sample))
+    return Estimate(
+        float(sample.mean()), float(stats.t.ppf(0.5 + confidence / 2, len(sample) - 1)) * error, len(sample)
+    )
+
+
+def compare(
+    values: Mapping[str, Mapping[int, float]], baseline: str, confidence: float = 0.95
+) -> dict[str, Difference]:
+    """Compare every method with the baseline: paired t-tests over seeds, corrected together by Holm's method.
+
+    The chance that any of the methods is called different while none is, is at most 1 − ``confidence``. Each
+    interval is at the level at which Holm's method tested that difference, so it leaves out zero exactly where
+    the difference is called one.
+
+    Args:
+        values: Of each method, the value of each seed.
+        baseline: The method that the others are compared with.
+        confidence: Of the test as a whole.
+
+    References:
+        Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    pairs = {
+        name: np.array(
+            [own[seed] - values[baseline][seed] for seed in sorted(own.keys() & values[baseline].keys())]
+        )
+        for name, own in values.items()
+        if name != baseline
+    }
+    tested = {name: differences for name, differences in pairs.items() if _can_be_tested(differences)}
+    p_values = {name: float(stats.ttest_1samp(differences, 0).pvalue) for name, differences in tested.items()}
+    levels, corrected = _holm(p_values, 1 - confidence)
+    return {
+        name: _difference(differences, levels.get(name), corrected.get(name))
+        for name, differences in pairs.items()
+    }
+
+
+def _can_be_tested(differences: np.ndarray) -> bool:
+    """Two seeds at least, and some spread between them: equal differences say nothing of the noise."""
+    if len(differences) < 2:
+        return False
+    return float(np.ptp(differences)) > 1e-12 * max(
+        1.0, float(np.abs(differences).max())
+    )  # more than rounding
+
+
+def _difference(differences: np.ndarray, level: float | None, p: float | None) -> Difference:
+    count = len(differences)
+    mean = float(differences.mean()) if count else float("nan")
+    if level is None or p is None:
+        same = count > 1 and not differences.any()
+        return Difference(mean, None, None, None, "no difference shown" if same else "not tested", count)
+    half = float(stats.t.ppf(1 - level / 2, count - 1) * stats.sem(differences))
+    low, high = mean - half, mean + half
+    verdict: Verdict = "lower" if high < 0 else "higher" if low > 0 else "no difference shown"
+    return Difference(mean, low, high, p, verdict, count)
+
+
+def _holm(p_values: Mapping[str, float], alpha: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The level at which each hypothesis is tested, and the corrected p-values.
+
+    The smallest p-value is tested at alpha / m, the next at alpha / (m − 1), and so on; from the first that
+    isn't rejected, all others stay at its level, as they aren't rejected either.
+    """
+    levels: dict[str, float] = {}
+    corrected: dict[str, float] = {}
+    level, highest, stopped = alpha, 0.0, False
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        left = len(p_values) - rank
+        if not stopped:
+            level = alpha / left
+            stopped = p_values[name] >= level
+        highest = max(highest, min(1.0, p_values[name] * left))
+        levels[name], corrected[name] = level, highest
+    return levels, corrected
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The points that no other point beats in both coordinates, by the first one; lower is better.
+
+    Args:
+        points: Pairs by name.
+    """
+    front = []
+    best = float("inf")
+    for name in sorted(points, key=points.__getitem__):
+        if points[name][1] < best:
+            front.append(name)
+            best = points[name][1]
+    return front

@@ -1,0 +1,134 @@
+"""How good a model is: its loss on text, and how many of its answers are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from layersample.errors import ConfigError
+
+from .tasks import Task
+
+_BATCH = 16
+
+
+def mean_loss(trainer: Trainer, name: str) -> float:
+    """The loss on one of the trainer's evaluation sets, in nats a token.
+
+    The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means.
+
+    Args:
+        trainer: It computes the loss as it does in training.
+        name: Of the set.
+    """
+    total, tokens = 0.0, 0
+    model: Any = trainer.model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader(name):
+            inputs = trainer._prepare_inputs(batch)
+            labels = inputs["labels"][:, 1:]  # the first token has nothing before it to follow from
+            # One item in the batch: the sum of the losses, not their mean.
+            loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(1))
+            total += float(loss)
+            tokens += int((labels != -100).sum())
+    model.train(was_training)
+    return total / tokens
+
+
+def share_right(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Iterable[dict[str, Any]],
+    max_new_tokens: int,
+) -> float:
+    """The share of problems that a model answers right, by greedy generation or by the likelier choice.
+
+    Args:
+        model: The model, wrapped or not.
+        tokenizer: Its tokenizer.
+        task: Says how an answer is read, or what there is to choose from.
+        rows: Problems with ``prompt`` and ``completion``, both text.
+        max_new_tokens: Of an answer.
+
+    Raises:
+        ConfigError: If the data has no prompts and completions, or a right answer can't be read.
+    """
+    problems = list(rows)
+    if not all(isinstance(row.get("prompt"), str) for row in problems):
+        raise ConfigError('Answers can be judged only in data with "prompt" and "completion" as text.')
+    prompts = [row["prompt"] for row in problems]
+    if task.choices:
+        given: Sequence[str | None] = _choose(model, tokenizer, task.choices, prompts)
+        right = [row["completion"] for row in problems]
+    else:
+        assert task.read_answer is not None
+        given = [task.read_answer(text) for text in _generate(model, tokenizer, prompts, max_new_tokens)]
+        right = [_right_answer(task, row) for row in problems]
+    hits: int = sum(g is not None and g == r for g, r in zip(given, right, strict=True))
+    return hits / len(problems)
+
+
+def _right_answer(task: Task, row: dict[str, Any]) -> str:
+    assert task.read_answer is not None
+    answer = task.read_answer(row["completion"])
+    if answer is None:
+        raise ConfigError(
+            f"Every completion must hold an answer behind its marker, but one ends in {row['completion'][-60:]!r}."
+        )
+    return answer
+
+
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+) -> list[str]:
+    texts: list[str] = []
+    for inputs in _batches(model, tokenizer, prompts):
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = generated[:, inputs["input_ids"].shape[1] :]  # (problems, new tokens)
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def _choose(
+    model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], prompts: list[str]
+) -> list[str]:
+    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
+    if len(set(first)) < len(first):
+        raise ConfigError(f"The choices must begin with different tokens, but {', '.join(choices)} don't.")
+    chosen: list[str] = []
+    for inputs in _batches(model, tokenizer, prompts):
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, first]  # (problems, choices)
+        chosen += [choices[i] for i in logits.argmax(-1).tolist()]
+    return chosen
+
+
+def _batches(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Prompts in batches, padded on the left, so that all of them end at the same place."""
+    before, tokenizer.padding_side = tokenizer.padding_side, "left"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for i in range(0, len(prompts), _BATCH):
+                batch = tokenizer(
+                    prompts[i : i + _BATCH], return_tensors="pt", padding=True, add_special_tokens=False
+                )
+                yield {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    finally:
+        tokenizer.padding_side = before
+        model.train(was_training)

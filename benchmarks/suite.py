@@ -1,0 +1,276 @@
+"""A suite: the methods, task, seeds and budget of a benchmark, in one file; checked whole before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
+from layersample.errors import ConfigError, unknown
+from layersample.registry import PROJECTIONS, create_sampler, load_plugin
+
+from .methods import Method, default_methods, get_method
+from .tasks import get_task
+
+ALL = "all"
+_USUAL_BASELINE = "full"
+DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
+Stage = Literal["search", "final"]
+
+# What the benchmark sets itself, so that every method has the same.
+_SET_HERE = {
+    *("model", "data", "eval_data", "eval_size", "steps", "epochs", "learning_rate", "seed", "plugin"),
+    *(
+        "output",
+        "save_steps",
+        "resume",
+        "overwrite",
+        "allow_changes",
+        "save_precision",
+        "batch_size",
+        "max_length",
+    ),
+}
+
+
+class MethodEntry(BaseModel):
+    """A row of the table.
+
+    Args:
+        name: Its name; different in each row.
+        method: A sampler, SAMPLER+PROJECTION, or a baseline; its name by default.
+        options: Options of ``layersample train`` for this row alone.
+        learning_rates: Its own learning rates, in place of the suite's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, pattern=r"^[^/\s]+$")
+    method: str = ""
+    options: dict[str, Any] = {}
+    learning_rates: list[float] | None = Field(None, min_length=1)
+
+    @property
+    def definition(self) -> Method:
+        """The method behind the row."""
+        return get_method(self.method or self.name)
+
+
+class Suite(BaseModel):
+    """All that decides what a benchmark measures."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
+    task: str = Field("gsm_symbolic", description="Built-in task, or data as train takes it.")
+    answer_marker: str | None = Field(None, description="Of data of your own: what the answer follows.")
+    other_text: str = Field("book", description="Text that isn't trained on, to see what is forgotten.")
+    other_size: int = Field(8, ge=1, description="Pieces of that text.")
+    methods: list[MethodEntry | str] = Field(
+        [ALL],
+        min_length=1,
+        description="Rows; `all` stands for every sampler and baseline that needs no option.",
+    )
+    baseline: str | None = Field(
+        None, description="The method that the others are compared with; default: full, or the first."
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of data order, dropout and draws.")
+    steps: int = Field(60, ge=1, description="Optimizer steps of a run.")
+    batch_size: int = Field(4, ge=1, description="Examples of a step.")
+    max_length: int = Field(256, ge=8, description="Tokens of an example, at most.")
+    learning_rates: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Tried for each method; default: 1e-4, 3e-4, 1e-3; adapters 5 times that.",
+    )
+    search_steps: int = Field(30, ge=1, description="Optimizer steps of a run that tries a learning rate.")
+    validation_size: int = Field(32, ge=1, description="Problems that learning rates are chosen on.")
+    test_size: int = Field(32, ge=1, description="Problems that the table is measured on.")
+    answers: int = Field(16, ge=0, description="Test problems that are answered in full.")
+    answer_tokens: int = Field(160, ge=1, description="Tokens of an answer, at most.")
+    evaluations: int = Field(3, ge=1, description="Held-out losses along a run, after the first one.")
+    trace_every: int = Field(10, ge=0, description="Steps between traces of memory; 0: never.")
+    confidence: float = Field(0.95, gt=0, lt=1, description="Of intervals, and of the test as a whole.")
+    threads: int | None = Field(None, ge=1, description="Threads of a run; default: cores / jobs.")
+    options: dict[str, Any] = Field({}, description="Options of `layersample train` for every method.")
+    plugin: Path | None = Field(None, description="Python file with samplers or baselines of your own.")
+
+    @property
+    def entries(self) -> list[MethodEntry]:
+        """The rows of the table."""
+        rows: list[MethodEntry] = []
+        for method in self.methods:
+            names = default_methods() if method == ALL else [method]
+            rows += [MethodEntry(name=name) if isinstance(name, str) else name for name in names]
+        return rows
+
+    @property
+    def reference(self) -> str:
+        """The name of the method that the others are compared with."""
+        names = [entry.name for entry in self.entries]
+        return self.baseline or (_USUAL_BASELINE if _USUAL_BASELINE in names else names[0])
+
+    def rates(self, entry: MethodEntry) -> list[float]:
+        """The learning rates to try for a method."""
+        if entry.learning_rates or self.learning_rates:
+            return entry.learning_rates or self.learning_rates or []
+        return [rate * entry.definition.rate_scale for rate in DEFAULT_RATES]
+
+    def config(self, job: Job) -> TrainConfig:
+        """The configuration of a run.
+
+        Raises:
+            ConfigError: If an option is unknown or out of bounds.
+        """
+        entry = next(e for e in self.entries if e.name == job.row)
+        own = {
+            "model": self.model,
+            "seed": job.seed,
+            "steps": job.steps,
+            "learning_rate": job.learning_rate,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "plugin": self.plugin,
+        }
+        name = f"method {entry.name}"
+        return make_config(
+            ("suite", self.options), (name, entry.definition.options), (name, entry.options), ("suite", own)
+        )
+
+    def check(self) -> None:
+        """Check everything that can be checked without loading a model.
+
+        Raises:
+            ConfigError: If a method, baseline, task, option or seed can't be used.
+        """
+        if self.plugin is not None:
+            load_plugin(self.plugin)
+        get_task(self.task, self.answer_marker)
+        names = [entry.name for entry in self.entries]
+        for kind, values in (("seeds", list(map(str, self.seeds))), ("methods", names)):
+            repeated = sorted({value for value in values if values.count(value) > 1})
+            if repeated:
+                raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
+        if min(self.seeds) < 0:
+            raise ConfigError(f"seeds must be at least 0, but got {min(self.seeds)}.")
+        if self.baseline not in (None, *names):
+            raise ConfigError(f"baseline: {unknown('method of this suite', str(self.baseline), names)}")
+        for entry in self.entries:
+            entry.definition.check_installed()
+            for options in (self.options, entry.options):
+                if taken := sorted(_SET_HERE & options.keys()):
+                    raise ConfigError(
+                        f"options of {entry.name!r} must leave out {', '.join(taken)}, which the suite sets for "
+                        "every method alike."
+                    )
+            for job in self.jobs(entry, "search"):
+                config = self.config(job)
+            create_sampler(config.sampler, config.sampler_options)
+            PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+
+    def jobs(self, entry: MethodEntry, stage: Stage, learning_rate: float | None = None) -> Iterator[Job]:
+        """The runs of a method.
+
+        Args:
+            entry: The method.
+            stage: ``"search"``: one run a learning rate, with the first seed; ``"final"``: one a seed.
+            learning_rate: Of the final runs.
+        """
+        if stage == "search":
+            for rate in self.rates(entry):
+                yield Job(entry.name, stage, self.seeds[0], rate, self.search_steps)
+        else:
+            assert learning_rate is not None
+            for seed in self.seeds:
+                yield Job(entry.name, stage, seed, learning_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, in a process of its own.
+
+    Args:
+        row: Name of the method's row.
+        stage: ``"search"`` for a learning rate, measured on the validation split, or ``"final"``.
+        seed: Of data order, dropout and draws.
+        learning_rate: The peak.
+        steps: Optimizer steps.
+    """
+
+    row: str
+    stage: Stage
+    seed: int
+    learning_rate: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Its name among all runs of a benchmark."""
+        what = f"seed-{self.seed}" if self.stage == "final" else f"rate-{self.learning_rate:g}"
+        return f"{self.stage}/{self.row}/{what}"
+
+
+def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
+    """Make a suite from several sources.
+
+    Args:
+        layers: Pairs of a source's name and its keys; a later one wins.
+
+    Raises:
+        ConfigError: If a key is unknown or a value can't be used; it names the source and the key.
+    """
+    merged: dict[str, Any] = {}
+    source_of: dict[str, str] = {}
+    for source, keys in layers:
+        for key, value in keys.items():
+            if key not in Suite.model_fields:
+                raise ConfigError(f"{source}: {unknown('key of a suite', str(key), Suite.model_fields)}")
+            merged[key] = value
+            source_of[key] = source
+    try:
+        return Suite(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, *rest = map(str, first["loc"])
+        place = ".".join([key, *(part for part in rest if part not in ("MethodEntry", "str"))])
+        raise ConfigError(
+            f"{source_of.get(key, 'default')}: {place}: {first['msg']}, but got {first['input']!r}."
+        ) from error
+
+
+def builtin_suites() -> list[str]:
+    """Names of the suites that come with layersample."""
+    folder = files("layersample_benchmarks") / "suites"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_builtin(name: str) -> dict[str, Any]:
+    """The keys of a suite that comes with layersample.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if name not in builtin_suites():
+        raise ConfigError(f"{unknown('suite', name, builtin_suites())} A YAML file will do too.")
+    keys: dict[str, Any] = yaml.safe_load(
+        (files("layersample_benchmarks") / "suites" / f"{name}.yaml").read_text(encoding="utf-8")
+    )
+    return keys
+
+
+def fingerprint(suite: Suite, entry: MethodEntry) -> str:
+    """What decides the numbers of a method's runs, in a few letters; a stored run with another one isn't used."""
+    common = suite.model_dump(mode="json", exclude={"methods", "seeds", "baseline", "confidence", "plugin"})
+    common["learning_rates"] = suite.rates(entry)
+    definition = entry.definition
+    own = {"method": definition.name, "options": {**definition.options, **entry.options}}
+    text = json.dumps([common, own, suite.seeds[0]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
