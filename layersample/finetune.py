@@ -109,9 +109,13 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
+<<<<<<< HEAD
     sampling = LayerSamplingCallback(
         config.sampler, **scheduler_arguments(config), recompute=config.recompute
     )
+=======
+    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
+>>>>>>> plan
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -210,7 +214,11 @@ class CheckedTrainer(SFTTrainer):
         self._chunks_loss = True
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+<<<<<<< HEAD
         """The chunked loss in training, where it is on; else SFTTrainer's own."""
+=======
+        """The model's own loss where it is chunked, and TRL's otherwise."""
+>>>>>>> plan
         if self._chunks_loss and model.training:
             # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
             return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
@@ -267,7 +275,7 @@ def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
     names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
     rules = ("embeddings", "head", "norm", "other")
     arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
-    arguments["step_in_backward"] = config.backward_stepping
+    arguments |= {"step_in_backward": config.backward_stepping, "recompute": config.recompute}
     return {**arguments, "projection_options": config.projection_arguments}
 
 
