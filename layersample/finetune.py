@@ -109,13 +109,9 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-<<<<<<< HEAD
     sampling = LayerSamplingCallback(
         config.sampler, **scheduler_arguments(config), recompute=config.recompute
     )
-=======
-    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
->>>>>>> plan
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
@@ -214,11 +210,7 @@ class CheckedTrainer(SFTTrainer):
         self._chunks_loss = True
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-<<<<<<< HEAD
         """The chunked loss in training, where it is on; else SFTTrainer's own."""
-=======
-        """The model's own loss where it is chunked, and TRL's otherwise."""
->>>>>>> plan
         if self._chunks_loss and model.training:
             # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
             return Trainer.compute_loss(self, model, inputs, *args, **kwargs)

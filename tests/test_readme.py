@@ -60,15 +60,9 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("layersample_benchmarks.command._run", lambda suite, output, jobs: None)
     monkeypatch.setattr("layersample_benchmarks.report.write_report", lambda folder: ["report.html"])
     monkeypatch.setattr("layersample.models.load_any_model", lambda name, report: make_llama())
-<<<<<<< HEAD
     for name in ("run.yaml", "suite.yaml"):
         (tmp_path / name).write_text("steps: 3\n")
     monkeypatch.setattr("layersample.planner.plan", leave)  # what it prints is tested with it
-=======
-    monkeypatch.setattr("layersample.planner.plan", leave)  # what it prints is tested with it
-    for name in ("run.yaml", "suite.yaml"):
-        (tmp_path / name).write_text("steps: 3\n")
->>>>>>> plan
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, command.split()[1:])
     assert result.exit_code == 0, result.output
