@@ -72,7 +72,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
         if config.loss_chunk:
             trainer.chunk_loss(config.loss_chunk)
-        if config.recompute:  # not through the callback, which baselines don't have
+        if config.recompute and prepared.sampling is None:  # where there is no callback to do it
             SelectiveRecompute(prepared.model)
         recorder.on_step = report
         scores = _train(suite, job, trainer, tokenizer)

@@ -109,9 +109,7 @@ def finetune(
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-    sampling = LayerSamplingCallback(
-        config.sampler, **scheduler_arguments(config), recompute=config.recompute
-    )
+    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))
         recorder = RunRecorder(
