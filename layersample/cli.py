@@ -160,7 +160,7 @@ def train(
 ) -> None:
     """Fine-tune a model, a few layers at a time.
 
-    Without options: SmolLM2-135M on grade-school problems with LISA, about five minutes on two cores.
+    Without options: SmolLM2-135M on grade-school problems with LISA, about three minutes on two cores.
     """
     _run(_settings(config, preset, sampler_option, projection_option, trainer_option, flags))
 
