@@ -13,17 +13,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from layersample.chunked_loss import chunked_cross_entropy
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample_benchmarks.measured_peak import measured_peak
-from layersample_benchmarks.step_cost import RESULTS
+from layersample_benchmarks.store import RESULTS, store
 
 POSITIONS, HIDDEN, VOCABULARY = 512, 576, 49152  # SmolLM2-135M at 4 × 128 tokens
 TRL_CHUNK = 32768  # what its trainers give
@@ -107,43 +103,23 @@ def main(
         for masked, trained in ((0.0, False), (0.6, False), (0.0, True))
         for row in measure(dtype, masked, trained, rounds)
     ]
-    result = {"rounds": rounds, "rows": rows, "environment": environment()}
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "head_cost.json", result)
-    write_text(output / "head_cost.md", as_markdown(result))
-    table = Table(*_HEADINGS, box=None)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-
-
-_HEADINGS = ("type", "masked", "head", "loss", "CPU seconds", "peak")
+    store(
+        output,
+        "head_cost",
+        {"rounds": rounds, "rows": rows},
+        title="What the head and its loss cost",
+        about=f"Forward and backward, {POSITIONS} positions, hidden size {HIDDEN}, vocabulary {VOCABULARY:,} "
+        f"(SmolLM2-135M at 4 × 128 tokens); CPU seconds, medians of {rounds} rounds in turns; "
+        "peak bytes beyond the inputs, as torch's allocator reports them.",
+        command=f"head_cost --rounds {rounds}",
+        headings=("type", "masked", "head", "loss", "CPU seconds", "peak"),
+        rows=[_cells(row) for row in rows],
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     first = [row["dtype"], f"{row['masked']:.0%}", row["head"], row["loss"]]
     return [*first, f"{row['cpu_seconds']:.2f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with the command and the machine."""
-    machine = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# What the head and its loss cost",
-        "",
-        f"Forward and backward, {POSITIONS} positions, hidden size {HIDDEN}, vocabulary {VOCABULARY:,} "
-        f"(SmolLM2-135M at 4 × 128 tokens); CPU seconds, medians of {result['rounds']} rounds in turns; "
-        "peak bytes beyond the inputs, as torch's allocator reports them.",
-        f"`python -m layersample_benchmarks.head_cost --rounds {result['rounds']}` on {machine['processor']}, "
-        f"{machine['threads']} threads, Python {machine['python']}, {versions}.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"]),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

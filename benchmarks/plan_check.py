@@ -13,20 +13,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from layersample import ChunkedLoss, LayerSampler, LayerScheduler, SamplingContext, SelectiveRecompute
 from layersample.config import TrainConfig
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample.memory import count_bytes
 from layersample.shapes import load_shape
 from layersample.simulation import simulate_step
 from layersample_benchmarks.measured_peak import measured_peak
-from layersample_benchmarks.step_cost import RESULTS
+from layersample_benchmarks.store import RESULTS, store
 
 FROZEN = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
 AS_RUN = {"loss_chunk": 0, "recompute": False, "master_weights": False}
@@ -172,42 +168,22 @@ def main(
 ) -> None:
     """Plan and run every setting, print the table, and store it."""
     rows = measure(SETTINGS, model)
-    result = {"model": model, "rows": rows, "environment": environment()}
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "plan_check.json", result)
-    write_text(output / "plan_check.md", as_markdown(result))
-    table = Table(*_HEADINGS, box=None)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-
-
-_HEADINGS = ("setting", "tokens", "planned", "measured", "off by")
+    store(
+        output,
+        "plan_check",
+        {"model": model, "rows": rows},
+        title="Plans and what steps take",
+        about=f"{model}, random weights; peak bytes of a step once optimizer state is there. Measured: what "
+        "torch's allocator reports, and the weights and state that stood before.",
+        command="plan_check",
+        headings=("setting", "tokens", "planned", "measured", "off by"),
+        rows=[_cells(row) for row in rows],
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     sizes = [f"{row[key] / 2**20:,.0f} MiB" for key in ("planned_bytes", "measured_bytes")]
     return [row["setting"], row["tokens"], *sizes, f"{row['off']:+.1%}"]
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with the command and the machine."""
-    machine = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# Plans and what steps take",
-        "",
-        f"{result['model']}, random weights; peak bytes of a step once optimizer state is there. Measured: what "
-        "torch's allocator reports, and the weights and state that stood before.",
-        f"`python -m layersample_benchmarks.plan_check` on {machine['processor']}, {machine['threads']} threads, "
-        f"Python {machine['python']}, {versions}.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"]),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from layersample.cli import read_preset
 from layersample.config import PLAN_COMMON, TrainConfig, make_config
-from layersample.environment import environment
-from layersample.files import write_json, write_text
 from layersample.plan_report import gib
 from layersample.planner import plan
-from layersample_benchmarks.step_cost import RESULTS
+from layersample_benchmarks.store import RESULTS, store
 
 _COMMON = {**PLAN_COMMON, "precision": "bf16", "batch_size": 1, "max_length": 1024}
 # What the papers report, and the same method planned as commonly run.
@@ -65,39 +61,22 @@ def _row(name: str, model: str, reported: str, config: TrainConfig) -> dict[str,
 def main(output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
     """Plan every row, print the table, and store it."""
     rows = measure()
-    result = {"rows": rows, "environment": environment()}
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "plan_papers.json", result)
-    write_text(output / "plan_papers.md", as_markdown(rows))
-    table = Table(*_HEADINGS, box=None)
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-
-
-_HEADINGS = ("run", "model", "reported", "typical GiB", "worst GiB", "smallest card")
+    store(
+        output,
+        "plan_papers",
+        {"rows": rows},
+        title="Plans beside the papers",
+        about="bf16, one example of 1024 tokens, simulated without a GPU. As commonly run: bf16 moments, every "
+        "logit, no checkpointing, state of frozen layers dropped.",
+        command="plan_papers",
+        headings=("run", "model", "reported", "typical GiB", "worst GiB", "smallest card"),
+        rows=[_cells(row) for row in rows],
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     sizes = [gib(row["typical_bytes"]), gib(row["worst_bytes"])]
     return [row["run"], row["model"], row["reported"], *sizes, row["fits"]]
-
-
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, with the command."""
-    lines = [
-        "# Plans beside the papers",
-        "",
-        "bf16, one example of 1024 tokens. As commonly run: bf16 moments, every logit, no checkpointing, state of "
-        "frozen layers dropped.",
-        "`python -m layersample_benchmarks.plan_papers`, simulated without a GPU.",
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|" + "---|" * len(_HEADINGS),
-        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
