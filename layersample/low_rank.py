@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,16 @@ class LowRank:
         self.names: dict[Tensor, str] = {}
         """The parameters that are projected now, with their names."""
 
-    def check_gradients(self) -> None:
-        """Make sure that all gradients to be projected are finite, before anything is changed.
+    def check_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make sure that the gradients to be projected are finite, before anything is changed.
+
+        Args:
+            parameters: What the optimizer is about to step on.
 
         Raises:
             NonFiniteGradientError: If one isn't.
         """
-        gradients = {p: p.grad for p in self.names if p.grad is not None}
+        gradients = {p: p.grad for p in parameters if p in self.names and p.grad is not None}
         # A sum is many times as fast as a look at every element, and finite only where those are.
         sums = [whole(gradient.sum(dtype=torch.float32)) for gradient in gradients.values()]
         if not sums or all(torch.stack(sums).isfinite().tolist()):

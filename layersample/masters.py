@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layersample.host_memory import to_host
+
 MASTER = "master_weight"
 REMAINDER = "master_remainder"
 EXCEPTIONS = "master_exceptions"
@@ -31,7 +33,7 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """
     difference = master.view(torch.int32) - _bits(weight)
     remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
-    kept = {REMAINDER: _to_host(remainder)}
+    kept = {REMAINDER: to_host(remainder)}
     wrong = (remainder != difference).flatten().nonzero().flatten()
     if wrong.numel():
         kept |= {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: master.flatten()[wrong].cpu()}
@@ -71,10 +73,3 @@ def _bits(weight: Tensor) -> Tensor:
     """The bit patterns of bf16 values, widened to fp32, as int32."""
     high: Tensor = weight.detach().view(torch.int16).to(torch.int32)
     return torch.bitwise_left_shift(high, torch.tensor(16, dtype=torch.int32))
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layersample.distributed import local_part
+from layersample.host_memory import to_host, wait_for_copies
 from layersample.masters import AT_REST, at_rest
 
 StatePolicyName = Literal["drop", "keep", "offload"]
@@ -54,18 +54,10 @@ class Offload:
 
     def freeze(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Copy the state to the CPU; the copies of one switch run side by side."""
-        moved = False
         for parameter, key, value in _tensors(optimizer, parameters):
-            # The shards of a DTensor are copied one after another: it has no pinned memory of its own.
-            if value.is_cuda and local_part(value) is value:
-                host = torch.empty_like(value, device="cpu", pin_memory=True)
-                optimizer.state[parameter][key] = host.copy_(value, non_blocking=True)
-                moved = True
-            else:
-                optimizer.state[parameter][key] = value.cpu()
-        if moved:
-            # A checkpoint written right after the switch must not read half a copy.
-            torch.cuda.current_stream().synchronize()
+            optimizer.state[parameter][key] = to_host(value)
+        # A checkpoint written right after the switch must not read half a copy.
+        wait_for_copies()
 
     def activate(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Copy the state back; later work on the device's stream waits for it by itself."""

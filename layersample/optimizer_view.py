@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
+from layersample.host_memory import wait_for_copies
 from layersample.low_rank import PREFIX, LowRank, LowRankParameter
 from layersample.masters import AT_REST, MASTER, combine, split
 from layersample.projection import Projection
@@ -105,6 +106,7 @@ class OptimizerView:
                 state.update(split(state.pop(MASTER), parameter.detach()))
             if self._low_rank is not None:
                 self._low_rank.forget_basis(state)
+        wait_for_copies()  # of remainders, which a checkpoint may read next
 
     def forget(self) -> None:
         """Drop all state but exact weights: of another projection, it has other shapes."""
@@ -125,7 +127,8 @@ class OptimizerView:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
-        if not any(self.is_projected(p) or self.has_master(p) for p in _parameters(optimizer)):
+        parameters = _parameters(optimizer)
+        if not any(self.is_projected(p) or self.has_master(p) for p in parameters):
             return
         closures = (*args[1:2], kwargs.get("closure"))  # args[0] is the optimizer
         if any(closure is not None for closure in closures):
@@ -137,7 +140,7 @@ class OptimizerView:
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         self._skips = overflow is not None and bool(overflow)
         if self._low_rank is not None and not self._skips:
-            self._low_rank.check_gradients()
+            self._low_rank.check_gradients(parameters)
         self._groups = list(optimizer.param_groups)
         self._parameters = [group["params"] for group in self._groups]
         try:

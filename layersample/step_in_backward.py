@@ -67,7 +67,9 @@ class BackwardStepper:
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._options = options
         self._hooks: list[RemovableHandle] = []
+        self._group_of: dict[Tensor, int] = {}
         self._passes: dict[Tensor, int] = {}
+        self._standing = 0  # bytes of the gradients that exist now
         self._stepping = False
         self._squares: list[Tensor] = []
         self.norm: float | None = None
@@ -79,6 +81,8 @@ class BackwardStepper:
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Step these parameters from now on, and no others."""
         self._unhook()
+        for index, group in enumerate(self._optimizer.param_groups):
+            self._group_of |= dict.fromkeys(group["params"], index)
         for parameter in parameters:
             hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
@@ -100,23 +104,28 @@ class BackwardStepper:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._group_of.clear()
         self._passes.clear()
+        self._standing = 0
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
-        self._passes[parameter] = self._passes.get(parameter, 0) + 1
-        standing = sum(p.grad.nbytes for p in self._passes if p.grad is not None)
-        self.largest_gradient = max(self.largest_gradient, standing)
+        assert parameter.grad is not None
+        size, passes = parameter.grad.nbytes, self._passes.get(parameter, 0)
+        self._passes[parameter] = passes + 1
+        self._standing += 0 if passes else size
+        self.largest_gradient = max(self.largest_gradient, self._standing)
         if not self._is_whole(parameter):
             return
         self._passes[parameter] = 0
+        self._standing -= size
         self._clip(parameter)
         groups = self._optimizer.param_groups
         before = [group["params"] for group in groups]
         self._stepping = True
         try:
-            for group, parameters in zip(groups, before, strict=True):
-                group["params"] = [p for p in parameters if p is parameter]
+            for index, group in enumerate(groups):
+                group["params"] = [parameter] if index == self._group_of[parameter] else []
             self._optimizer.step()
         finally:
             for group, parameters in zip(groups, before, strict=True):
