@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from layersample.live_memory import FollowsStorages
 
 Kind = Literal["weights", "gradients", "optimizer_state", "activations"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer_state", "activations")
@@ -32,19 +30,18 @@ class PeakBytes:
     largest: dict[Kind, int]
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage that is made or freed while it is on: ``with LiveBytes(model) as live: ...``.
-
-    A storage counts once, however many tensors view it. What kernels allocate inside of themselves isn't seen.
+class LiveBytes(FollowsStorages):
+    """Notes every storage that is made or freed while it is on, and says at the end what each was for.
 
     Args:
         model: Its parameters and buffers are weights; its gradients are told by hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._model = model
         self._ids: dict[int, int] = {}  # of the storages alive, by their address
+        self._sizes: dict[int, int] = {}
         self._events: list[tuple[int, int]] = []  # (id of the storage, bytes; negative when freed)
         self._kinds: dict[int, Kind] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -73,33 +70,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Say what some tensors are for; a kind holds from their beginning to their end."""
         for tensor in tensors:
-            self._see(tensor)
-            self._kinds.setdefault(self._ids[tensor.untyped_storage()._cdata], kind)
+            self._kinds.setdefault(self._ids[self.follow(tensor)], kind)
 
     def _mark_gradient(self, parameter: Tensor) -> None:
         # A step in the backward pass has freed it before this hook comes; then it counts among the rest.
         if parameter.grad is not None:
             self.mark("gradients", [parameter.grad])
 
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self._ids:
-            number = len(self._events)
-            self._ids[address] = number
-            self._events.append((number, storage.nbytes()))
-            weakref.finalize(storage, partial(self._gone, address, number, storage.nbytes())).atexit = False
+    def begun(self, address: int, size: int, tensor: Tensor) -> None:
+        """Number a storage by the event of its beginning: its address may be used again."""
+        self._ids[address] = len(self._events)
+        self._events.append((self._ids[address], size))
+        self._sizes[address] = size
 
-    def _gone(self, address: int, number: int, size: int) -> None:
-        self._events.append((number, -size))
-        self._ids.pop(address, None)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
-        return result
+    def ended(self, address: int) -> None:
+        """Note the end of a storage."""
+        self._events.append((self._ids.pop(address), -self._sizes.pop(address)))
 
 
 def replay(events: Iterable[tuple[int, int]], kinds: Mapping[int, Kind]) -> PeakBytes:

@@ -17,10 +17,55 @@ Kind = Literal["weights", "gradients", "optimizer_state", "masters", "activation
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage from its first tensor to its end.
+class FollowsStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Is told of every storage that operations make while it is on, and of its end.
 
-    Memory that a kernel takes for itself isn't seen, nor what an allocator rounds up or keeps.
+    A storage counts once, however many tensors view it. Memory that a kernel takes for itself isn't seen, nor what
+    an allocator rounds up or keeps. Subclasses say what becomes of a storage: :meth:`begun` and :meth:`ended`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched: dict[int, weakref.ref[Any]] = {}
+
+    def begun(self, address: int, size: int, tensor: Tensor) -> None:
+        """A storage was seen for the first time.
+
+        Args:
+            address: Where it is; another one may have it after its end.
+            size: Its bytes.
+            tensor: The tensor that showed it.
+        """
+        raise NotImplementedError
+
+    def ended(self, address: int) -> None:
+        """A storage was freed."""
+        raise NotImplementedError
+
+    def follow(self, tensor: Tensor) -> int:
+        """Watch a tensor's storage from now on, and give its address."""
+        storage = tensor.untyped_storage()
+        address: int = storage._cdata
+        if address not in self._watched:
+            self._watched[address] = weakref.ref(storage, lambda _: self._forget(address))
+            self.begun(address, storage.nbytes(), tensor)
+        return address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and follow what it makes."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.follow(tensor)
+        return result
+
+    def _forget(self, address: int) -> None:
+        del self._watched[address]
+        self.ended(address)
+
+
+class LiveMemory(FollowsStorages):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages by kind, from their first tensor to their end.
 
     Args:
         vocabulary: Size of the vocabulary: tensors whose last dimension it is count as logits.
@@ -31,10 +76,9 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, *, vocabulary: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._vocabulary = vocabulary
         self._alive: dict[int, tuple[int, Kind]] = {}
-        self._watched: dict[int, weakref.ref[Any]] = {}
         self._now: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._default: Kind = "temporary"
         self._moment: str | None = None
@@ -56,7 +100,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Say of what kind some tensors are."""
         for tensor in tensors:
             if tensor is not None:
-                self._follow(tensor, kind)
+                self._label(self.follow(tensor), kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and follow what it makes."""
@@ -65,11 +109,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if func is torch.ops.aten.add.Tensor and self._adds_in_place(*args[:2]):
             return args[0]
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _adds_in_place(self, total: Any, part: Any) -> bool:
         """Whether autograd would add two gradients in place: it does where nothing else holds the first.
@@ -83,29 +123,24 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Two hold it: the tensor, and its storage as Python sees it.
         return bool(torch._C._storage_Use_Count(total.untyped_storage()._cdata) <= 2)
 
-    def _follow(self, tensor: Tensor, kind: Kind | None = None) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            if kind is not None:
-                size, before = self._alive[key]
-                self._now[before] -= size
-                self._now[kind] += size
-                self._alive[key] = size, kind
-            return
-        size = storage.nbytes()
-        kind = kind or (
-            "logits" if tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary else self._default
-        )
-        self._alive[key] = size, kind
+    def begun(self, address: int, size: int, tensor: Tensor) -> None:
+        """Count a storage as logits by its shape, or as what this moment makes."""
+        is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+        kind: Kind = "logits" if is_logits else self._default
+        self._alive[address] = size, kind
         self._now[kind] += size
-        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._record()
 
-    def _forget(self, key: int) -> None:
-        size, kind = self._alive.pop(key)
+    def ended(self, address: int) -> None:
+        """Count a storage no more."""
+        size, kind = self._alive.pop(address)
         self._now[kind] -= size
-        del self._watched[key]
+
+    def _label(self, address: int, kind: Kind) -> None:
+        size, before = self._alive[address]
+        self._now[before] -= size
+        self._now[kind] += size
+        self._alive[address] = size, kind
 
     def _record(self) -> None:
         if self._moment is None:
