@@ -7,58 +7,40 @@ away at each switch (as BAdam does), and in bf16 with exact masters; then step t
 from __future__ import annotations
 
 import statistics
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from layersample import LayerScheduler
 from layersample.masters import AT_REST
 from layersample.models import load_model
 from layersample_benchmarks.step_cost import Fixed, real_batches
 from layersample_benchmarks.store import RESULTS, store
+from layersample_benchmarks.timed import TimedRun
 
 METHODS = ("plain bf16", "rounded at each switch", "exact masters")
 PERIODS = 10
 
 
-@dataclass
-class Run:
-    """A bf16 model that trains a few layers at a time."""
+def make_run(method: str, folder: str, learning_rate: float, sampler: Any, **options: Any) -> TimedRun:
+    """Load the model in bf16 and build what trains it; options are the scheduler's."""
+    model, _ = load_model(folder, torch.bfloat16)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    masters = method != METHODS[0]
+    return TimedRun(
+        model, optimizer, LayerScheduler(model, optimizer, sampler, master_weights=masters, **options)
+    )
 
-    method: str
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scheduler: LayerScheduler
-    cpu_seconds: list[float] = field(default_factory=list)
 
-    @classmethod
-    def make(cls, method: str, folder: str, learning_rate: float, sampler: Any, **options: Any) -> Run:
-        """Load the model and build what trains it."""
-        model, _ = load_model(folder, torch.bfloat16)
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-        masters = method != METHODS[0]
-        scheduler = LayerScheduler(model, optimizer, sampler, master_weights=masters, **options)
-        return cls(method, model, optimizer, scheduler)
-
-    def step(self, batch: dict[str, Tensor]) -> None:
-        """One optimizer step, timed in CPU seconds of all threads."""
-        started = time.process_time()
-        self.model(**batch).loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.cpu_seconds.append(time.process_time() - started)
-        if self.method == METHODS[1]:
-            for state in self.optimizer.state.values():
-                for key in AT_REST:
-                    state.pop(key, None)
+def round_away(optimizer: torch.optim.Optimizer) -> None:
+    """Forget what frozen weights have beyond bf16."""
+    for state in optimizer.state.values():
+        for key in AT_REST:
+            state.pop(key, None)
 
 
 def measure_survival(
@@ -68,9 +50,11 @@ def measure_survival(
     start = {n: p.detach().float() for n, p in load_model(folder, torch.bfloat16)[0].named_parameters()}
     changes: dict[str, dict[str, Tensor]] = {}
     for method in METHODS:
-        run = Run.make(method, folder, rate, "lisa", num_active=2, period=period, embeddings="freeze")
+        run = make_run(method, folder, rate, "lisa", num_active=2, period=period, embeddings="freeze")
         for i in range(PERIODS * period):
             run.step(batches[i % len(batches)])
+            if method == METHODS[1]:
+                round_away(run.optimizer)
         reached = run.scheduler.fp32_state_dict()
         changes[method] = {n: reached[n] - value for n, value in start.items()}
     exact = changes[METHODS[-1]]
@@ -95,7 +79,7 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
         ("lisa, a switch after every step", "lisa", {"period": 1}),
     ):
         plain, exact = (
-            Run.make(method, folder, 1e-5, sampler, **options) for method in (METHODS[0], METHODS[-1])
+            make_run(method, folder, 1e-5, sampler, **options) for method in (METHODS[0], METHODS[-1])
         )
         for i in range(rounds + 2):
             for run in (plain, exact):

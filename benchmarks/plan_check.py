@@ -16,11 +16,11 @@ import typer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layersample import ChunkedLoss, LayerSampler, LayerScheduler, SamplingContext, SelectiveRecompute
+from layersample import ChunkedLoss, LayerScheduler, SelectiveRecompute
 from layersample.config import TrainConfig
 from layersample.memory import count_bytes
 from layersample.shapes import load_shape
-from layersample.simulation import simulate_step
+from layersample.simulation import add_lora, schedule_given, simulate_step
 from layersample_benchmarks.measured_peak import measured_peak
 from layersample_benchmarks.store import RESULTS, store
 
@@ -71,24 +71,13 @@ SETTINGS = (
 )
 
 
-class _Given(LayerSampler):
-    def __init__(self, active: Sequence[int], *, everything_first: bool) -> None:
-        self._active, self._everything_first = active, everything_first
-
-    def sample(self, context: SamplingContext) -> Sequence[int]:
-        return EVERY if self._everything_first and context.round == 0 else self._active
-
-
 def run_setting(setting: Setting, model_name: str) -> int:
     """Bytes at the peak of the second step of a run: weights, state and all that comes and goes."""
     config = TrainConfig(**setting.options)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model: nn.Module = AutoModelForCausalLM.from_config(load_shape(model_name), dtype=dtype).train()
     if setting.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=setting.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        model = add_lora(model, setting.lora_rank)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(  # type: ignore[operator]
             activation_checkpointing_kwargs={"use_reentrant": False}
@@ -111,7 +100,7 @@ def run_setting(setting: Setting, model_name: str) -> int:
     scheduler: LayerScheduler | None = None
     with ExitStack() as stack:
         if setting.lora_rank is None:
-            scheduler = stack.enter_context(_make_scheduler(setting, config, model, optimizer))
+            scheduler = stack.enter_context(schedule_given(model, optimizer, config, setting.active))
         if config.loss_chunk:
             stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
         if config.recompute:
@@ -120,26 +109,6 @@ def run_setting(setting: Setting, model_name: str) -> int:
         state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         held = count_bytes([*model.parameters(), *model.buffers(), *state])
         return int(held + measured_peak(step))
-
-
-def _make_scheduler(
-    setting: Setting, config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> LayerScheduler:
-    keeps = config.state == "keep"
-    return LayerScheduler(
-        model,
-        optimizer,
-        _Given(setting.active, everything_first=keeps),
-        num_active=1,
-        period=1 if keeps else 9,
-        embeddings=config.embeddings,
-        head=config.head,
-        norm=config.norm,
-        state=config.state,
-        projection=config.projection,
-        projection_options=config.projection_arguments,
-        master_weights=config.master_weights,
-    )
 
 
 def measure(settings: Sequence[Setting], model: str) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from layersample.bases import random_basis, randomized_basis, subspace_basis, sv
 from layersample.models import load_model
 from layersample_benchmarks.step_cost import Fixed, real_batches
 from layersample_benchmarks.store import RESULTS, store
+from layersample_benchmarks.timed import TimedRun
 
 RANK = 128
 LAYERS = (9, 20)
@@ -103,51 +103,27 @@ class Watched(Projection):
         return found
 
 
-@dataclass
-class Runner:
-    """A model with two active layers, trained with or without a projection."""
+def make_run(folder: str, projection: Projection | None) -> TimedRun:
+    """Load the model and build what trains two of its layers, with or without a projection."""
+    model, _ = load_model(folder)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    scheduler = LayerScheduler(
+        model, optimizer, Fixed(layers=LAYERS), embeddings="freeze", projection=projection, period=10**6
+    )
+    return TimedRun(model, optimizer, scheduler)
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LayerScheduler
-    cpu_seconds: list[float] = field(default_factory=list)
 
-    @classmethod
-    def make(cls, folder: str, projection: Projection | None) -> Runner:
-        """Load the model and build what trains it."""
-        model, _ = load_model(folder)
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        scheduler = LayerScheduler(
-            model, optimizer, Fixed(layers=LAYERS), embeddings="freeze", projection=projection, period=10**6
-        )
-        return cls(model, optimizer, scheduler)
-
-    def step(self, batch: dict[str, Tensor]) -> None:
-        """One optimizer step, timed in CPU seconds of all threads."""
-        started = time.process_time()
-        self.model(**batch).loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.cpu_seconds.append(time.process_time() - started)
-
-    def state_elements(self) -> int:
-        """Elements of the optimizer's state of the active layers' matrices."""
-        return sum(
-            value.numel()
-            for p in self.model.parameters()
-            if p.requires_grad and p.dim() == 2
-            for value in self.optimizer.state[p].values()
-            if value.dim() > 0
-        )
+def trained_matrices(run: TimedRun) -> list[nn.Parameter]:
+    """The matrices of the active layers."""
+    return [p for p in run.model.parameters() if p.requires_grad and p.dim() == 2]
 
 
 def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) -> dict[str, Any]:
     """The projection's share of a step on two active layers, and its error at every step."""
     plain, projected = (
-        Runner.make(folder, None),
-        Runner.make(folder, create_projection("galore", {"rank": RANK})),
+        make_run(folder, None),
+        make_run(folder, create_projection("galore", {"rank": RANK})),
     )
     for i in range(rounds + 2):
         for runner in (plain, projected):
@@ -160,7 +136,7 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
         "GaLore as published (SVD every 200 steps)": {"basis": "svd"},
     }.items():
         watched = Watched(create_projection("galore", {"rank": RANK, **options}))
-        runner = Runner.make(folder, watched)
+        runner = make_run(folder, watched)
         for batch in batches[:10]:
             runner.step(batch)
         size = len(watched.errors) // 10
@@ -168,13 +144,14 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
             statistics.mean(watched.errors[i * size : (i + 1) * size])
             for i in range(len(watched.errors) // size)
         ]
-    shapes = [p.shape for p in projected.model.parameters() if p.requires_grad and p.dim() == 2]
+    matrices = trained_matrices(projected)
+    state = [value for p in matrices for value in projected.optimizer.state[p].values()]
     return {
         "layers": LAYERS,
         "overhead": statistics.median(ratios) - 1,
         "error_by_step": errors,
-        "state_elements": projected.state_elements(),
-        "state_elements_formula": sum(2 * RANK * max(s) + RANK * min(s) for s in shapes),
+        "state_elements": sum(value.numel() for value in state if value.dim() > 0),
+        "state_elements_formula": sum(2 * RANK * max(p.shape) + RANK * min(p.shape) for p in matrices),
     }
 
 

@@ -90,7 +90,7 @@ def simulate_step(
         live.label([*model.parameters(), *model.buffers()], "weights")
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
         if lora_rank is None:
-            scheduler = stack.enter_context(_Scheduler.make(model, optimizer, config, active))
+            scheduler = stack.enter_context(schedule_given(model, optimizer, config, active))
             with live:
                 _fill_state(model, optimizer, live)
             scheduler.step()  # from the set that has left its state to the one that trains
@@ -160,31 +160,35 @@ def _fill_state(model: nn.Module, optimizer: torch.optim.Optimizer, live: LiveMe
         live.label(tensors.values(), "optimizer_state")
 
 
-class _Scheduler:
-    """The real scheduler, with the sets of two periods given."""
+def schedule_given(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, active: Sequence[int]
+) -> LayerScheduler:
+    """The real scheduler of a run, whose periods of one step train given layers.
 
-    @staticmethod
-    def make(
-        model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, active: Sequence[int]
-    ) -> LayerScheduler:
-        """A scheduler whose second period trains ``active``; where state is kept, the first trains everything."""
-        return LayerScheduler(
-            model,
-            optimizer,
-            _Given(active, everything_first=config.state == "keep"),
-            num_active=1,
-            period=1,
-            layers=config.layers,
-            embeddings=config.embeddings,
-            head=config.head,
-            norm=config.norm,
-            other=config.other,
-            state=config.state,
-            projection=config.projection,
-            projection_options=config.projection_arguments,
-            master_weights=config.master_weights,
-            step_in_backward=config.backward_stepping,
-        )
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        config: How it is trained; the sampler doesn't matter.
+        active: Indices of the layers that train. Where state is kept, the first period trains everything, so that
+            everything has state.
+    """
+    return LayerScheduler(
+        model,
+        optimizer,
+        _Given(active, everything_first=config.state == "keep"),
+        num_active=1,
+        period=1,
+        layers=config.layers,
+        embeddings=config.embeddings,
+        head=config.head,
+        norm=config.norm,
+        other=config.other,
+        state=config.state,
+        projection=config.projection,
+        projection_options=config.projection_arguments,
+        master_weights=config.master_weights,
+        step_in_backward=config.backward_stepping,
+    )
 
 
 class _Given(LayerSampler):
@@ -197,14 +201,20 @@ class _Given(LayerSampler):
         return self._active
 
 
-def _lora_model(shape: PretrainedConfig, dtype: torch.dtype, rank: int) -> nn.Module:
-    """The model with LoRA on all linear layers, on no device: PEFT can't move fake tensors."""
+def add_lora(model: nn.Module, rank: int, *, on_no_device: bool = False) -> nn.Module:
+    """A model with LoRA on all linear layers, as it is planned; without values where asked."""
     from peft import LoraConfig, get_peft_model
 
+    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: nn.Module = get_peft_model(model, lora, low_cpu_mem_usage=on_no_device)
+    return adapted
+
+
+def _lora_model(shape: PretrainedConfig, dtype: torch.dtype, rank: int) -> nn.Module:
+    """The model with LoRA, on no device: PEFT can't move fake tensors."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted: nn.Module = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    adapted = add_lora(model, rank, on_no_device=True)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:  # PEFT would make 16-bit adapters float32 once they have a device
             parent, _, own = name.rpartition(".")
