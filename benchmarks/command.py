@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from layersample.config import read_yaml
-from layersample.display import plain
+from layersample.display import make_bar, plain
 from layersample.errors import ConfigError
 
 from .methods import list_baselines
@@ -109,15 +109,7 @@ class LiveBenchmark:
         self._console = console
         self._runs: TaskID | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = make_bar(console)
 
     def begin(self, runs: int, done: int) -> None:
         """Show the bar of all runs."""

@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
+from layersample.config import BUILTIN_MODEL, TrainConfig, make_config, merge_sources, packaged_yaml
 from layersample.errors import ConfigError, unknown
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 
@@ -225,14 +224,7 @@ def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
     Raises:
         ConfigError: If a key is unknown or a value can't be used; it names the source and the key.
     """
-    merged: dict[str, Any] = {}
-    source_of: dict[str, str] = {}
-    for source, keys in layers:
-        for key, value in keys.items():
-            if key not in Suite.model_fields:
-                raise ConfigError(f"{source}: {unknown('key of a suite', str(key), Suite.model_fields)}")
-            merged[key] = value
-            source_of[key] = source
+    merged, source_of = merge_sources(layers, "key of a suite", Suite.model_fields)
     try:
         return Suite(**merged)
     except ValidationError as error:
@@ -246,10 +238,7 @@ def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
 
 def builtin_suites() -> list[str]:
     """Names of the suites that come with layersample."""
-    folder = files("layersample_benchmarks") / "suites"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(_suites())
 
 
 def read_builtin(name: str) -> dict[str, Any]:
@@ -258,12 +247,15 @@ def read_builtin(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: If there is none of that name.
     """
-    if name not in builtin_suites():
-        raise ConfigError(f"{unknown('suite', name, builtin_suites())} A YAML file will do too.")
-    keys: dict[str, Any] = yaml.safe_load(
-        (files("layersample_benchmarks") / "suites" / f"{name}.yaml").read_text(encoding="utf-8")
-    )
+    suites = _suites()
+    if name not in suites:
+        raise ConfigError(f"{unknown('suite', name, suites)} A YAML file will do too.")
+    keys: dict[str, Any] = yaml.safe_load(suites[name])
     return keys
+
+
+def _suites() -> dict[str, str]:
+    return packaged_yaml("layersample_benchmarks", "suites")
 
 
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:

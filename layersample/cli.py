@@ -7,7 +7,6 @@ import logging
 import re
 import sys
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,14 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from layersample.cli_options import own_option, with_options
-from layersample.config import PROFILE_DATA_SAMPLERS, PROFILE_SAMPLERS, TrainConfig, make_config, read_yaml
+from layersample.config import (
+    PROFILE_DATA_SAMPLERS,
+    PROFILE_SAMPLERS,
+    TrainConfig,
+    make_config,
+    packaged_yaml,
+    read_yaml,
+)
 from layersample.display import plain
 from layersample.errors import ConfigError, unknown
 from layersample.registry import (
@@ -238,13 +244,10 @@ def read_preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: If there is none of that name.
     """
-    folder = files("layersample_strategies") / "presets"
-    presets = {
-        entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    }
+    presets = packaged_yaml("layersample_strategies", "presets")
     if name not in presets:
         raise ConfigError(unknown("preset", name, presets))
-    options: dict[str, Any] = yaml.safe_load(presets[name].read_text(encoding="utf-8"))
+    options: dict[str, Any] = yaml.safe_load(presets[name])
     return options
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,6 +234,22 @@ def check_same_run(config: TrainConfig, stored: Path) -> None:
         )
 
 
+def check_length(config: TrainConfig, positions: int | None) -> None:
+    """Make sure that examples aren't longer than a model reads.
+
+    Args:
+        config: The options.
+        positions: The model's ``max_position_embeddings``; ``None`` where it has no limit.
+
+    Raises:
+        ConfigError: If ``max_length`` is above it.
+    """
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
+        )
+
+
 SECTIONS: tuple[type[_Options], ...] = (
     SamplingOptions,
     ProjectionOptions,
@@ -253,18 +270,44 @@ def make_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
         ConfigError: If a key is unknown or a value has the wrong type or is out of bounds; it names the
             source and the key.
     """
-    merged: dict[str, Any] = {}
-    source_of: dict[str, str] = {}
-    for source, options in layers:
-        for key, value in options.items():
-            if key not in TrainConfig.model_fields:
-                raise ConfigError(f"{source}: {unknown('option', str(key), TrainConfig.model_fields)}")
-            merged[key] = value
-            source_of[key] = source
+    merged, source_of = merge_sources(layers, "option", TrainConfig.model_fields)
     try:
         return TrainConfig(**merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, source_of) for e in error.errors())) from error
+
+
+def merge_sources(
+    layers: Iterable[tuple[str, Mapping[str, Any]]], kind: str, known: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Lay mappings of several sources over each other.
+
+    Args:
+        layers: Pairs of a source's name and what it says; a later one wins.
+        kind: What a key is called in messages.
+        known: The keys there are.
+
+    Returns:
+        All values by key, and of each key the source that it comes from.
+
+    Raises:
+        ConfigError: If a key is unknown; it names the source.
+    """
+    merged: dict[str, Any] = {}
+    source_of: dict[str, str] = {}
+    for source, values in layers:
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"{source}: {unknown(kind, str(key), known)}")
+            merged[key] = value
+            source_of[key] = source
+    return merged, source_of
+
+
+def packaged_yaml(package: str, folder: str) -> dict[str, str]:
+    """The YAML files that a package of ours ships in one of its folders: their text by name."""
+    entries = [entry for entry in (files(package) / folder).iterdir() if entry.name.endswith(".yaml")]
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,21 +11,26 @@ from rich.table import Table
 from layersample.config import TrainConfig
 
 
+def make_bar(console: Console) -> Progress:
+    """Bars with a status behind each, which is a field of the task; none where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class LiveProgress:
     """Bars for training and evaluation; where there is no terminal, a line every few steps."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tasks: dict[str, TaskID] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = make_bar(console)
 
     def begin(self, steps: int, done: int) -> None:
         """Show the bar of training."""

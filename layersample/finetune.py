@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from layersample.checkpoints import find_last, step_of
-from layersample.config import TrainConfig, write_yaml
+from layersample.config import TrainConfig, check_length, write_yaml
 from layersample.data import load_split
 from layersample.errors import ConfigError, unknown
 from layersample.files import replace_folder, write_json, write_text
@@ -104,11 +104,7 @@ def finetune(
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
     )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise ConfigError(
-            f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
-        )
+    check_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
     with folder.open() as checkpoint:
         write_text(folder.path / "config.yaml", write_yaml(config))

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layersample.live_memory import KINDS, Kind
-from layersample.planner import CARDS, HEADROOM, Plan, PlannedSet
+from layersample.planner import CARDS, HEADROOM, Plan, PlannedSet, cards_that_fit
 from layersample.simulation import StepMemory
 
 
@@ -59,7 +59,7 @@ def _print_methods(console: Console, plan: Plan) -> None:
         return
     table = Table("method", "peak GiB", *CARDS, box=None, header_style="bold")
     for name, memory in methods.items():
-        fits = [memory.peak_bytes + HEADROOM <= size * 2**30 for size in CARDS.values()]
+        fits = cards_that_fit(memory.peak_bytes).values()
         table.add_row(name, gib(memory.peak_bytes), *("fits" if fit else "-" for fit in fits))
     console.print()
     console.print(table)

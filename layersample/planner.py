@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersample.active_sets import ActiveSets, find_active_sets
-from layersample.config import PLAN_BASELINES, PLAN_COMMON, PLAN_LORA_RANK, TrainConfig
+from layersample.config import PLAN_BASELINES, PLAN_COMMON, PLAN_LORA_RANK, TrainConfig, check_length
 from layersample.errors import ConfigError
 from layersample.live_memory import Kind
 from layersample.registry import PROJECTIONS
@@ -70,7 +70,7 @@ class Plan:
     @cached_property
     def fits(self) -> dict[str, bool]:
         """Whether the run fits each common card, with :data:`HEADROOM` left for the driver and fragmentation."""
-        return {name: self.peak_bytes + HEADROOM <= size * 2**30 for name, size in CARDS.items()}
+        return cards_that_fit(self.peak_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types; all sizes are bytes on each GPU."""
@@ -87,6 +87,11 @@ class Plan:
             "notes": list(self.notes),
             "config": self.config.model_dump(mode="json"),
         }
+
+
+def cards_that_fit(peak_bytes: int) -> dict[str, bool]:
+    """Whether a peak fits each common card, with :data:`HEADROOM` left."""
+    return {name: peak_bytes + HEADROOM <= size * 2**30 for name, size in CARDS.items()}
 
 
 def plan(
@@ -235,11 +240,7 @@ def _check(model: ModelLike, config: TrainConfig) -> PretrainedConfig:
         shape = load_shape(model)
     else:
         shape = model if isinstance(model, PretrainedConfig) else model.config
-    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise ConfigError(
-            f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
-        )
+    check_length(config, getattr(shape.get_text_config(), "max_position_embeddings", None))
     return shape
 
 

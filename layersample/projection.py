@@ -172,6 +172,16 @@ class Projection(ABC):
         else:
             weight.baddbmm_(step.basis, step.change, alpha=self.scale)
 
+    @staticmethod
+    def check_growth(max_growth: float) -> None:
+        """Make sure that a limit of :meth:`LowRankStep.scale_gradient` lets updates grow.
+
+        Raises:
+            ValueError: If it isn't above 1.
+        """
+        if not max_growth > 1:
+            raise ValueError(f"max_growth must be above 1, but got max_growth={max_growth}.")
+
     def is_left(self, shape: Sequence[int]) -> bool:
         """Whether the rows of a matrix of this shape ``(..., m, n)`` are projected, and not its columns."""
         rows, columns = shape[-2:]

@@ -49,8 +49,7 @@ class Apollo(Projection):
             rotate_moments=rotate_moments,
             targets=targets,
         )
-        if not max_growth > 1:
-            raise ValueError(f"max_growth must be above 1, but got max_growth={max_growth}.")
+        self.check_growth(max_growth)
         self.per_channel, self.max_growth = per_channel, max_growth
 
     def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:

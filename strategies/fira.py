@@ -49,8 +49,7 @@ class Fira(GaLore):  # type: ignore[misc]
             rotate_moments=rotate_moments,
             targets=targets,
         )
-        if not max_growth > 1:
-            raise ValueError(f"max_growth must be above 1, but got max_growth={max_growth}.")
+        self.check_growth(max_growth)
         self.max_growth = max_growth
 
     def apply(self, weight: Tensor, step: LowRankStep) -> None:
