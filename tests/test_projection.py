@@ -358,8 +358,51 @@ def test_frozen_layers_hold_no_basis(state: str) -> None:
 
 
 def test_gradient_accumulation_projects_the_sum() -> None:
-    a, b = run_llama(4, accumulation=2), run_llama(4, accumulation=2)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    whole, parts = Regression(12, 24), Regression(12, 24)
+    for model, count in ((whole, 1), (parts, 4)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = schedule(model, optimizer)
+        for step in range(6):
+            rows = slice(8 * step, 8 * step + 8)
+            for x, y in zip(model.x[rows].chunk(count), model.y[rows].chunk(count), strict=True):
+                ((model.layers[0](x) - y).square().mean() / count).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        scheduler.close()
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=1e-9)
+
+
+def test_every_group_has_its_own_settings() -> None:
+    """Two layers in two groups of one optimizer are two optimizers with a layer each."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Regression(12, 24), Regression(24, 12)])
+
+    settings: list[dict[str, Any]] = [
+        {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1},
+        {"lr": 1e-3, "betas": (0.9, 0.9), "eps": 1e-4, "weight_decay": 0.0},
+    ]
+    both, alone = Two(), Two()
+    groups = [{"params": [m.weight], **own} for m, own in zip(both.layers, settings, strict=True)]
+    runs = [(both, both.layers, torch.optim.AdamW(groups))]
+    for model, own in zip(alone.layers, settings, strict=True):
+        runs.append((model, [model], torch.optim.AdamW([model.weight], **own)))
+    for root, models, optimizer in runs:
+        scheduler = schedule(root, optimizer)
+        for step in range(5):
+            for model in models:
+                model.loss(step).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        state = optimizer.state_dict()["state"]
+        assert all(isinstance(value, Tensor) for values in state.values() for value in values.values())
+        scheduler.close()
+    for one, other in zip(both.layers, alone.layers, strict=True):
+        assert torch.equal(one.weight, other.weight)
 
 
 @pytest.mark.parametrize("projection", ["galore", "apollo", "fira"])
@@ -397,6 +440,12 @@ def test_grad_scaler(projection: str, fused: bool) -> None:
 
 def test_targets_choose_by_parts_of_names() -> None:
     model = make_llama()
+    scheduler = LayerScheduler(
+        model, torch.optim.AdamW(model.parameters()), "lisa", projection="galore", projection_options={"rank": RANK}
+    )  # fmt: skip
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
+    assert scheduler.projected == {name for name in matrices if ".layers." in name}
+    scheduler.close()
     scheduler = LayerScheduler(
         model, torch.optim.AdamW(model.parameters()), "lisa", projection="galore",
         projection_options={"rank": RANK, "targets": ["q_proj", "mlp", "embed_tokens"]},
