@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from layersample.errors import ConfigError
@@ -18,10 +19,11 @@ _BATCH = 16
 def mean_loss(trainer: Trainer, name: str) -> float:
     """The loss on one of the trainer's evaluation sets, in nats a token.
 
-    The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means.
+    The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means. Examples go
+    through the model one at a time, without padding, and through its head only where a token counts.
 
     Args:
-        trainer: It computes the loss as it does in training.
+        trainer: Its model and its evaluation sets.
         name: Of the set.
     """
     total, tokens = 0.0, 0
@@ -31,11 +33,15 @@ def mean_loss(trainer: Trainer, name: str) -> float:
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader(name):
             inputs = trainer._prepare_inputs(batch)
-            labels = inputs["labels"][:, 1:]  # the first token has nothing before it to follow from
-            # One item in the batch: the sum of the losses, not their mean.
-            loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(1))
-            total += float(loss)
-            tokens += int((labels != -100).sum())
+            for ids, labels, mask in zip(
+                inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), strict=True
+            ):
+                targets = labels[mask][1:]  # the first token has nothing before it to follow from
+                counted = (targets != -100).nonzero().flatten()
+                logits = model(ids[mask][None], logits_to_keep=counted, use_cache=False).logits[0]
+                # logits: (tokens that count, vocabulary)
+                total += float(F.cross_entropy(logits.float(), targets[counted], reduction="sum"))
+                tokens += len(counted)
     model.train(was_training)
     return total / tokens
 

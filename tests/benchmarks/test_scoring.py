@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersample import ConfigError
-from layersample_benchmarks.scoring import share_right
+from layersample_benchmarks.scoring import mean_loss, share_right
 from layersample_benchmarks.tasks import Task, get_task
 
 
@@ -75,3 +75,23 @@ def test_the_likelier_choice_is_taken(tokenizer: Any) -> None:
 def test_data_without_prompts(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match='only in data with "prompt" and "completion"'):
         share_right(None, tokenizer, get_task("gsm_symbolic"), [{"text": "x"}], 4)
+
+
+def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    ids = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 4 + [0] * 3])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :3] = labels[1, :1] = -100
+    labels[2] = -100  # an example of which nothing counts
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    trainer: Any = SimpleNamespace(
+        model=model,
+        get_eval_dataloader=lambda name: [batch] if name == "held_out" else [],
+        _prepare_inputs=lambda given: given,
+    )
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+    naive = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    assert math.isclose(mean_loss(trainer, "held_out"), float(naive), rel_tol=1e-6)
+    assert model.training, "left as it was"
