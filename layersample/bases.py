@@ -10,12 +10,14 @@ from torch.distributed.tensor import DTensor, Replicate
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = 256  # rows of a 16-bit matrix that are widened at a time
+
 
 def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
     """The leading left singular vectors: the best basis there is, and the dearest.
 
     Args:
-        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``; 16 bits will do.
         rank: Columns of the basis, at most ``min(k, n)``.
         turned: Whether the gradient of the weight is ``gradient.mT``. Singular vectors have no sign of their own;
             so they have those of the weight's own SVD, as in GaLore's code.
@@ -26,6 +28,7 @@ def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
     References:
         GaLore, arXiv 2403.03507.
     """
+    gradient = gradient.to(wide_type(gradient))
     try:
         whole = replicate(gradient)
         u, _, vh = torch.linalg.svd(whole.mT if turned else whole, full_matrices=False)
@@ -44,13 +47,13 @@ def subspace_basis(gradient: Tensor, previous: Tensor) -> Tensor:
     It is nearly as good as an SVD, at a twentieth of its cost.
 
     Args:
-        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``; 16 bits will do.
         previous: The basis to start from, ``(k, rank)``.
 
     Returns:
         Orthonormal columns ``(k, rank)``. They turn as little as the gradient does, so that moments stay comparable.
     """
-    return orthonormal(gradient @ (gradient.mT @ previous))
+    return orthonormal(product(gradient, product(gradient.mT, previous)))
 
 
 def randomized_basis(
@@ -59,7 +62,7 @@ def randomized_basis(
     """The leading left singular vectors from random directions: subspace iteration and a small eigenproblem.
 
     Args:
-        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``.
+        gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``; 16 bits will do.
         rank: Columns of the basis, at most ``min(k, n)``.
         generator: Source of the random directions.
         oversampling: Directions more than ``rank`` that are followed.
@@ -75,14 +78,14 @@ def randomized_basis(
     columns = random_basis((*gradient.shape[:-1], followed), generator, gradient)
     for _ in range(power_steps):
         columns = subspace_basis(gradient, columns)
-    seen = columns.mT @ gradient  # (followed, n)
+    seen = product(columns.mT, gradient)  # (followed, n)
     # Eigenvalues ascend: the last ones lead.
     vectors: Tensor = torch.linalg.eigh(replicate(seen @ seen.mT)).eigenvectors
     return columns @ vectors[..., -rank:].flip(-1)
 
 
 def random_basis(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Random orthonormal columns of a shape ``(..., k, rank)``, of the type and on the device of a tensor.
+    """Random orthonormal columns of a shape ``(..., k, rank)``, for products with a tensor on its device.
 
     The numbers are drawn on the CPU, so that they are the same on every device.
     """
@@ -90,12 +93,63 @@ def random_basis(size: tuple[int, ...], generator: torch.Generator, like: Tensor
 
 
 def draw_normal(size: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Standard normal numbers of the type and on the device of a tensor, drawn on the CPU; the same on all ranks."""
-    numbers = torch.randn(size, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+    """Standard normal numbers, drawn on the CPU: the same on all ranks.
+
+    They are of the type and on the device of a tensor; in float32 for a 16-bit one.
+    """
+    numbers = torch.randn(size, generator=generator, dtype=torch.float32).to(like.device, wide_type(like))
     if isinstance(like, DTensor):
         mesh = like.device_mesh
         return DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return numbers
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in the wider of their types; a 16-bit matrix is widened block by block, never whole.
+
+    Args:
+        left: ``(..., m, k)``.
+        right: ``(..., k, n)``.
+
+    Returns:
+        ``(..., m, n)``.
+    """
+    if left.dtype == right.dtype:
+        return left @ right
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    if left.dim() > 2 or isinstance(left, DTensor):
+        return left.to(dtype) @ right.to(dtype)
+    result = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    if left.dtype != dtype:
+        for rows, block in zip(torch.split(left, _BLOCK), torch.split(result, _BLOCK), strict=True):
+            torch.mm(rows.to(dtype), right, out=block)
+    else:
+        for columns, block in zip(torch.split(right, _BLOCK, 1), torch.split(result, _BLOCK, 1), strict=True):
+            torch.mm(left, columns.to(dtype), out=block)
+    return result
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """``weight += scale · left @ right`` in place, without a matrix of the weight's size beside it.
+
+    Args:
+        weight: ``(..., m, n)``; a 16-bit one is rounded once.
+        left: ``(..., m, k)``, float32 or float64.
+        right: ``(..., k, n)``, of the same type.
+        scale: Factor of the product.
+    """
+    if weight.dim() > 2 or isinstance(weight, DTensor):
+        weight.add_((left @ right).mul_(scale))
+    elif weight.dtype == left.dtype:
+        weight.addmm_(left, right, alpha=scale)
+    else:
+        for rows, block in zip(torch.split(weight, _BLOCK), torch.split(left, _BLOCK), strict=True):
+            rows.add_((block @ right).mul_(scale))
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """The type that products with a tensor are computed in: its own, and float32 for a 16-bit one."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def replicate(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from layersample.bases import product, wide_type
 from layersample.projection import LowRankStep, Projection, ProjectionContext
 from layersample.weight_decay import decays_decoupled, scales_by_weight
 
@@ -108,12 +109,12 @@ class LowRank:
             skips: Whether the optimizer will skip this step, because a gradient overflowed.
         """
 
-        def whole_gradient() -> Tensor:
-            return self._whole_gradient(parameter, weight, group, scale)
+        def find_gradient(*, widen: bool = True) -> Tensor:
+            return self._gradient(parameter, weight, group, scale, widen=widen)
 
-        gradient = whole_gradient()
+        gradient = find_gradient(widen=not self._projection.takes_16_bits)
         basis = self._find_basis(gradient, own, kept, parameter, skips)
-        low_rank = share(basis.mT @ gradient)  # (rank, n)
+        low_rank = share(product(basis.mT, gradient))  # (rank, n)
         start = 0.0
         if scales_by_weight(self._optimizer, group):  # it must see the size that the weight has
             start = float(whole(torch.linalg.vector_norm(weight))) / math.sqrt(weight.numel())
@@ -121,7 +122,7 @@ class LowRank:
         # A copy, since the optimizer may overwrite its gradient.
         small.grad = low_rank.clone() if scale is None else low_rank * scale
         step = LowRankStep(
-            whole_gradient=whole_gradient,
+            whole_gradient=find_gradient,
             basis=basis,
             low_rank_gradient=low_rank,
             change=small.detach(),
@@ -166,16 +167,28 @@ class LowRank:
             if key != BASIS or not self._projection.rotate_moments:
                 del state[key]
 
-    def _whole_gradient(
-        self, parameter: nn.Parameter, weight: Tensor, group: dict[str, Any], scale: Tensor | None
+    def _gradient(
+        self,
+        parameter: nn.Parameter,
+        weight: Tensor,
+        group: dict[str, Any],
+        scale: Tensor | None,
+        *,
+        widen: bool,
     ) -> Tensor:
-        """A gradient in fp32 or fp64, turned so that the basis acts on its first dimension: ``(k, n)``."""
-        assert parameter.grad is not None
-        gradient = parameter.grad if parameter.dtype == torch.float64 else parameter.grad.float()
+        """A gradient turned so that the basis acts on its first dimension: ``(k, n)``.
+
+        In fp32 or fp64; a 16-bit one stays as it is where nothing asks for another.
+        """
+        gradient = parameter.grad
+        assert gradient is not None
+        decay = group.get("weight_decay", 0)
+        coupled = bool(decay) and not decays_decoupled(self._optimizer, group)  # a part of the gradient
+        if widen or coupled or scale is not None or isinstance(gradient, DTensor):
+            gradient = gradient.to(wide_type(gradient))
         if scale is not None:
             gradient = gradient / scale
-        decay = group.get("weight_decay", 0)
-        if decay and not decays_decoupled(self._optimizer, group):  # then it is a part of the gradient
+        if coupled:
             gradient = gradient.add(weight, alpha=-decay if group.get("maximize", False) else decay)
         return gradient if self._projection.is_left(weight.shape) else gradient.mT
 
@@ -189,7 +202,8 @@ class LowRank:
     ) -> Tensor:
         previous, counted = kept.get(BASIS), kept.get(STEPS)
         if skips:  # the gradient isn't finite, and the step won't be applied
-            return gradient.new_zeros((*gradient.shape[:-1], self._projection.rank))
+            zeros = (*gradient.shape[:-1], self._projection.rank)
+            return gradient.new_zeros(zeros, dtype=wide_type(gradient))
         # A basis without a count is one of an earlier visit: stale, and good for nothing but turning moments.
         steps = 0 if counted is None else int(counted)
         due = steps % self._projection.update_gap == 0

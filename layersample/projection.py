@@ -11,6 +11,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from layersample.bases import add_product
+
 Side = Literal["std", "reverse_std", "left", "right"]
 _TINY = 1e-30
 
@@ -119,6 +121,9 @@ class Projection(ABC):
     source: ClassVar[str] = ""
     """Where the rule comes from: an arXiv id or a repository."""
 
+    takes_16_bits: ClassVar[bool] = False
+    """Whether :meth:`basis` can do with a 16-bit gradient as it is, which spares a float32 copy of it."""
+
     def __init__(
         self,
         *,
@@ -150,14 +155,14 @@ class Projection(ABC):
         """Choose the basis for one step.
 
         Args:
-            gradient: Finite, float32 or float64, ``(k, n)`` or ``(batch, k, n)``, turned so that the basis
-                acts on its first dimension.
+            gradient: Finite, float32 or float64 (or of 16 bits, where :attr:`takes_16_bits` is set), ``(k, n)``
+                or ``(batch, k, n)``, turned so that the basis acts on its first dimension.
             previous: The basis of the step before; ``None`` where a new one is due: at a parameter's first
                 step since it was activated, and every ``update_gap`` steps after it.
             context: What is known of the parameter.
 
         Returns:
-            ``(k, rank)``, or a batch of them; ``previous`` itself where it stays.
+            ``(k, rank)``, or a batch of them, in float32 or float64; ``previous`` itself where it stays.
         """
 
     def apply(self, weight: Tensor, step: LowRankStep) -> None:
@@ -165,12 +170,7 @@ class Projection(ABC):
 
         By default W += scale · P · change.
         """
-        if weight.dtype != step.basis.dtype:
-            weight.add_((step.basis @ step.change).mul_(self.scale))
-        elif weight.dim() == 2:  # without a buffer of the weight's size
-            weight.addmm_(step.basis, step.change, alpha=self.scale)
-        else:
-            weight.baddbmm_(step.basis, step.change, alpha=self.scale)
+        add_product(weight, step.basis, step.change, self.scale)
 
     @staticmethod
     def check_growth(max_growth: float) -> None:

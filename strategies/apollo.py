@@ -28,6 +28,7 @@ class Apollo(Projection):
     """
 
     source = "arXiv 2412.05270"
+    takes_16_bits = True
 
     def __init__(
         self,

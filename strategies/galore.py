@@ -29,6 +29,7 @@ class GaLore(Projection):
     """
 
     source = "arXiv 2403.03507"
+    takes_16_bits = True
 
     def __init__(
         self,

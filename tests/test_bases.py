@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from layersample.bases import orthonormal, random_basis, randomized_basis, subspace_basis, svd_basis
+from layersample import bases
+from layersample.bases import (
+    add_product,
+    orthonormal,
+    product,
+    random_basis,
+    randomized_basis,
+    subspace_basis,
+    svd_basis,
+)
+from layersample_benchmarks.measured_peak import measured_peak
 
 RANK = 4
 
@@ -94,3 +104,34 @@ def test_batches_of_experts_are_projected_each_by_itself() -> None:
     together = subspace_basis(gradient, start)
     for i in range(3):
         torch.testing.assert_close(together[i], subspace_basis(gradient[i], start[i]))
+
+
+@pytest.mark.parametrize("rows", [3, 8, 21])  # less than a block of rows, one, and some with a rest
+def test_products_of_16_bit_matrices_are_those_of_their_float32_copies(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "_BLOCK", 8)
+    narrow, wide = torch.randn(rows, 5).bfloat16(), torch.randn(5, 4)
+    assert torch.allclose(product(narrow, wide), narrow.float() @ wide, atol=1e-6)
+    assert torch.allclose(product(wide.mT, narrow.mT), wide.mT @ narrow.mT.float(), atol=1e-6)
+    weight = torch.randn(rows, 4).bfloat16()
+    whole = (weight.float() + 0.5 * (narrow.float() @ wide)).bfloat16()
+    add_product(weight, narrow.float(), wide, 0.5)
+    assert torch.allclose(weight, whole, rtol=1e-2, atol=1e-6)
+    experts = torch.randn(2, rows, 5).bfloat16()
+    assert torch.allclose(product(experts, wide), experts.float() @ wide, atol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", ["subspace", "randomized"])
+def test_a_16_bit_gradient_needs_no_float32_copy(chosen: str) -> None:
+    gradient = torch.randn(512, 4096).bfloat16()
+    previous = random_basis((512, RANK), torch.Generator().manual_seed(0), gradient)
+
+    def choose(of: Tensor) -> Tensor:
+        if chosen == "subspace":
+            return subspace_basis(of, previous)
+        return randomized_basis(of, RANK, torch.Generator().manual_seed(0))
+
+    assert choose(gradient).dtype == torch.float32
+    assert measured_peak(lambda: choose(gradient)) < 4 * gradient.numel()
+    assert torch.allclose(choose(gradient), choose(gradient.float()), atol=1e-4)

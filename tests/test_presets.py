@@ -14,7 +14,9 @@ from layersample.planner import plan
     ("model", "preset", "most"),
     [
         ("llama-2-7b", "lisa-7b", 16.0),
-        ("llama-2-7b", "smallest", 13.5),
+        ("llama-2-7b", "owlore-16gb", 14.8),
+        ("llama-2-7b", "smallest", 13.2),
+        ("llama-2-70b", "lisa-70b", 134.0),
     ],
 )
 def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
