@@ -69,6 +69,17 @@ def badam(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2404.02827.
     """
+    return train_blocks(model, config)
+
+
+def train_blocks(model: nn.Module, config: TrainConfig, *, first: int | None = None) -> Prepared:
+    """A model as the badam package trains it.
+
+    Args:
+        model: The model.
+        config: Its period, learning rate and weight decay count.
+        first: The layer that it starts from; by default the last one.
+    """
     from badam import BlockOptimizer
 
     inner = torch.optim.AdamW(
@@ -78,6 +89,7 @@ def badam(model: nn.Module, config: TrainConfig) -> Prepared:
         base_optimizer=inner,
         named_parameters_list=list(model.named_parameters()),
         switch_block_every=config.period,
+        start_block=first,
         switch_mode="descending",
         verbose=0,
     )

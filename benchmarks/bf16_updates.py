@@ -17,9 +17,9 @@ from torch import Tensor
 from layersample import LayerScheduler
 from layersample.masters import AT_REST
 from layersample.models import load_model
-from layersample_benchmarks.step_cost import Fixed, real_batches
+from layersample_benchmarks.step_cost import Fixed
 from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun
+from layersample_benchmarks.timed import TimedRun, real_batches
 
 METHODS = ("plain bf16", "rounded at each switch", "exact masters")
 PERIODS = 10
@@ -55,6 +55,7 @@ def measure_survival(
             run.step(batches[i % len(batches)])
             if method == METHODS[1]:
                 round_away(run.optimizer)
+        assert run.scheduler is not None
         reached = run.scheduler.fp32_state_dict()
         changes[method] = {n: reached[n] - value for n, value in start.items()}
     exact = changes[METHODS[-1]]

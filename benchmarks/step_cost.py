@@ -17,13 +17,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from layersample import LayerSampler, LayerScheduler, SamplingContext, measure_memory
-from layersample.data import load_data
 from layersample.models import load_model
 from layersample.recording import peak_process_bytes
+from layersample_benchmarks.floors import flop_floor
 from layersample_benchmarks.store import RESULTS, store
+from layersample_benchmarks.timed import real_batches
 
 BATCH, LENGTH = 4, 128
 
@@ -88,7 +89,7 @@ class Contestant:
         self.model(**batch).loss.backward()
         self.optimizer.step()
         self.state_bytes.append(measure_memory(self.model, self.optimizer).optimizer_state)
-        self.floors.append(flop_floor(self.model, self.scheduler))
+        self.floors.append(self._floor())
         before = time.process_time()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -96,39 +97,13 @@ class Contestant:
         self.optimizer.zero_grad()
         self.cpu_seconds.append(time.process_time() - started)
 
-
-def flop_floor(model: PreTrainedModel, scheduler: LayerScheduler | None) -> float:
-    """FLOPs that a step needs at least, over those of full fine-tuning.
-
-    Forward; the gradient of the input down to the lowest layer that trains; the gradients of the weights that
-    train. A trained embedding takes backward to the bottom, and a tied head's weight gradient with it.
-    """
-    tokens, config = BATCH * LENGTH, model.config
-    linear = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
-    layer = 2 * tokens * linear
-    attention = 4 * tokens * LENGTH * config.hidden_size
-    head = 2 * tokens * config.vocab_size * config.hidden_size
-    depth = config.num_hidden_layers
-    forward = depth * (layer + attention) + head
-    if scheduler is None:
-        return 1.0
-    embedding = model.get_input_embeddings().weight.requires_grad
-    lowest = 0 if embedding else min(scheduler.active)
-    backward = head + (depth - lowest) * (layer + 2 * attention)
-    weights = len(scheduler.active) * layer + (head if embedding else 0)
-    full = forward + head + depth * (layer + 2 * attention) + depth * layer + head
-    return float((forward + backward + weights) / full)
-
-
-def real_batches(folder: str) -> list[dict[str, torch.Tensor]]:
-    """Worked problems as unbroken text, cut into batches of 4 × 128 tokens, without padding."""
-    _, tokenizer = load_model(folder)
-    text = "\n".join(
-        row["prompt"] + row["completion"] for row in load_data("gsm_symbolic").select(range(400))
-    )
-    ids = torch.tensor(tokenizer(text)["input_ids"])
-    ids = ids[: len(ids) // (BATCH * LENGTH) * BATCH * LENGTH].view(-1, BATCH, LENGTH)
-    return [{"input_ids": batch, "labels": batch} for batch in ids]
+    def _floor(self) -> float:
+        if self.scheduler is None:
+            return 1.0
+        embedding = self.model.get_input_embeddings().weight.requires_grad
+        assert isinstance(self.model.config, LlamaConfig)
+        layers = self.scheduler.active
+        return float(flop_floor(self.model.config, BATCH, LENGTH, layers, embedding=embedding))
 
 
 def measure(folder: str, rounds: int) -> list[dict[str, Any]]:

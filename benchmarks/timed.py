@@ -1,4 +1,4 @@
-"""A model that trains step by step under a clock of CPU seconds."""
+"""A model that trains step by step under a clock of CPU seconds, and the text that it trains on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from layersample import LayerScheduler
+from layersample.data import load_data
+from layersample.models import load_model
 
 
 @dataclass
 class TimedRun:
     """A model with what trains it, and the CPU seconds of each step, over all threads."""
 
-    model: PreTrainedModel
+    model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: LayerScheduler
+    scheduler: LayerScheduler | None
     cpu_seconds: list[float] = field(default_factory=list)
 
     def step(self, batch: dict[str, Tensor]) -> None:
@@ -26,6 +27,24 @@ class TimedRun:
         started = time.process_time()
         self.model(**batch).loss.backward()
         self.optimizer.step()
-        self.scheduler.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.optimizer.zero_grad()
         self.cpu_seconds.append(time.process_time() - started)
+
+
+def real_batches(folder: str, batch: int = 4, length: int = 128) -> list[dict[str, Tensor]]:
+    """Worked problems as unbroken text, cut into batches without padding.
+
+    Args:
+        folder: Of the model whose tokenizer cuts it, or a built-in name.
+        batch: Examples of each.
+        length: Tokens of an example.
+    """
+    _, tokenizer = load_model(folder)
+    text = "\n".join(
+        row["prompt"] + row["completion"] for row in load_data("gsm_symbolic").select(range(400))
+    )
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = ids[: len(ids) // (batch * length) * batch * length].view(-1, batch, length)
+    return [{"input_ids": tokens, "labels": tokens} for tokens in ids]
