@@ -113,15 +113,15 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -> list[dict[str, Any]]:
-    """Let all methods take turns at one size and precision; the first two rounds aren't counted."""
+    """Let all methods take turns at one size and precision; the first round isn't counted."""
     batches = real_batches(folder, batch, length)
     names = [REFERENCE, *([EXACT] if precision == "bf16" else []), "LISA as published", "LoRA", "LoRA-FA"]
     names += ["BAdam", *(f"layersample, {where}" for where in SETS)]
     contestants = {name: make_contestant(name, folder, precision) for name in names}
-    for round in range(rounds + 2):
+    for round in range(rounds + 1):
         for contestant in contestants.values():
             contestant.run.step(batches[round % len(batches)])
-    seconds = {name: contestant.run.cpu_seconds[2:] for name, contestant in contestants.items()}
+    seconds = {name: contestant.run.cpu_seconds[1:] for name, contestant in contestants.items()}
     exact = seconds.get(EXACT, seconds[REFERENCE])
     config = load_model(folder)[0].config
     rows: list[dict[str, Any]] = []

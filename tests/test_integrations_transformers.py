@@ -9,15 +9,25 @@ import torch
 from datasets import Dataset
 from helpers import make_batch, make_llama
 from test_scheduler import Given, weights_of
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
+from trl import SFTConfig, SFTTrainer
 
 from layersample import ConfigError, LayerSamplingCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def make_trainer(output: Path, callback: Any, **arguments: Any) -> Trainer:
+def make_trainer(
+    output: Path,
+    callback: Any,
+    *,
+    model: Any = None,
+    trainer: type[Trainer] = Trainer,
+    options: type[TrainingArguments] = TrainingArguments,
+    tokenizer: Any = None,
+    **arguments: Any,
+) -> Trainer:
     rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(32)]
     arguments = {
         "max_steps": 6,
@@ -31,10 +41,11 @@ def make_trainer(output: Path, callback: Any, **arguments: Any) -> Trainer:
         "per_device_train_batch_size": 2,
         **arguments,
     }
-    return Trainer(
-        model=make_llama(),
-        args=TrainingArguments(output_dir=str(output), **arguments),
+    return trainer(
+        model=make_llama() if model is None else model,
+        args=options(output_dir=str(output), **arguments),
         train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         callbacks=[callback] if callback else [],
     )
 
@@ -129,3 +140,40 @@ def test_state_is_json(tmp_path: Path) -> None:
     trainer.train()
     assert json.loads(json.dumps(callback.state()))["args"]["layers"] == "model.layers"
     assert DefaultFlowCallback in {type(cb) for cb in trainer.callback_handler.callbacks}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # below the lowest active layer
+@pytest.mark.parametrize("reentrant", [None, False, True])  # None: no gradient checkpointing
+@pytest.mark.parametrize("embeddings", ["freeze", "sample"])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("trl", [False, True])
+def test_backward_ends_at_the_lowest_active_layer(
+    trl: bool, tie: bool, embeddings: Any, reentrant: bool | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = make_llama(tie=tie)
+    asked = [False] * 4  # whether anything wanted the gradient of a layer's input
+    for index, layer in enumerate(model.model.layers):
+
+        def look(module: Any, args: Any, index: int = index) -> None:
+            asked[index] |= args[0].requires_grad
+
+        layer.register_forward_pre_hook(look)
+    arguments: dict[str, Any] = {"max_steps": 2}
+    if reentrant is not None:
+        kwargs = {"use_reentrant": reentrant}
+        arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    else:
+        arguments |= {"gradient_checkpointing": False}
+    if trl:
+        skip = {"skip_prepare_dataset": True}
+        arguments |= {"trainer": SFTTrainer, "options": SFTConfig, "dataset_kwargs": skip, "bf16": False}
+        arguments["tokenizer"] = AutoTokenizer.from_pretrained(tiny_model)
+    lowest = 2 if embeddings == "freeze" else 3  # a sampled embedding is unit 0
+    callback = LayerSamplingCallback(Given((lowest,)), num_active=1, period=2, embeddings=embeddings)
+    trainer = make_trainer(tmp_path, callback, model=model, **arguments)
+    before = weights_of(model)
+    trainer.train()
+    changed = {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])}
+    assert any(".2." in name for name in changed) and not any(".1." in name for name in changed)
+    # Reentrant checkpointing needs an input that requires grad, and is given it at the lowest active layer.
+    assert asked[:2] == [False, False] and asked[3], "backward went below layer 2, or didn't reach it"
