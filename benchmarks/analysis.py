@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .comparison import Difference, Estimate, compare, estimate, pareto_front
+from .rates import Losses, best_rate, read_losses
 from .suite import MethodEntry, Suite
 
 Line = dict[str, Any]
@@ -152,7 +153,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         entry.name: [line for line in lines if line["method"] == entry.name and line["stage"] == "final"]
         for entry in suite.entries
     }
-    ended = {name: [line for line in own if "error" not in line] for name, own in finals.items()}
+    ended = {name: _at_chosen_rate(own, read_losses(lines, name)) for name, own in finals.items()}
     losses = {name: {run["seed"]: _last_loss(run) for run in runs} for name, runs in ended.items() if runs}
     answers = {
         name: {run["seed"]: run["right"] for run in runs}
@@ -212,6 +213,15 @@ def _row(
         else None,
         curve=_curve(runs, level),
     )
+
+
+def _at_chosen_rate(finals: list[Line], tried: Losses) -> list[Line]:
+    """The runs that ended well, but for those of a rate that was the best before others were tried."""
+    return [
+        line
+        for line in finals
+        if "error" not in line and (not tried or line["learning_rate"] == best_rate(tried))
+    ]
 
 
 def _last_loss(line: Line) -> float:

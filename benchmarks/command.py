@@ -136,6 +136,11 @@ class LiveBenchmark:
         if self._runs is not None:
             self._bar.advance(self._runs)
 
+    def more(self, runs: int) -> None:
+        """Make room for them in the bar of all runs."""
+        if self._runs is not None:
+            self._bar.update(self._runs, total=(self._bar.tasks[self._runs].total or 0) + runs)
+
     def end(self) -> None:
         """Leave the terminal as it was."""
         self._bar.stop()

@@ -15,10 +15,7 @@ from layersample.config import read_yaml
 from layersample.errors import ConfigError
 from layersample.files import write_text
 
-from .suite import Job, Suite, fingerprint, make_suite
-
-# What may change from one call to the next: rows and seeds are added, and the report reads the rest.
-_MAY_CHANGE = {"methods", "seeds", "baseline", "confidence", "plugin"}
+from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
 
 
 class Results:
@@ -75,8 +72,9 @@ class Results:
         return self
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """What a run has measured; ``None`` where it hasn't ended well."""
-        return self._lines.get(job.key)
+        """What a run has measured; ``None`` where it hasn't been run with that learning rate."""
+        line = self._lines.get(job.key)
+        return line if line is not None and line["learning_rate"] == job.learning_rate else None
 
     def add(self, job: Job, measured: dict[str, Any]) -> None:
         """Keep what a run has measured, or the error that it ended with; on the disk at once."""
@@ -103,7 +101,7 @@ class Results:
         return sorted(known, key=lambda line: (order[line["method"]], line["stage"], line["seed"]))
 
     def _check_same(self, other: Suite) -> None:
-        here, there = (s.model_dump(mode="json", exclude=_MAY_CHANGE) for s in (self.suite, other))
+        here, there = (s.model_dump(mode="json", exclude=MAY_CHANGE) for s in (self.suite, other))
         if different := [key for key in here if here[key] != there[key]]:
             key = different[0]
             raise ConfigError(
@@ -114,7 +112,7 @@ class Results:
         for name, here_too in self._fingerprints.items():
             if stored.get(name, here_too) != here_too:
                 raise ConfigError(
-                    f"{self.folder} holds results of a method {name!r} with other options, rates or first seed. "
+                    f"{self.folder} holds results of a method {name!r} with other options or another first seed. "
                     "Choose another name for it, or another --output."
                 )
 

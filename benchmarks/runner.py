@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 from layersample.errors import ConfigError
 
+from .rates import best_rate, find_rates, read_losses
 from .results import Results
-from .suite import Job, MethodEntry, Suite
+from .suite import Job, Suite
 
 
 class BenchmarkProgress(Protocol):
@@ -34,6 +35,9 @@ class BenchmarkProgress(Protocol):
     def end_run(self, job: Job, measured: dict[str, Any]) -> None:
         """A run has ended, well or not."""
 
+    def more(self, runs: int) -> None:
+        """There are more runs than was said."""
+
 
 def run_suite(
     suite: Suite,
@@ -45,7 +49,8 @@ def run_suite(
 ) -> Results:
     """Run what of a suite hasn't been run yet.
 
-    First each method's learning rates, on the validation split; then the best of each, with every seed. A run
+    First each method's learning rates, on the validation split, and more of them where the best is the lowest or
+    highest; then the best of each, with every seed. A run
     that fails is kept with its error, and the others go on.
 
     Args:
@@ -63,38 +68,41 @@ def run_suite(
     suite.check()
     results = Results(folder, suite).open(command)
     pool = _Pool(results, suite.threads or max(1, _cores() // jobs), jobs, progress)
+    searches = _searches(suite, results)
     if progress is not None:
-        total = [
-            *_searches(suite),
-            *(job for entry in suite.entries for job in suite.jobs(entry, "final", 0.0)),
-        ]
-        progress.begin(len(total), sum(results.get(job) is not None for job in total))
-    pool.run(_searches(suite))
-    # Seed by seed, so that a benchmark that is stopped early has the same seeds of every method.
-    finals = [
-        list(suite.jobs(entry, "final", rate))
-        for entry in suite.entries
-        if (rate := best_rate(suite, entry, results)) is not None
-    ]
-    pool.run(job for seed in zip(*finals, strict=True) for job in seed)
+        tried = sum(line["stage"] == "search" for line in results.lines())
+        finals = [job for seed in _finals(suite, results) for job in seed]
+        done = tried + sum(results.get(job) is not None for job in finals)
+        progress.begin(tried + len(searches) + len(suite.entries) * len(suite.seeds), done)
+    while searches:
+        pool.run(searches)
+        searches = _searches(suite, results)
+        if progress is not None:
+            progress.more(len(searches))
+    pool.run(job for seed in _finals(suite, results) for job in seed)
     return results
 
 
-def best_rate(suite: Suite, entry: MethodEntry, results: Results) -> float | None:
-    """The learning rate with the lowest loss on the validation split; ``None`` where every one failed."""
-    rates = suite.rates(entry)
-    if len(rates) == 1:
-        return rates[0]
-    tried = ((job, results.get(job)) for job in suite.jobs(entry, "search"))
-    losses = {
-        job.learning_rate: line["loss"]["held_out"][-1] for job, line in tried if line and "loss" in line
-    }
-    return min(losses, key=losses.__getitem__) if losses else None
+def _searches(suite: Suite, results: Results) -> list[Job]:
+    """The runs that try learning rates, of those that haven't been run yet."""
+    jobs = []
+    for entry in suite.entries:
+        losses = read_losses(results.lines(), entry.name)
+        rates = find_rates(suite.rates(entry), losses, suite.search_extensions)
+        if len(rates) > 1:
+            jobs += [suite.search_job(entry, rate) for rate in rates if rate not in losses]
+    return jobs
 
 
-def _searches(suite: Suite) -> list[Job]:
-    entries = [entry for entry in suite.entries if len(suite.rates(entry)) > 1]
-    return [job for entry in entries for job in suite.jobs(entry, "search")]
+def _finals(suite: Suite, results: Results) -> Iterable[tuple[Job, ...]]:
+    """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""
+    chosen = []
+    for entry in suite.entries:
+        rates = suite.rates(entry)
+        rate = rates[0] if len(rates) == 1 else best_rate(read_losses(results.lines(), entry.name))
+        if rate is not None:
+            chosen.append(suite.final_jobs(entry, rate))
+    return zip(*chosen, strict=True)
 
 
 class _Pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,12 @@ ALL = "all"
 _USUAL_BASELINE = "full"
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Stage = Literal["search", "final"]
+
+# What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
+MAY_CHANGE = {
+    *("methods", "seeds", "learning_rates", "search_extensions"),
+    *("baseline", "confidence", "plugin"),
+}
 
 # What the benchmark sets itself, so that every method has the same.
 _SET_HERE = {
@@ -86,7 +92,10 @@ class Suite(BaseModel):
     learning_rates: list[float] | None = Field(
         None,
         min_length=1,
-        description="Tried for each method; default: 1e-4, 3e-4, 1e-3; adapters 5 times that.",
+        description="Tried first for each method; default: 1e-4, 3e-4, 1e-3; adapters 5 times that.",
+    )
+    search_extensions: int = Field(
+        2, ge=0, description="Rates to try beyond those, at most, where the best is the lowest or highest."
     )
     search_steps: int = Field(30, ge=1, description="Optimizer steps of a run that tries a learning rate.")
     validation_size: int = Field(32, ge=1, description="Problems that learning rates are chosen on.")
@@ -168,26 +177,18 @@ class Suite(BaseModel):
                         f"options of {entry.name!r} must leave out {', '.join(taken)}, which the suite sets for "
                         "every method alike."
                     )
-            for job in self.jobs(entry, "search"):
-                config = self.config(job)
+            for rate in self.rates(entry):
+                config = self.config(self.search_job(entry, rate))
             create_sampler(config.sampler, config.sampler_options)
             PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
 
-    def jobs(self, entry: MethodEntry, stage: Stage, learning_rate: float | None = None) -> Iterator[Job]:
-        """The runs of a method.
+    def search_job(self, entry: MethodEntry, learning_rate: float) -> Job:
+        """The run that tries a learning rate of a method, with the first seed."""
+        return Job(entry.name, "search", self.seeds[0], learning_rate, self.search_steps)
 
-        Args:
-            entry: The method.
-            stage: ``"search"``: one run a learning rate, with the first seed; ``"final"``: one a seed.
-            learning_rate: Of the final runs.
-        """
-        if stage == "search":
-            for rate in self.rates(entry):
-                yield Job(entry.name, stage, self.seeds[0], rate, self.search_steps)
-        else:
-            assert learning_rate is not None
-            for seed in self.seeds:
-                yield Job(entry.name, stage, seed, learning_rate, self.steps)
+    def final_jobs(self, entry: MethodEntry, learning_rate: float) -> list[Job]:
+        """The runs of a method with its chosen learning rate, one a seed."""
+        return [Job(entry.name, "final", seed, learning_rate, self.steps) for seed in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,11 @@ def _suites() -> dict[str, str]:
 
 
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:
-    """What decides the numbers of a method's runs, in a few letters; a stored run with another one isn't used."""
-    common = suite.model_dump(mode="json", exclude={"methods", "seeds", "baseline", "confidence", "plugin"})
-    common["learning_rates"] = suite.rates(entry)
+    """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
+
+    A stored run with another one isn't used.
+    """
+    common = suite.model_dump(mode="json", exclude=MAY_CHANGE)
     definition = entry.definition
     own = {"method": definition.name, "options": {**definition.options, **entry.options}}
     text = json.dumps([common, own, suite.seeds[0]], sort_keys=True, default=str)

@@ -23,7 +23,7 @@ def lines(made_up: Callable[..., dict[str, Any]]) -> Callable[..., list[dict[str
                 **made_up(job, losses[entry.name][job.seed], **more),
             }
             for entry in suite.entries
-            for job in list(suite.jobs(entry, "final", 1e-3))[: len(losses[entry.name])]
+            for job in suite.final_jobs(entry, 1e-3)[: len(losses[entry.name])]
         ]
 
     return make
@@ -57,15 +57,27 @@ def test_shares_and_probabilities(lines: Callable[..., Any]) -> None:
 
 def test_rates_that_were_tried(lines: Callable[..., Any], made_up: Callable[..., Any]) -> None:
     suite = Suite(methods=["lisa"], seeds=[0], learning_rates=[1e-4, 1e-3, 1e-2])
+    job = suite.search_job(suite.entries[0], 1e-3)
+    measured = {1e-4: {"error": "nan"}, 1e-3: made_up(job, 2.0), 1e-2: {"error": "nan"}}
     searches = [
-        {"method": "lisa", "stage": "search", "seed": 0, "learning_rate": job.learning_rate, **result}
-        for job, result in zip(
-            suite.jobs(suite.entries[0], "search"),
-            (made_up(next(suite.jobs(suite.entries[0], "search")), 2.0), {"error": "nan"}, {"error": "nan"}),
-            strict=True,
-        )
+        {"method": "lisa", "stage": "search", "seed": 0, "learning_rate": rate, **result}
+        for rate, result in measured.items()
     ]
     row = analyze(suite, [*searches, *lines(suite, {"lisa": [1.0]})]).rows[0]
-    assert [(trial.rate, trial.loss) for trial in row.trials] == [(1e-4, 2.0), (1e-3, None), (1e-2, None)]
+    assert [(trial.rate, trial.loss) for trial in row.trials] == [(1e-4, None), (1e-3, 2.0), (1e-2, None)]
     assert row.rate == 1e-3 and not row.at_edge
     assert row.errors == ("nan",)
+
+
+def test_final_runs_of_another_rate_than_the_best_do_not_count(
+    lines: Callable[..., Any], made_up: Callable[..., Any]
+) -> None:
+    suite = Suite(methods=["lisa"], seeds=[0], learning_rates=[1e-3, 1e-2])
+    searches = [
+        {"method": "lisa", "stage": "search", "seed": 0, "learning_rate": rate}
+        | made_up(suite.search_job(suite.entries[0], rate), loss)
+        for rate, loss in ((1e-3, 2.0), (1e-2, 1.0))
+    ]
+    finals = lines(suite, {"lisa": [1.0]})  # of 1e-3
+    assert analyze(suite, finals).done == 1
+    assert analyze(suite, [*searches, *finals]).done == 0

@@ -33,10 +33,11 @@ def folder(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> Path:
     suite = Suite(methods=[*LOSSES, "owlore"], seeds=[0, 1, 2, 3], learning_rates=[1e-3, 1e-2], steps=6)
     results = Results(tmp_path / "results", suite).open("layersample benchmark --output results")
     for entry in suite.entries:
-        for job in suite.jobs(entry, "search"):
+        for rate in suite.rates(entry):
+            job = suite.search_job(entry, rate)
             failed = {"error": "NonFiniteLossError: the loss is <nan> | at step 3"}
             results.add(job, failed if entry.name == "owlore" else made_up(job, 1 + job.learning_rate))
-        for job in suite.jobs(entry, "final", 1e-3):
+        for job in suite.final_jobs(entry, 1e-3):
             if entry.name in LOSSES:
                 loss = LOSSES[entry.name][job.seed]
                 right = 0.25 if entry.name == "lora" else 0.5
@@ -158,7 +159,7 @@ def test_one_seed_is_not_tested(tmp_path: Path, made_up: Callable[..., dict[str,
     suite = Suite(methods=["full", "lisa"], seeds=[7], learning_rates=[1e-3], steps=6)
     results = Results(tmp_path, suite).open()
     for entry, loss in zip(suite.entries, (1.0, 0.1), strict=True):
-        job = next(suite.jobs(entry, "final", 1e-3))
+        job = suite.final_jobs(entry, 1e-3)[0]
         results.add(job, made_up(job, loss, inclusion_probabilities=None))
     write_report(tmp_path)
     rows = Page((tmp_path / "report.html").read_text()).tables["quality"][1:]
@@ -170,11 +171,11 @@ def test_a_report_of_an_unfinished_benchmark(tmp_path: Path, made_up: Callable[.
     results = Results(tmp_path, suite).open()
     with pytest.raises(ConfigError, match="At least one run must have ended"):
         write_report(tmp_path)
-    job = next(suite.jobs(suite.entries[1], "search"))
+    job = suite.search_job(suite.entries[1], 1e-3)
     results.add(job, made_up(job, 1.0, other_loss=None))
     write_report(tmp_path)
     assert "6 of 6 runs are not there" in (tmp_path / "report.md").read_text()
-    job = next(suite.jobs(suite.entries[1], "final", 1e-3))
+    job = suite.final_jobs(suite.entries[1], 1e-3)[0]
     results.add(job, made_up(job, 1.0))  # and nothing of the baseline
     write_report(tmp_path)
     assert "1. lisa" in (tmp_path / "report.md").read_text()

@@ -18,7 +18,7 @@ def suite() -> Suite:
 
 
 def job(suite: Suite, row: int = 0, seed: int = 0) -> Job:
-    return list(suite.jobs(suite.entries[row], "final", 1e-3))[seed]
+    return suite.final_jobs(suite.entries[row], 1e-3)[seed]
 
 
 def test_what_is_added_is_there_again(suite: Suite, tmp_path: Path, made_up: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from layersample import ConfigError
 from layersample_benchmarks import runner
-from layersample_benchmarks.results import Results, read_results
+from layersample_benchmarks.results import read_results
 from layersample_benchmarks.runner import run_suite
 from layersample_benchmarks.suite import Job, Suite
 
@@ -43,7 +44,13 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measure], list[str]]:
 
 
 def suite(**more: Any) -> Suite:
-    return Suite(**{"methods": ["lisa", "lora"], "seeds": [0, 1], "learning_rates": [1e-3, 1e-2], **more})
+    keys = {
+        "methods": ["lisa", "lora"],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-2],
+        "search_extensions": 0,
+    }
+    return Suite(**{**keys, **more})
 
 
 def test_rates_are_searched_first_and_the_best_is_used(
@@ -187,7 +194,7 @@ def test_runs_are_processes_of_their_own(make_tiny: Callable[..., Suite], tmp_pa
     assert "most likely because memory ran out" in by_name["killed"]["error"]
     assert {"0 of 3", "lisa 1/4", "lisa 4/4", "lisa ended", "killed ended"} <= set(seen)
     assert "said on standard output" in (tmp_path / "out" / "logs" / "final.raises.seed-0.log").read_text()
-    here = run_job(tiny, next(tiny.jobs(tiny.entries[0], "final", 1e-2)), lambda step: None)
+    here = run_job(tiny, tiny.final_jobs(tiny.entries[0], 1e-2)[0], lambda step: None)
     assert by_name["lisa"]["training_loss"] == here["training_loss"]
     assert by_name["lisa"]["loss"] == here["loss"]
     assert by_name["lisa"]["environment"]["threads"] == 1
@@ -247,10 +254,32 @@ def test_what_a_process_that_said_nothing_ended_with(tmp_path: Path) -> None:
     assert "SIGKILL" in runner._ending(-signal.SIGKILL, log)
 
 
-def test_the_best_rate(make_tiny: Callable[..., Suite], tmp_path: Path, made_up: Callable[..., Any]) -> None:
-    asked = suite()
-    results = Results(tmp_path, asked).open()
-    for job, loss in zip(asked.jobs(asked.entries[0], "search"), (1.5, 1.2), strict=True):
-        results.add(job, made_up(job, loss))
-    assert runner.best_rate(asked, asked.entries[0], results) == 1e-2
-    assert runner.best_rate(asked, asked.entries[1], results) is None
+def test_a_best_rate_at_the_edge_is_searched_beyond(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    best = {"lisa": 1.0, "lora": 1e-5}  # two and three more than the grid has
+    started = in_place(lambda job: made_up(job, 1 + abs(math.log(job.learning_rate / best[job.row]))))
+    results = run_suite(suite(search_extensions=2), tmp_path)
+    searches = [key for key in started if key.startswith("search")]
+    assert searches[4:] == ["search/lisa/rate-0.1", "search/lora/rate-0.0001"] + [
+        "search/lisa/rate-1",
+        "search/lora/rate-1e-05",
+    ]
+    finals = {line["method"]: line["learning_rate"] for line in results.lines() if line["stage"] == "final"}
+    assert finals == best
+    again = in_place(lambda job: made_up(job, 1.0))
+    run_suite(suite(search_extensions=2), tmp_path)
+    assert again == []
+
+
+def test_a_final_run_of_a_rate_that_is_no_longer_the_best_is_run_again(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    in_place(lambda job: made_up(job, 1 / job.learning_rate))
+    run_suite(suite(methods=["lisa"], search_extensions=0), tmp_path)
+    started = in_place(lambda job: made_up(job, 1 / job.learning_rate))
+    results = run_suite(suite(methods=["lisa"], search_extensions=1), tmp_path)
+    assert started == ["search/lisa/rate-0.1", "final/lisa/seed-0", "final/lisa/seed-1"]
+    stored = read_results(tmp_path)[1]
+    assert [line["learning_rate"] for line in stored if line["stage"] == "final"] == [0.1, 0.1]
+    assert len(results.lines()) == 5

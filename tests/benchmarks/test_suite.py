@@ -83,7 +83,7 @@ def test_options_of_a_row_win_over_those_of_the_suite_and_of_the_method() -> Non
         options={"period": 7, "state": "offload"},
         methods=[{"name": "a", "method": "lisa-published", "options": {"period": 9}}],  # type: ignore[list-item]
     )
-    config = suite.config(next(suite.jobs(suite.entries[0], "final", 0.5)))
+    config = suite.config(suite.final_jobs(suite.entries[0], 0.5)[0])
     assert (config.period, config.state, config.learning_rate, config.seed) == (9, "keep", 0.5, 0)
 
 
@@ -93,7 +93,8 @@ def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
         return fingerprint(suite, suite.entries[0])
 
     assert of() == of(seeds=[0, 1, 2, 3]) == of(baseline="lisa") == of(methods=["lisa", "lora"])
-    assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1]), of(learning_rates=[1.0])}) == 5
+    assert of() == of(learning_rates=[1.0]) == of(search_extensions=0), "each run says its own rate"
+    assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1])}) == 4
 
 
 def test_a_plugin_brings_methods(tmp_path: Path) -> None:

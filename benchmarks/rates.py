@@ -1,0 +1,57 @@
+"""Which learning rates a method is tried with, and which of them is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Losses = Mapping[float, float | None]
+
+
+def find_rates(grid: Iterable[float], losses: Losses, extensions: int) -> list[float]:
+    """The rates to try: a grid and, where the best one is at an edge, others beyond it.
+
+    Methods differ in the rates that suit them, and one whose best rate is the highest of a grid is judged by the
+    grid. So it goes on in that direction, by the ratio of its outermost rates, until there is a worse one.
+
+    Args:
+        grid: Rates to begin with; a single one is taken as it is.
+        losses: Those that were tried, with their loss on the validation split; ``None`` where the run failed.
+        extensions: Rates that are added at most.
+
+    Returns:
+        Rates, ascending. They may become more when those are tried that weren't yet.
+    """
+    rates = sorted(grid)
+    if len(rates) == 1:
+        return rates
+    for _ in range(extensions):
+        if any(rate not in losses for rate in rates):
+            break
+        best = best_rate({rate: losses[rate] for rate in rates})
+        if best == rates[-1]:
+            rates.append(_round(best * best / rates[-2]))
+        elif best == rates[0]:
+            rates.insert(0, _round(best * best / rates[1]))
+        else:
+            break
+    return rates
+
+
+def best_rate(losses: Losses) -> float | None:
+    """The rate with the lowest loss; ``None`` where all failed, or none was tried."""
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(known, key=known.__getitem__) if known else None
+
+
+def read_losses(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, float | None]:
+    """What the runs that tried a method's rates have measured on the validation split."""
+    return {
+        line["learning_rate"]: None if "error" in line else float(line["loss"]["held_out"][-1])
+        for line in lines
+        if line["method"] == method and line["stage"] == "search"
+    }
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.2g}")
