@@ -6,11 +6,12 @@ import logging
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 256  # rows of a 16-bit matrix that are widened at a time
+_PARTS, _LEAST = 16, 256  # a 16-bit matrix is widened in so many parts, of at least so many rows
 
 
 def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
@@ -121,10 +122,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return left.to(dtype) @ right.to(dtype)
     result = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
     if left.dtype != dtype:
-        for rows, block in zip(torch.split(left, _BLOCK), torch.split(result, _BLOCK), strict=True):
+        for rows, block in zip(_parts(left), _parts(result), strict=True):
             torch.mm(rows.to(dtype), right, out=block)
     else:
-        for columns, block in zip(torch.split(right, _BLOCK, 1), torch.split(result, _BLOCK, 1), strict=True):
+        for columns, block in zip(_parts(right, 1), _parts(result, 1), strict=True):
             torch.mm(left, columns.to(dtype), out=block)
     return result
 
@@ -143,8 +144,14 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> No
     elif weight.dtype == left.dtype:
         weight.addmm_(left, right, alpha=scale)
     else:
-        for rows, block in zip(torch.split(weight, _BLOCK), torch.split(left, _BLOCK), strict=True):
+        for rows, block in zip(_parts(weight), _parts(left), strict=True):
             rows.add_((block @ right).mul_(scale))
+
+
+def _parts(matrix: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    parts = torch.split(matrix, max(_LEAST, -(-matrix.shape[dim] // _PARTS)), dim)
+    # Where only memory is followed, one part stands for all: they come and go one after the other.
+    return parts[:1] if isinstance(matrix, FakeTensor) else parts
 
 
 def wide_type(tensor: Tensor) -> torch.dtype:

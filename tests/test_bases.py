@@ -110,7 +110,8 @@ def test_batches_of_experts_are_projected_each_by_itself() -> None:
 def test_products_of_16_bit_matrices_are_those_of_their_float32_copies(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bases, "_BLOCK", 8)
+    monkeypatch.setattr(bases, "_LEAST", 8)
+    monkeypatch.setattr(bases, "_PARTS", 2)
     narrow, wide = torch.randn(rows, 5).bfloat16(), torch.randn(5, 4)
     assert torch.allclose(product(narrow, wide), narrow.float() @ wide, atol=1e-6)
     assert torch.allclose(product(wide.mT, narrow.mT), wide.mT @ narrow.mT.float(), atol=1e-6)
