@@ -59,6 +59,7 @@ def differences(analysis: Analysis) -> str:
         axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.set_xlabel("difference in held-out loss (nats a token)")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.grid(axis="x", linewidth=0.6)
         _zoom(axes, [row.difference.mean for row in rows if row.difference])
 
