@@ -139,10 +139,11 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> No
         right: ``(..., k, n)``, of the same type.
         scale: Factor of the product.
     """
-    if weight.dim() > 2 or isinstance(weight, DTensor):
+    if weight.dtype == left.dtype:
+        add_in_place = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
+        add_in_place(left, right, alpha=scale)
+    elif weight.dim() > 2 or isinstance(weight, DTensor):
         weight.add_((left @ right).mul_(scale))
-    elif weight.dtype == left.dtype:
-        weight.addmm_(left, right, alpha=scale)
     else:
         for rows, block in zip(_parts(weight), _parts(left), strict=True):
             rows.add_((block @ right).mul_(scale))
