@@ -25,7 +25,8 @@ class TimedRun:
     def step(self, batch: dict[str, Tensor]) -> None:
         """One optimizer step."""
         started = time.process_time()
-        self.model(**batch).loss.backward()
+        # A cache of keys and values is of no use in training, but a model makes one unless it is told.
+        self.model(**batch, use_cache=False).loss.backward()
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
