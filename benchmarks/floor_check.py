@@ -37,11 +37,12 @@ SETS = {"bottom": (0, 15), "middle": MIDDLE, "top": (28, 29)}
 # Bounds: over the floor in time and in memory; and bf16 with masters over full fp32.
 TIME, MEMORY, TIME_OF_FP32, MEMORY_OF_FP32 = 1.05, 1.10, 0.40, 0.23
 
+# Positions of a chunk of the loss: fewer in bf16, where everything else is half as large, but not their logits.
+CHUNKS = {"fp32": 128, "bf16": 64}
 OURS: dict[str, Any] = {
     "embeddings": "freeze",
     "head": "freeze",
     "norm": "freeze",
-    "loss_chunk": 64,
     "recompute": True,
     "step_in_backward": True,
     "clip": 0.0,
@@ -77,7 +78,8 @@ def make_contestant(name: str, folder: str, precision: str) -> Contestant:
     options = {"precision": precision, "learning_rate": 1e-5, "weight_decay": 0.0, "master_weights": False}
     if name.startswith("layersample"):
         active = SETS[name.split()[-1]]
-        return _sample(model, active, TrainConfig(**{**options, **OURS, "master_weights": True}), active)
+        own = {**OURS, "loss_chunk": CHUNKS[precision], "master_weights": True}
+        return _sample(model, active, TrainConfig(**{**options, **own}), active)
     if name == "LISA as published":
         return _sample(model, MIDDLE, TrainConfig(**options, state="keep", loss_chunk=0, recompute=False))
     if name == "BAdam":
@@ -200,11 +202,11 @@ def main(
     store(
         output,
         "floor_check",
-        {"rounds": rounds, "ours": OURS, "rows": rows},
+        {"rounds": rounds, "ours": OURS, "chunks": CHUNKS, "rows": rows},
         title="A step beside its floors",
         about="SmolLM2-135M, real text without padding, every token with a label, AdamW, no clipping; ours: 2 layers "
         "(bottom 0 and 15, middle 9 and 20, top 28 and 29), embedding frozen, loss in chunks of "
-        f"{OURS['loss_chunk']}, selective recomputation, step in backward, in bf16 exact fp32 masters; LISA as "
+        f"{CHUNKS['fp32']}, in bf16 {CHUNKS['bf16']}, selective recomputation, step in backward, in bf16 exact fp32 masters; LISA as "
         "published: layers 9 and 20 with the embedding, all state kept; BAdam: layer 9; LoRA: rank 16. Other methods "
         f"run in plain bf16 there. {rounds} rounds in turns, medians of ratios within a round, CPU seconds of all "
         "threads; peak: allocator.",

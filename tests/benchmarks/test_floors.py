@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layersample.config import TrainConfig
 from layersample.shapes import load_shape
 from layersample.simulation import simulate_step
-from layersample_benchmarks.floor_check import OURS
+from layersample_benchmarks.floor_check import CHUNKS, OURS
 from layersample_benchmarks.floors import flop_floor, memory_floor
 
 CONFIG = LlamaConfig(
@@ -47,5 +47,7 @@ def test_a_step_stays_just_above_the_memory_floor(precision: str, itemsize: int)
     shape = load_shape("smollm2-135m")
     assert isinstance(shape, LlamaConfig)
     floor = memory_floor(shape, 4, 128, (9, 20), itemsize=itemsize)
-    config = TrainConfig(**OURS, precision=precision, batch_size=4, max_length=128)
+    config = TrainConfig(
+        **OURS, loss_chunk=CHUNKS[precision], precision=precision, batch_size=4, max_length=128
+    )
     assert 1 <= simulate_step(shape, config, (9, 20)).peak_bytes / floor <= 1.1
