@@ -204,12 +204,12 @@ def main(
         "floor_check",
         {"rounds": rounds, "ours": OURS, "chunks": CHUNKS, "rows": rows},
         title="A step beside its floors",
-        about="SmolLM2-135M, real text without padding, every token with a label, AdamW, no clipping; ours: 2 layers "
+        about="SmolLM2-135M, real text without padding, every token with a label, AdamW, no clipping. Ours: 2 layers "
         "(bottom 0 and 15, middle 9 and 20, top 28 and 29), embedding frozen, loss in chunks of "
-        f"{CHUNKS['fp32']}, in bf16 {CHUNKS['bf16']}, selective recomputation, step in backward, in bf16 exact fp32 masters; LISA as "
-        "published: layers 9 and 20 with the embedding, all state kept; BAdam: layer 9; LoRA: rank 16. Other methods "
-        f"run in plain bf16 there. {rounds} rounds in turns, medians of ratios within a round, CPU seconds of all "
-        "threads; peak: allocator.",
+        f"{CHUNKS['fp32']} positions ({CHUNKS['bf16']} in bf16), selective recomputation, step in backward, in bf16 "
+        "exact fp32 masters. LISA as published: layers 9 and 20 with the embedding, all state kept; BAdam: layer 9; "
+        f"LoRA: rank 16; all in plain bf16 there. {rounds} rounds in turns, medians of ratios within a round, CPU "
+        "seconds of all threads; peak: allocator.",
         command=f"floor_check --rounds {rounds}",
         headings=_HEADINGS,
         rows=[_cells(row) for row in rows],
