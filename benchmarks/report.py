@@ -99,7 +99,7 @@ def view(analysis: Analysis, lines: Sequence[dict[str, Any]], command: str | Non
 
 def findings(analysis: Analysis) -> list[str]:
     """What the numbers say, in sentences that say no more than they do."""
-    name, seeds = analysis.suite.reference, len(analysis.suite.seeds)
+    name, seeds = analysis.suite.reference, max((len(row.runs) for row in analysis.rows), default=0)
     said = []
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):
         if rows := analysis.called(verdict):
@@ -147,7 +147,7 @@ def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
         "number": number,
         "name": row.name,
         "seeds": len(row.runs),
-        "rate": f"{row.rate:.0e}".replace("e-0", "e-") + ("*" if row.at_edge else ""),
+        "rate": f"{row.rate:.2g}" + ("*" if row.at_edge else ""),
         "loss": _estimate(row.loss),
         "difference": "baseline" if is_baseline else _DASH if difference is None else signed(difference.mean),
         "interval": _interval(difference),
