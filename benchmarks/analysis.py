@@ -191,11 +191,7 @@ def _row(
     right_difference: Difference | None,
 ) -> Row:
     level = suite.confidence
-    trials = [
-        Trial(line["learning_rate"], None if "error" in line else _last_loss(line))
-        for line in sorted(lines, key=lambda line: float(line["learning_rate"]))
-        if line["stage"] == "search"
-    ]
+    trials = [Trial(rate, loss) for rate, loss in sorted(read_losses(lines, entry.name).items())]
     answers = [run["right"] for run in runs]
     return Row(
         name=entry.name,
@@ -217,11 +213,8 @@ def _row(
 
 def _at_chosen_rate(finals: list[Line], tried: Losses) -> list[Line]:
     """The runs that ended well, but for those of a rate that was the best before others were tried."""
-    return [
-        line
-        for line in finals
-        if "error" not in line and (not tried or line["learning_rate"] == best_rate(tried))
-    ]
+    best = best_rate(tried)
+    return [line for line in finals if "error" not in line and (not tried or line["learning_rate"] == best)]
 
 
 def _last_loss(line: Line) -> float:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from layersample.config import TrainConfig
+from layersample.memory import optimizer_tensors
 
 from .methods import Prepared, register_baseline, sample_layers
 
@@ -97,8 +98,7 @@ def train_blocks(model: nn.Module, config: TrainConfig, *, first: int | None = N
     def tensors() -> Iterator[Tensor]:
         # It trains fp32 copies of the active block, which only the inner optimizer knows.
         copies = (parameter for group in inner.param_groups for parameter in group["params"])
-        moments = (value for state in inner.state.values() for value in state.values())
-        return (value for value in chain(copies, moments) if isinstance(value, Tensor))
+        return chain(copies, optimizer_tensors(inner))
 
     return Prepared(model, optimizer, optimizer_tensors=tensors)
 

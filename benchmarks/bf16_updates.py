@@ -19,7 +19,7 @@ from layersample.masters import AT_REST
 from layersample.models import load_model
 from layersample_benchmarks.step_cost import Fixed
 from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, real_batches
+from layersample_benchmarks.timed import TimedRun, ratios, real_batches
 
 METHODS = ("plain bf16", "rounded at each switch", "exact masters")
 PERIODS = 10
@@ -85,11 +85,10 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
         for i in range(rounds + 2):
             for run in (plain, exact):
                 run.step(batches[i % len(batches)])
-        ratios = [a / b for a, b in zip(exact.cpu_seconds[2:], plain.cpu_seconds[2:], strict=True)]
         rows.append(
             {
                 "what": title,
-                "exact_over_plain": statistics.median(ratios),
+                "exact_over_plain": statistics.median(ratios(exact.cpu_seconds[2:], plain.cpu_seconds[2:])),
                 "plain_cpu_seconds": statistics.median(plain.cpu_seconds[2:]),
             }
         )

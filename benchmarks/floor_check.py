@@ -10,24 +10,25 @@ import gc
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
-from layersample import ChunkedLoss, SelectiveRecompute
 from layersample.config import TrainConfig
-from layersample.memory import count_bytes
+from layersample.memory import optimizer_tensors
 from layersample.models import load_model
-from layersample.simulation import schedule_given
+from layersample.simulation import save_memory, schedule_given
 from layersample_benchmarks.baselines import train_blocks
 from layersample_benchmarks.floors import flop_floor, memory_floor
-from layersample_benchmarks.measured_peak import measured_peak
+from layersample_benchmarks.measured_peak import measured_step_peak
 from layersample_benchmarks.methods import Prepared, get_method
 from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, real_batches
+from layersample_benchmarks.timed import TimedRun, ratios, real_batches
 
 SIZES = ((4, 128), (8, 256))
 PRECISIONS = ("fp32", "bf16")
@@ -90,7 +91,7 @@ def make_contestant(name: str, folder: str, precision: str) -> Contestant:
         prepared = Prepared(model)
     optimizer = prepared.optimizer or _adamw(prepared.model)
     run = TimedRun(prepared.model, optimizer, None)
-    return Contestant(run, prepared.optimizer_tensors or (lambda: _state(optimizer)))
+    return Contestant(run, prepared.optimizer_tensors or (lambda: optimizer_tensors(optimizer)))
 
 
 def _sample(
@@ -98,20 +99,13 @@ def _sample(
 ) -> Contestant:
     optimizer = _adamw(model)
     scheduler = schedule_given(model, optimizer, config, layers)
-    if config.loss_chunk:
-        ChunkedLoss(model, chunk_size=config.loss_chunk)
-    if config.recompute:
-        SelectiveRecompute(model)
-    return Contestant(TimedRun(model, optimizer, scheduler), lambda: _state(optimizer), active)
+    save_memory(model, config)
+    return Contestant(TimedRun(model, optimizer, scheduler), lambda: optimizer_tensors(optimizer), active)
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
-
-
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
 
 def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -> list[dict[str, Any]]:
@@ -125,7 +119,7 @@ def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -
             contestant.run.step(batches[round % len(batches)])
     seconds = {name: contestant.run.cpu_seconds[1:] for name, contestant in contestants.items()}
     exact = seconds.get(EXACT, seconds[REFERENCE])
-    config = load_model(folder)[0].config
+    config = cast(LlamaConfig, contestants[REFERENCE].run.model.config)
     rows: list[dict[str, Any]] = []
     for name, contestant in contestants.items():
         own, active = seconds[name], contestant.active
@@ -134,9 +128,11 @@ def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -
             "precision": precision,
             "method": name,
             "cpu_seconds": statistics.median(own),
-            "step_over_full": _over(own, seconds[REFERENCE]),
-            "step_over_full_fp32": _over(own, exact),
-            "peak_bytes": _peak(contestant, batches[0]),
+            "step_over_full": statistics.median(ratios(own, seconds[REFERENCE])),
+            "step_over_full_fp32": statistics.median(ratios(own, exact)),
+            "peak_bytes": measured_step_peak(
+                contestant.run.model, contestant.tensors(), partial(contestant.run.step, batches[0])
+            ),
         }
         if active is not None:
             itemsize = 2 if precision == "bf16" else 4
@@ -152,23 +148,13 @@ def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -
     return rows
 
 
-def _over(own: list[float], others: list[float]) -> float:
-    """The median of a step over the other's in the same round."""
-    return float(statistics.median(mine / theirs for mine, theirs in zip(own, others, strict=True)))
-
-
-def _peak(contestant: Contestant, batch: dict[str, Tensor]) -> int:
-    model = contestant.run.model
-    held = count_bytes([*model.parameters(), *model.buffers(), *contestant.tensors()])
-    return int(held + measured_peak(lambda: contestant.run.step(batch)))
-
-
 def judge(rows: list[dict[str, Any]]) -> list[str]:
     """What the figures say of each bound."""
     ours = [row for row in rows if "flop_floor" in row]
     # Over full fp32: the middle layers at the larger size; the bottom ones need more in operations alone.
-    size, where = f"{SIZES[-1][0]} × {SIZES[-1][1]}", "layersample, middle"
-    large = [r for r in ours if (r["precision"], r["size"], r["method"]) == ("bf16", size, where)]
+    size = f"{SIZES[-1][0]} × {SIZES[-1][1]}"
+    middle = ("bf16", size, "layersample, middle")
+    large = [row for row in ours if (row["precision"], row["size"], row["method"]) == middle]
     exact = f"bf16 with exact masters, middle layers, {size}"
     bounds = (
         ("step over the FLOP floor", ours, "step_over_floor", TIME),

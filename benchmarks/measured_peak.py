@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from layersample.memory import count_bytes
 
 
 def measured_peak(function: Callable[[], object]) -> int:
@@ -30,3 +33,9 @@ def measured_peak(function: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def measured_step_peak(model: nn.Module, state: Iterable[Tensor], step: Callable[[], object]) -> int:
+    """Most bytes in a step, with what stood before it: the model, and what its optimizer holds."""
+    held = count_bytes([*model.parameters(), *model.buffers(), *state])
+    return int(held + measured_peak(step))

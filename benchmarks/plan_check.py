@@ -16,12 +16,12 @@ import typer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layersample import ChunkedLoss, LayerScheduler, SelectiveRecompute
+from layersample import LayerScheduler
 from layersample.config import TrainConfig
-from layersample.memory import count_bytes
+from layersample.memory import optimizer_tensors
 from layersample.shapes import load_shape
-from layersample.simulation import add_lora, schedule_given, simulate_step
-from layersample_benchmarks.measured_peak import measured_peak
+from layersample.simulation import add_lora, save_memory, schedule_given, simulate_step
+from layersample_benchmarks.measured_peak import measured_step_peak
 from layersample_benchmarks.store import RESULTS, store
 
 FROZEN = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
@@ -101,14 +101,9 @@ def run_setting(setting: Setting, model_name: str) -> int:
     with ExitStack() as stack:
         if setting.lora_rank is None:
             scheduler = stack.enter_context(schedule_given(model, optimizer, config, setting.active))
-        if config.loss_chunk:
-            stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
-        if config.recompute:
-            stack.enter_context(SelectiveRecompute(model))
+        stack.enter_context(save_memory(model, config))
         step()
-        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        held = count_bytes([*model.parameters(), *model.buffers(), *state])
-        return int(held + measured_peak(step))
+        return int(measured_step_peak(model, optimizer_tensors(optimizer), step))
 
 
 def measure(settings: Sequence[Setting], model: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from layersample.bases import random_basis, randomized_basis, subspace_basis, sv
 from layersample.models import load_model
 from layersample_benchmarks.step_cost import Fixed
 from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, real_batches
+from layersample_benchmarks.timed import TimedRun, ratios, real_batches
 
 RANK = 128
 LAYERS = (9, 20)
@@ -129,7 +129,6 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
         for runner in (plain, projected):
             runner.step(batches[i % len(batches)])
     skip = 2  # the first step makes state, and a basis from nothing
-    ratios = [a / b for a, b in zip(projected.cpu_seconds[skip:], plain.cpu_seconds[skip:], strict=True)]
     errors = {}
     for title, options in {
         "default": {},
@@ -148,7 +147,7 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
     state = [value for p in matrices for value in projected.optimizer.state[p].values()]
     return {
         "layers": LAYERS,
-        "overhead": statistics.median(ratios) - 1,
+        "overhead": statistics.median(ratios(projected.cpu_seconds[skip:], plain.cpu_seconds[skip:])) - 1,
         "error_by_step": errors,
         "state_elements": sum(value.numel() for value in state if value.dim() > 0),
         "state_elements_formula": sum(2 * RANK * max(p.shape) + RANK * min(p.shape) for p in matrices),

@@ -85,9 +85,9 @@ def run_suite(
 
 def _searches(suite: Suite, results: Results) -> list[Job]:
     """The runs that try learning rates, of those that haven't been run yet."""
-    jobs = []
+    jobs, lines = [], results.lines()
     for entry in suite.entries:
-        losses = read_losses(results.lines(), entry.name)
+        losses = read_losses(lines, entry.name)
         rates = find_rates(suite.rates(entry), losses, suite.search_extensions)
         if len(rates) > 1:
             jobs += [suite.search_job(entry, rate) for rate in rates if rate not in losses]
@@ -96,10 +96,10 @@ def _searches(suite: Suite, results: Results) -> list[Job]:
 
 def _finals(suite: Suite, results: Results) -> Iterable[tuple[Job, ...]]:
     """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""
-    chosen = []
+    chosen, lines = [], results.lines()
     for entry in suite.entries:
         rates = suite.rates(entry)
-        rate = rates[0] if len(rates) == 1 else best_rate(read_losses(results.lines(), entry.name))
+        rate = rates[0] if len(rates) == 1 else best_rate(read_losses(lines, entry.name))
         if rate is not None:
             chosen.append(suite.final_jobs(entry, rate))
     return zip(*chosen, strict=True)

@@ -24,7 +24,7 @@ from layersample.models import load_model
 from layersample.recording import peak_process_bytes
 from layersample_benchmarks.floors import flop_floor
 from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import real_batches
+from layersample_benchmarks.timed import ratios, real_batches
 
 BATCH, LENGTH = 4, 128
 
@@ -116,8 +116,8 @@ def measure(folder: str, rounds: int) -> list[dict[str, Any]]:
     full = contestants["full fine-tuning"]
     rows = []
     for name, c in contestants.items():
-        over_full = [own / other for own, other in zip(c.cpu_seconds[1:], full.cpu_seconds[1:], strict=True)]
-        over_floor = [ratio / floor for ratio, floor in zip(over_full, c.floors[1:], strict=True)]
+        over_full = ratios(c.cpu_seconds[1:], full.cpu_seconds[1:])
+        over_floor = ratios(over_full, c.floors[1:])
         rows.append(
             {
                 "method": name,

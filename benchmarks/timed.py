@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,11 @@ class TimedRun:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.cpu_seconds.append(time.process_time() - started)
+
+
+def ratios(own: Sequence[float], others: Sequence[float]) -> list[float]:
+    """What something took over what another one took in the same round."""
+    return [mine / theirs for mine, theirs in zip(own, others, strict=True)]
 
 
 def real_batches(folder: str, batch: int = 4, length: int = 128) -> list[dict[str, Tensor]]:

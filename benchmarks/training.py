@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -26,6 +25,7 @@ from layersample.data import load_data
 from layersample.environment import environment
 from layersample.finetune import training_arguments
 from layersample.layers import find_layers
+from layersample.memory import optimizer_tensors
 from layersample.models import load_model
 from layersample.recompute import SelectiveRecompute
 from layersample.registry import load_plugin
@@ -191,12 +191,6 @@ class LossCurve(TrainerCallback):
         """Measure it where it is due."""
         if state.global_step in self._at:
             self.measure(state.global_step)
-
-
-def optimizer_tensors(optimizer: Optimizer | None) -> Iterator[Tensor]:
-    """All tensors in an optimizer's state."""
-    states = optimizer.state.values() if optimizer is not None else ()
-    return (value for state in states for value in state.values() if isinstance(value, Tensor))
 
 
 def git_revision() -> str | None:

@@ -61,6 +61,12 @@ def _kind(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
     return "offloaded_state" if away else "optimizer_state"
 
 
+def optimizer_tensors(optimizer: Optimizer | None) -> list[torch.Tensor]:
+    """All tensors in an optimizer's state."""
+    states = optimizer.state.values() if optimizer is not None else ()
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors: of a DTensor this rank's; one that several share counts once."""
     storages = [local_part(tensor).untyped_storage() for tensor in tensors]

@@ -101,10 +101,7 @@ def simulate_step(
                 )
                 # In front: a step in backward leaves no gradient behind.
                 parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-        if config.loss_chunk:
-            stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
-        if config.recompute:
-            stack.enter_context(SelectiveRecompute(model))
+        stack.enter_context(save_memory(model, config))
         with live, _unmasked_attention():
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
@@ -189,6 +186,16 @@ def schedule_given(
         master_weights=config.master_weights,
         step_in_backward=config.backward_stepping,
     )
+
+
+def save_memory(model: nn.Module, config: TrainConfig) -> ExitStack:
+    """Compute the loss in chunks and activations again, where a run does, until the stack is closed."""
+    stack = ExitStack()
+    if config.loss_chunk:
+        stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
+    if config.recompute:
+        stack.enter_context(SelectiveRecompute(model))
+    return stack
 
 
 class _Given(LayerSampler):

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import make_llama
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from layersample.config import TrainConfig
 from layersample.shapes import load_shape
@@ -11,21 +12,13 @@ from layersample.simulation import simulate_step
 from layersample_benchmarks.floor_check import CHUNKS, OURS
 from layersample_benchmarks.floors import flop_floor, memory_floor
 
-CONFIG = LlamaConfig(
-    vocab_size=200,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-    attn_implementation="eager",  # whose products torch counts
-)
+CONFIG = make_llama(6, tie=True).config
 
 
 def count(active: tuple[int, ...], embedding: bool) -> int:
     """FLOPs of a real step, as torch counts them."""
-    model = LlamaForCausalLM(CONFIG).train().requires_grad_(False)
+    model = make_llama(6, tie=True).train().requires_grad_(False)
+    model.set_attn_implementation("eager")  # whose products torch counts
     for index in active:
         model.model.layers[index].requires_grad_(True)
     model.model.embed_tokens.requires_grad_(embedding)
