@@ -50,8 +50,7 @@ def run_suite(
     """Run what of a suite hasn't been run yet.
 
     First each method's learning rates, on the validation split, and more of them where the best is the lowest or
-    highest; then the best of each, with every seed. A run
-    that fails is kept with its error, and the others go on.
+    highest; then the best of each, with every seed. A run that fails is kept with its error, and the others go on.
 
     Args:
         suite: What to run.
