@@ -182,7 +182,7 @@ def _finish_curve(axes: Axes) -> None:
 def _zoom(axes: Axes, means: Sequence[float]) -> None:
     """Show all means; an interval of few seeds that is many times as wide runs out of the picture."""
     low, high = min([0.0, *means]), max([0.0, *means])
-    room = 0.6 * (high - low or 1)
+    room = 3 * (high - low or 1)
     left, right = axes.get_xlim()
     axes.set_xlim(max(left, low - room), min(right, high + room))
 
