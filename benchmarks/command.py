@@ -19,6 +19,7 @@ from layersample.errors import ConfigError
 from .methods import list_baselines
 from .suite import ALL, Job, Suite, builtin_suites, make_suite, read_builtin
 
+DEFAULT = "default"
 app = typer.Typer(
     help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
 )
@@ -28,7 +29,12 @@ console = Console()
 @app.callback()
 def benchmark(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="YAML file of a suite, or default, sarcasm, quick.")] = "default",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of a suite, or default, sarcasm, quick. Without it: that of the output, or default."
+        ),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Samplers, SAMPLER+PROJECTION, baselines, or all; with commas."),
@@ -175,11 +181,13 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
     console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
 
 
-def _sources(suite: str, output: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The suite asked for; where the output has results and none is asked for, the suite of those."""
-    stored = output / "suite.yaml"
-    if suite == "default" and stored.is_file():
-        return [(str(stored), read_yaml(stored))]
+def _sources(suite: str | None, output: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The suite asked for; where none is, that of the output if it has results."""
+    if suite is None:
+        stored = output / "suite.yaml"
+        if stored.is_file():
+            return [(str(stored), read_yaml(stored))]
+        suite = DEFAULT
     if suite in builtin_suites() or not Path(suite).suffix:
         return [(f"suite {suite}", read_builtin(suite))]
     return [(suite, read_yaml(Path(suite)))]

@@ -18,6 +18,8 @@ def main() -> None:
     """Do the run."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not get between the events
+    # Line by line: the runner may end this process once it has the last event.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     given = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
 

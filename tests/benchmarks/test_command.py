@@ -67,6 +67,8 @@ def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path)
     Results(tmp_path, Suite(methods=["lisa"], steps=5)).open()
     invoke("--output", str(tmp_path))
     assert (given[0][0].entries[0].name, given[0][0].steps) == ("lisa", 5)
+    invoke("--output", str(tmp_path), "--suite", "default")  # asked for, it is that one
+    assert given[1][0].steps == 60 and len(given[1][0].entries) > 10
 
 
 @pytest.mark.parametrize(

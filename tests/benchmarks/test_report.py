@@ -138,7 +138,8 @@ def test_the_same_as_markdown(page: Page, folder: Path) -> None:
     assert "    layersample benchmark --output results\n" in text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / picture).read_text().startswith("<svg")
-    tables = re.findall(r"\n\n((?:^\|.*\n)+)", text, re.MULTILINE)  # behind an empty line, as Markdown wants it
+    # Behind an empty line, as Markdown wants it.
+    tables = re.findall(r"\n\n((?:^\|.*\n)+)", text, re.MULTILINE)
     assert len(tables) == 4
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
