@@ -19,7 +19,6 @@ from layersample.errors import ConfigError
 from .methods import list_baselines
 from .suite import ALL, Job, Suite, builtin_suites, make_suite, read_builtin
 
-DEFAULT = "default"
 app = typer.Typer(
     help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
 )
@@ -187,7 +186,7 @@ def _sources(suite: str | None, output: Path) -> list[tuple[str, dict[str, Any]]
         stored = output / "suite.yaml"
         if stored.is_file():
             return [(str(stored), read_yaml(stored))]
-        suite = DEFAULT
+        suite = "default"
     if suite in builtin_suites() or not Path(suite).suffix:
         return [(f"suite {suite}", read_builtin(suite))]
     return [(suite, read_yaml(Path(suite)))]
