@@ -17,7 +17,7 @@ from layersample.display import make_bar, plain
 from layersample.errors import ConfigError
 
 from .methods import list_baselines
-from .suite import ALL, Job, Suite, builtin_suites, make_suite, read_builtin
+from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
 
 app = typer.Typer(
     help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
@@ -36,7 +36,7 @@ def benchmark(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Samplers, SAMPLER+PROJECTION, baselines, or all; with commas."),
+        typer.Option(help="Samplers, SAMPLER+PROJECTION, baselines, rows of the suite, or all; with commas."),
     ] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="Python file with samplers or baselines of your own.")
@@ -78,8 +78,9 @@ def benchmark(
     """
     if context.invoked_subcommand is not None:
         return
+    sources = _sources(suite, output)
     given: dict[str, Any] = {
-        "methods": None if methods is None else _split(methods),
+        "methods": None if methods is None else _rows(_split(methods), make_suite(*sources)),
         "plugin": plugin,
         "model": model,
         "task": task,
@@ -91,7 +92,6 @@ def benchmark(
         "baseline": baseline,
         **_pairs(set_key or []),
     }
-    sources = _sources(suite, output)
     if option:
         given["options"] = {**sources[-1][1].get("options", {}), **_pairs(option)}
     asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
@@ -190,6 +190,12 @@ def _sources(suite: str | None, output: Path) -> list[tuple[str, dict[str, Any]]
     if suite in builtin_suites() or not Path(suite).suffix:
         return [(f"suite {suite}", read_builtin(suite))]
     return [(suite, read_yaml(Path(suite)))]
+
+
+def _rows(names: list[str], suite: Suite) -> list[MethodEntry | str]:
+    """The rows of those names, with options of their own where the suite gives them some."""
+    own = {row.name: row for row in suite.methods if isinstance(row, MethodEntry)}
+    return [own.get(name, name) for name in names]
 
 
 def _split(text: str) -> list[str]:

@@ -56,6 +56,14 @@ def test_flags(given: list[Any], tmp_path: Path) -> None:
     assert (output, jobs) == (Path("results/mine"), 3)
 
 
+def test_a_row_of_the_suite_is_a_method_by_its_name(given: list[Any]) -> None:
+    """The runs of one row can be asked for, with the options that the suite gives it."""
+    invoke("--methods", "prior-increasing,lisa")
+    prior, lisa = given[0][0].entries
+    assert (prior.method, prior.options) == ("prior", {"sampler_options": {"weights": "increase"}})
+    assert (lisa.name, lisa.options) == ("lisa", {})
+
+
 def test_a_suite_file_and_seeds_by_number(given: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({"methods": ["lisa"], "steps": 5}))
