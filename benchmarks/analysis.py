@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .comparison import Difference, Estimate, compare, estimate, pareto_front
-from .rates import Losses, best_rate, read_losses
+from .rates import choose_rate, read_losses
+from .results import Line
 from .suite import MethodEntry, Suite
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Row:
         summary: What it does.
         trials: The learning rates that were tried.
         rate: The one that was chosen.
-        errors: Why runs failed, each once.
+        errors: Which runs failed, and why.
         runs: Its final runs that ended well, one a seed.
         loss: Held-out loss at the end, in nats a token.
         difference: Of the loss, to the baseline's.
@@ -44,7 +42,7 @@ class Row:
     summary: str
     trials: tuple[Trial, ...]
     rate: float | None
-    errors: tuple[str, ...]
+    errors: tuple[tuple[str, str], ...]
     runs: tuple[Line, ...]
     loss: Estimate | None
     difference: Difference | None
@@ -66,9 +64,20 @@ class Row:
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
     @property
+    def memory_bytes(self) -> float | None:
+        """What the front is drawn on: all live tensors, which repeat from run to run, or else the process."""
+        tensors = self.tensor_bytes()
+        return self.process_bytes if tensors is None else tensors
+
+    @property
     def process_bytes(self) -> float | None:
         """Most bytes of the process in a training step, the mean over seeds."""
         return self.mean(lambda run: run["peak_bytes"]["process"])
+
+    @property
+    def device_bytes(self) -> float | None:
+        """Most bytes on the GPU in a training step, the mean over seeds; ``None`` without one."""
+        return self.mean(lambda run: run["peak_bytes"].get("device"))
 
     def tensor_bytes(self, kind: str | None = None) -> float | None:
         """Bytes of all live tensors when they were most; or of a kind at that moment."""
@@ -149,11 +158,11 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         suite: What was asked for.
         lines: What was measured, as in ``results.jsonl``.
     """
-    finals = {
-        entry.name: [line for line in lines if line["method"] == entry.name and line["stage"] == "final"]
-        for entry in suite.entries
+    own = {entry.name: _current(suite, entry, lines) for entry in suite.entries}
+    ended = {
+        name: [line for line in current if line["stage"] == "final" and "error" not in line]
+        for name, current in own.items()
     }
-    ended = {name: _at_chosen_rate(own, read_losses(lines, name)) for name, own in finals.items()}
     losses = {name: {run["seed"]: _last_loss(run) for run in runs} for name, runs in ended.items() if runs}
     answers = {
         name: {run["seed"]: run["right"] for run in runs}
@@ -167,7 +176,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         _row(
             suite,
             entry,
-            [line for line in lines if line["method"] == entry.name],
+            own[entry.name],
             ended[entry.name],
             loss_differences.get(entry.name),
             right_differences.get(entry.name),
@@ -175,9 +184,9 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         for entry in suite.entries
     )
     points = {
-        row.name: (row.process_bytes, row.loss.mean)
+        row.name: (row.memory_bytes, row.loss.mean)
         for row in rows
-        if row.loss is not None and row.process_bytes is not None
+        if row.loss is not None and row.memory_bytes is not None
     }
     return Analysis(suite, rows, tuple(pareto_front(points)), len(suite.seeds) * len(rows))
 
@@ -198,7 +207,7 @@ def _row(
         summary=next((run["summary"] for run in runs), ""),
         trials=tuple(trials),
         rate=runs[0]["learning_rate"] if runs else None,
-        errors=tuple(dict.fromkeys(line["error"] for line in lines if "error" in line)),
+        errors=tuple((line["key"], line["error"]) for line in lines if "error" in line),
         runs=tuple(runs),
         loss=estimate([_last_loss(run) for run in runs], level) if runs else None,
         difference=difference,
@@ -211,10 +220,15 @@ def _row(
     )
 
 
-def _at_chosen_rate(finals: list[Line], tried: Losses) -> list[Line]:
-    """The runs that ended well, but for those of a rate that was the best before others were tried."""
-    best = best_rate(tried)
-    return [line for line in finals if "error" not in line and (not tried or line["learning_rate"] == best)]
+def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Line]:
+    """A method's runs that count: all searches, and the final runs of the suite's seeds with the chosen rate."""
+    own = [line for line in lines if line["method"] == entry.name]
+    rate = choose_rate(entry.learning_rates or suite.learning_rates, read_losses(own, entry.name))
+    return [
+        line
+        for line in own
+        if line["stage"] == "search" or (line["seed"] in suite.seeds and line["learning_rate"] == rate)
+    ]
 
 
 def _last_loss(line: Line) -> float:

@@ -69,9 +69,9 @@ def differences(analysis: Analysis) -> str:
 def memory_and_loss(analysis: Analysis) -> str:
     """Peak memory against held-out loss, with the Pareto front."""
     points = {
-        row.name: (row.process_bytes / 2**20, row.loss.mean)
+        row.name: (row.memory_bytes / 2**20, row.loss.mean)
         for row in analysis.finished
-        if row.process_bytes is not None and row.loss is not None
+        if row.memory_bytes is not None and row.loss is not None
     }
     front = [points[name] for name in analysis.front]
 
@@ -84,7 +84,7 @@ def memory_and_loss(analysis: Analysis) -> str:
             axes.plot(x, y, "o", color=color, markersize=7 if best else 5)
             label = f"{name}" if best or name == analysis.suite.reference else str(names.index(name) + 1)
             axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", color=color, fontsize=9)
-        axes.set(xlabel="peak memory of the process (MiB)", ylabel="held-out loss (nats a token)")
+        axes.set(xlabel="peak memory (MiB)", ylabel="held-out loss (nats a token)")
         axes.margins(0.14)
         axes.grid(linewidth=0.6)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Losses = Mapping[float, float | None]
@@ -42,6 +42,16 @@ def best_rate(losses: Losses) -> float | None:
     """The rate with the lowest loss; ``None`` where all failed, or none was tried."""
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(known, key=known.__getitem__) if known else None
+
+
+def choose_rate(given: Sequence[float] | None, losses: Losses) -> float | None:
+    """The rate that a method is measured with: the only one that was given, or the best of those tried.
+
+    Args:
+        given: The grid that was asked for; ``None`` where none was.
+        losses: Those that were tried, as in :func:`find_rates`.
+    """
+    return given[0] if given is not None and len(given) == 1 else best_rate(losses)
 
 
 def read_losses(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .analysis import Analysis, Row, analyze
 from .clock import PHASES
 from .comparison import Difference, Estimate
 from .live_bytes import KINDS
-from .results import read_results
+from .results import Line, read_results
 from .tasks import get_task
 
 PICTURES = {
@@ -48,14 +48,15 @@ def write_report(folder: Path) -> list[str]:
         )
     analysis = analyze(suite, lines)
     command = folder / "command.txt"
-    shown = view(analysis, lines, command.read_text(encoding="utf-8").strip() if command.is_file() else None)
-    pictures = {f"{name}.svg": draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
+    commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
+    pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
+    shown = view(analysis, lines, commands, pictures)
     files = {
         "report.html": _template("report.html.jinja", autoescape=True).render(shown),
         "report.md": _template("report.md.jinja", autoescape=False).render(
-            {**shown, "pictures": list(pictures)}
+            {**shown, "pictures": [f"{name}.svg" for name in pictures]}
         ),
-        **{name: _alone(svg) for name, svg in pictures.items()},
+        **{f"{name}.svg": _alone(svg) for name, svg in pictures.items()},
     }
     try:
         for name, text in files.items():
@@ -65,7 +66,9 @@ def write_report(folder: Path) -> list[str]:
     return list(files)
 
 
-def view(analysis: Analysis, lines: Sequence[dict[str, Any]], command: str | None) -> dict[str, Any]:
+def view(
+    analysis: Analysis, lines: Sequence[Line], commands: Sequence[str], pictures: Mapping[str, str]
+) -> dict[str, Any]:
     """What the templates show: numbers as text, pictures as SVG."""
     suite = analysis.suite
     finished = analysis.finished
@@ -76,24 +79,25 @@ def view(analysis: Analysis, lines: Sequence[dict[str, Any]], command: str | Non
         "task": get_task(suite.task, suite.answer_marker).name,
         "model": Path(suite.model).name,
         "other_text": Path(suite.other_text).name,
-        "command": command,
+        "commands": commands,
         "analysis": analysis,
         "findings": findings(analysis),
         "quality": [_quality(number, row, analysis) for number, row in enumerate(finished, 1)],
         "cost": [_cost(row) for row in finished],
         "has_answers": any(row.right is not None for row in finished),
+        "answers": min(suite.answers, suite.test_size),
+        "has_device": any(row.device_bytes is not None for row in finished),
         "rates": [_rates(row) for row in analysis.rows if row.trials],
-        "failures": [(row.name, error) for row in analysis.rows for error in row.errors],
-        "pictures": {name: Markup(charts.themed(draw(analysis))) for name, draw in PICTURES.items()}
-        if finished
-        else {},
+        "failures": [error for row in analysis.rows for error in row.errors],
+        "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
         "methods": [_method(row, baseline) for row in finished],
         "environment": any_run["environment"] if any_run else None,
         "revisions": sorted(
             {line["environment"]["git"] or "none" for line in lines if "environment" in line}
         ),
         "parameters": any_run["parameters"] if any_run else None,
-        "percent": f"{suite.confidence:.0%}",
+        "traced": _traced(suite.trace_every),
+        "percent": f"{100 * suite.confidence:g}%",
     }
 
 
@@ -140,6 +144,10 @@ def signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", _MINUS)
 
 
+def _traced(every: int) -> str:
+    return f"every {every}th step and the last" if every > 1 else "each step" if every else "no step"
+
+
 def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
     is_baseline = row.name == analysis.suite.reference
     difference = row.difference
@@ -164,6 +172,7 @@ def _cost(row: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "process": _mib(row.process_bytes),
+        "device": _mib(row.device_bytes),
         "tensors": _mib(total),
         "kinds": [_mib(row.tensor_bytes(kind)) for kind in KINDS],
         "cpu": _seconds(row.seconds("cpu")),

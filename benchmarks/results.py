@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from layersample.config import read_yaml
 from layersample.errors import ConfigError
@@ -17,21 +18,27 @@ from layersample.files import write_text
 
 from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
 
+Line = dict[str, Any]
+_Key = tuple[str, float]  # a final run's own key leaves out the learning rate
+
 
 class Results:
     """What the runs of a suite have measured.
 
+    Rows that another call has put into the folder stay in it, and in its report.
+
     Args:
         folder: Holds ``suite.yaml`` and ``results.jsonl``.
-        suite: What is measured.
+        suite: What is measured now.
     """
 
     def __init__(self, folder: Path, suite: Suite) -> None:
         self.folder = folder
         self.suite = suite
         self._fingerprints = {entry.name: fingerprint(suite, entry) for entry in suite.entries}
-        self._lines: dict[str, dict[str, Any]] = {}
+        self._lines: dict[_Key, Line] = {}
         self._lock = Lock()
+        self._only_one = FileLock(folder / ".lock")
 
     @property
     def path(self) -> Path:
@@ -42,41 +49,53 @@ class Results:
         """Make the folder, or take what is in it. Failed runs are left out, so that they are tried again.
 
         Args:
-            command: What made the results, for the report.
+            command: What is typed to make the results, for the report; it is put behind those of before.
 
         Raises:
-            ConfigError: If it holds another suite or something else, or can't be written.
+            ConfigError: If the folder holds another suite or something else, another benchmark writes into it, or
+                it can't be written. What it holds stays as it was.
         """
         stored = self.folder / "suite.yaml"
-        if stored.is_file():
-            self._check_same(make_suite((str(stored), read_yaml(stored))))
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not stored.is_file() and self.folder.exists() and not _is_empty(self.folder):
             raise ConfigError(
                 f"The output folder must be new, empty or of an earlier benchmark, but {self.folder} holds "
                 "something else. Choose another --output."
             )
+        whole = self.suite
+        if stored.is_file():
+            whole = self._with_rows_of(make_suite((str(stored), read_yaml(stored))))
+        whole.check_baseline()
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            content = self.suite.model_dump(mode="json")
+            self._only_one.acquire(blocking=False)
+            self._lines = self._read()
+            content = whole.model_dump(mode="json")
             # Which methods there are depends on what is installed: a later run must find the same ones.
             content["methods"] = [
-                entry.model_dump(mode="json", exclude_defaults=True) for entry in self.suite.entries
+                entry.model_dump(mode="json", exclude_defaults=True) for entry in whole.entries
             ]
             write_text(stored, yaml.safe_dump(content, sort_keys=False))
             if command is not None:
-                write_text(self.folder / "command.txt", command + "\n")
-            self._read()
-            self._rewrite()
+                self._note(command)
+            # Without failed runs, and without a line that a killed benchmark left unfinished.
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
+        except Timeout as error:
+            raise ConfigError(
+                f"Another benchmark writes into {self.folder}: wait until it has ended."
+            ) from error
         except OSError as error:
             raise ConfigError(f"The output folder must be writable, but: {error}.") from error
         return self
 
-    def get(self, job: Job) -> dict[str, Any] | None:
-        """What a run has measured; ``None`` where it hasn't been run with that learning rate."""
-        line = self._lines.get(job.key)
-        return line if line is not None and line["learning_rate"] == job.learning_rate else None
+    def close(self) -> None:
+        """Let another benchmark write into the folder."""
+        self._only_one.release()
 
-    def add(self, job: Job, measured: dict[str, Any]) -> None:
+    def get(self, job: Job) -> Line | None:
+        """What a run has measured; ``None`` where it hasn't been run with that learning rate."""
+        return self._lines.get((job.key, job.learning_rate))
+
+    def add(self, job: Job, measured: Line) -> None:
         """Keep what a run has measured, or the error that it ended with; on the disk at once."""
         line = {
             "key": job.key,
@@ -88,45 +107,50 @@ class Results:
             **measured,
         }
         with self._lock:
-            self._lines[job.key] = line
+            self._lines[_key(line)] = line
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Line]:
         """All runs, in the order of the suite's rows."""
-        order = {entry.name: number for number, entry in enumerate(self.suite.entries)}
-        known = [line for line in self._lines.values() if line["method"] in order]
-        return sorted(known, key=lambda line: (order[line["method"]], line["stage"], line["seed"]))
+        return _in_order(self.suite, self._lines.values())
 
-    def _check_same(self, other: Suite) -> None:
-        here, there = (s.model_dump(mode="json", exclude=MAY_CHANGE) for s in (self.suite, other))
+    def _with_rows_of(self, stored: Suite) -> Suite:
+        """The suite of now, with the other rows of one before, which must be the same in all else."""
+        here, there = (s.model_dump(mode="json", exclude=MAY_CHANGE) for s in (self.suite, stored))
         if different := [key for key in here if here[key] != there[key]]:
             key = different[0]
             raise ConfigError(
                 f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {here[key]!r} "
                 "is asked for now. Choose another --output, or leave the option out to go on with that suite."
             )
-        stored = {entry.name: fingerprint(other, entry) for entry in other.entries}
-        for name, here_too in self._fingerprints.items():
-            if stored.get(name, here_too) != here_too:
+        rows = {entry.name: entry for entry in (*stored.entries, *self.suite.entries)}
+        return self.suite.model_copy(
+            update={"methods": list(rows.values()), "plugin": self.suite.plugin or stored.plugin}
+        )
+
+    def _read(self) -> dict[_Key, Line]:
+        lines = [line for line in read_lines(self.path) if "error" not in line]
+        for line in lines:
+            name = line["method"]
+            if line["fingerprint"] != self._fingerprints.get(name, line["fingerprint"]):
                 raise ConfigError(
-                    f"{self.folder} holds results of a method {name!r} with other options or another first seed. "
-                    "Choose another name for it, or another --output."
+                    f"{self.folder} holds results of a method {name!r} with other options, another first seed, or "
+                    "from a plug-in or data file that has been edited since. Choose another name for the method, or "
+                    "another --output."
                 )
+        return {_key(line): line for line in lines}
 
-    def _read(self) -> None:
-        for line in read_lines(self.path):
-            if line["fingerprint"] == self._fingerprints.get(line["method"], line["fingerprint"]):
-                self._lines[line["key"]] = line
-        self._lines = {key: line for key, line in self._lines.items() if "error" not in line}
-
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
+    def _note(self, command: str) -> None:
+        path = self.folder / "command.txt"
+        before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if command not in before:
+            write_text(path, "\n".join([*before, command, ""]))
 
 
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+def read_lines(path: Path) -> Iterable[Line]:
     """The runs in a file; a last line that a killed benchmark left unfinished is left out.
 
     Raises:
@@ -143,7 +167,7 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
                 ) from error
 
 
-def read_results(folder: Path) -> tuple[Suite, list[dict[str, Any]]]:
+def read_results(folder: Path) -> tuple[Suite, list[Line]]:
     """A benchmark's suite and all of its runs, failed ones too; nothing is changed.
 
     Raises:
@@ -153,8 +177,19 @@ def read_results(folder: Path) -> tuple[Suite, list[dict[str, Any]]]:
     if not stored.is_file():
         raise ConfigError(f"The folder must be that of a benchmark, but {folder} holds no suite.yaml.")
     suite = make_suite((str(stored), read_yaml(stored)))
+    latest = {_key(line): line for line in read_lines(folder / "results.jsonl")}
+    return suite, _in_order(suite, latest.values())
+
+
+def _in_order(suite: Suite, lines: Iterable[Line]) -> list[Line]:
     order = {entry.name: number for number, entry in enumerate(suite.entries)}
-    latest = {line["key"]: line for line in read_lines(folder / "results.jsonl") if line["method"] in order}
-    return suite, sorted(
-        latest.values(), key=lambda line: (order[line["method"]], line["stage"], line["seed"])
-    )
+    known = [line for line in lines if line["method"] in order]
+    return sorted(known, key=lambda line: (order[line["method"]], line["stage"], line["seed"]))
+
+
+def _key(line: Line) -> _Key:
+    return line["key"], line["learning_rate"]
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

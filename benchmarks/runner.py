@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Lock
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from layersample.errors import ConfigError
 
-from .rates import best_rate, find_rates, read_losses
+from .rates import choose_rate, find_rates, read_losses
 from .results import Results
 from .suite import Job, Suite
 
@@ -65,7 +66,13 @@ def run_suite(
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, but got {jobs}.")
     suite.check()
-    results = Results(folder, suite).open(command)
+    suite.check_data()
+    with closing(Results(folder, suite).open(command)) as results:
+        _run_all(suite, results, jobs, progress)
+    return results
+
+
+def _run_all(suite: Suite, results: Results, jobs: int, progress: BenchmarkProgress | None) -> None:
     pool = _Pool(results, suite.threads or max(1, _cores() // jobs), jobs, progress)
     searches = _searches(suite, results)
     if progress is not None:
@@ -79,7 +86,6 @@ def run_suite(
         if progress is not None:
             progress.more(len(searches))
     pool.run(job for seed in _finals(suite, results) for job in seed)
-    return results
 
 
 def _searches(suite: Suite, results: Results) -> list[Job]:
@@ -97,8 +103,7 @@ def _finals(suite: Suite, results: Results) -> Iterable[tuple[Job, ...]]:
     """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""
     chosen, lines = [], results.lines()
     for entry in suite.entries:
-        rates = suite.rates(entry)
-        rate = rates[0] if len(rates) == 1 else best_rate(read_losses(lines, entry.name))
+        rate = choose_rate(suite.rates(entry), read_losses(lines, entry.name))
         if rate is not None:
             chosen.append(suite.final_jobs(entry, rate))
     return zip(*chosen, strict=True)

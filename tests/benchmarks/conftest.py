@@ -58,7 +58,7 @@ def made_up() -> Callable[..., dict[str, Any]]:
                 "process": int(2**30 * loss),
                 "gradients": 20,
                 "optimizer_state": 40,
-                "tensors": {"total": 200, "at_peak": kinds, "largest": kinds},
+                "tensors": {"total": int(200 * loss), "at_peak": kinds, "largest": kinds},
             },
             "seconds": {"cpu": phases, "wall": phases, "before_training": {"cpu": 0.0, "wall": 0.0}},
             "tokens_per_second": 100.0,

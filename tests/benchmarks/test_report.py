@@ -117,7 +117,10 @@ def test_words_follow_the_numbers(page: Page) -> None:
 
 
 def test_failures_rates_and_costs_are_rows(page: Page) -> None:
-    assert page.tables["failures"][1] == ["owlore", "NonFiniteLossError: the loss is <nan> | at step 3"]
+    assert page.tables["failures"][1] == [
+        "search/owlore/rate-0.001",
+        "NonFiniteLossError: the loss is <nan> | at step 3",
+    ]
     rates = {row[0]: row[1:] for row in page.tables["rates"][1:]}
     assert rates["lisa"] == ["0.001: 1.001; 0.01: 1.010", "0.001"]
     assert rates["owlore"] == ["0.001: failed; 0.01: failed", "none"]

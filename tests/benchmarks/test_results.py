@@ -25,6 +25,7 @@ def test_what_is_added_is_there_again(suite: Suite, tmp_path: Path, made_up: Cal
     results = Results(tmp_path / "r", suite).open("layersample benchmark")
     results.add(job(suite), made_up(job(suite), 1.5))
     results.add(job(suite, seed=1), {"error": "out of memory"})
+    results.close()
     again = Results(tmp_path / "r", suite).open()
     stored = again.get(job(suite))
     assert stored is not None and stored["loss"]["held_out"][-1] == 1.5
@@ -40,6 +41,7 @@ def test_a_line_that_was_cut_off_is_left_out(
     results.add(job(suite), made_up(job(suite), 1.5))
     with open(results.path, "a") as file:
         file.write('{"key": "final/lisa/se')
+    results.close()
     assert [line["key"] for line in read_results(tmp_path)[1]] == ["final/lisa/seed-0"]
     again = Results(tmp_path, suite).open()
     again.add(job(suite, seed=1), made_up(job(suite), 1.6))
@@ -53,10 +55,15 @@ def test_a_damaged_line_is_named(suite: Suite, tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_another_suite_is_refused_and_more_rows_and_seeds_are_not(suite: Suite, tmp_path: Path) -> None:
-    Results(tmp_path, suite).open()
+def test_another_suite_is_refused_and_more_rows_and_seeds_are_not(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    first = Results(tmp_path, suite).open()
+    first.add(job(suite), made_up(job(suite), 1.5))
+    first.close()
+    before = first.path.read_text()
     more = suite.model_copy(update={"methods": ["lisa", "lora", "full"], "seeds": [0, 1, 2, 3]})
-    Results(tmp_path, more).open()
+    Results(tmp_path, more).open().close()
     other = suite.model_copy(update={"steps": 7})
     with pytest.raises(
         ConfigError, match="results of another suite: its steps is 60, but 7 is asked for now"
@@ -64,7 +71,50 @@ def test_another_suite_is_refused_and_more_rows_and_seeds_are_not(suite: Suite, 
         Results(tmp_path, other).open()
     renamed = Suite(methods=[{"name": "lisa", "options": {"period": 9}}], learning_rates=[1e-3])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="a method 'lisa' with other options"):
-        Results(tmp_path, renamed).open()
+        Results(tmp_path, renamed).open().close()
+    assert first.path.read_text() == before, "hours of runs aren't dropped for a changed option"
+
+
+def test_rows_of_before_stay_in_the_folder_and_its_report(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    """One row can be run alone, with a baseline that is there already."""
+    first = Results(tmp_path, suite).open("the first command")
+    first.add(job(suite), made_up(job(suite), 1.5))
+    first.close()
+    alone = suite.model_copy(update={"methods": ["full"], "baseline": "lora"})
+    for _ in range(2):
+        results = Results(tmp_path, alone).open("the second command")
+        assert results.lines() == [], "only what is asked for is run"
+        results.close()
+    whole, lines = read_results(tmp_path)
+    assert [entry.name for entry in whole.entries] == ["lisa", "lora", "full"]
+    assert (whole.reference, [line["method"] for line in lines]) == ("lora", ["lisa"])
+    assert (tmp_path / "command.txt").read_text() == "the first command\nthe second command\n"
+    with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'loora'"):
+        Results(tmp_path, suite.model_copy(update={"baseline": "loora"})).open()
+
+
+def test_final_runs_of_two_rates_are_both_kept(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    results = Results(tmp_path, suite).open()
+    jobs = [suite.final_jobs(suite.entries[0], rate)[0] for rate in (1e-3, 1e-2)]
+    for number, one in enumerate(jobs):
+        results.add(one, made_up(one, float(number + 1)))
+    results.close()
+    again = Results(tmp_path, suite).open()
+    stored = [again.get(one) for one in jobs]
+    assert [line["loss"]["held_out"][-1] for line in stored if line] == [1.0, 2.0]
+    again.close()
+
+
+def test_two_benchmarks_in_one_folder(suite: Suite, tmp_path: Path) -> None:
+    first = Results(tmp_path, suite).open()
+    with pytest.raises(ConfigError, match="Another benchmark writes into"):
+        Results(tmp_path, suite).open()
+    first.close()
+    Results(tmp_path, suite).open().close()
 
 
 def test_a_folder_of_something_else(suite: Suite, tmp_path: Path) -> None:

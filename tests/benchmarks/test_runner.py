@@ -17,6 +17,7 @@ import pytest
 
 from layersample import ConfigError
 from layersample_benchmarks import runner
+from layersample_benchmarks.analysis import analyze
 from layersample_benchmarks.results import read_results
 from layersample_benchmarks.runner import run_suite
 from layersample_benchmarks.suite import Job, Suite
@@ -280,6 +281,6 @@ def test_a_final_run_of_a_rate_that_is_no_longer_the_best_is_run_again(
     started = in_place(lambda job: made_up(job, 1 / job.learning_rate))
     results = run_suite(suite(methods=["lisa"], search_extensions=1), tmp_path)
     assert started == ["search/lisa/rate-0.1", "final/lisa/seed-0", "final/lisa/seed-1"]
-    stored = read_results(tmp_path)[1]
-    assert [line["learning_rate"] for line in stored if line["stage"] == "final"] == [0.1, 0.1]
-    assert len(results.lines()) == 5
+    shown = analyze(*read_results(tmp_path)).rows[0]
+    assert [run["learning_rate"] for run in shown.runs] == [0.1, 0.1]
+    assert len(results.lines()) == 7, "those of the other rate are kept"
