@@ -120,7 +120,9 @@ def sample_layers(model: nn.Module, config: TrainConfig) -> Prepared:
     # The Trainer takes seconds to import, which listing the methods need not spend.
     from layersample.finetune import scheduler_arguments
     from layersample.integrations.transformers import LayerSamplingCallback
+    from layersample.planner import apply_budget
 
+    config = apply_budget(config)
     return Prepared(model, sampling=LayerSamplingCallback(config.sampler, **scheduler_arguments(config)))
 
 

@@ -29,7 +29,7 @@ class TimedTrainer(CheckedTrainer):
         problems: What the trained model is to answer.
 
     Attributes:
-        tokens: Of the batch, without padding.
+        tokens: Of the step's batches, without padding.
     """
 
     def __init__(self, *, clock: PhaseClock, problems: list[dict[str, Any]], **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class TimedTrainer(CheckedTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Time the forward pass of training."""
         if model.training:
-            self.tokens = int(inputs["attention_mask"].sum())
+            self.tokens += int(inputs["attention_mask"].sum())
         # What an evaluation takes is forgotten at the next step's beginning.
         with self.clock.phase("forward" if model.training else "evaluation"):
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -50,7 +50,10 @@ class TimedTrainer(CheckedTrainer):
         """Time both passes."""
         # Forward has a clock of its own, inside of this one.
         with self.clock.phase("forward_backward"):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the last batch of a step: clipping comes next
+            self.clock.start("optimizer")
+        return loss
 
 
 class Recorder(TrainerCallback):
@@ -68,7 +71,6 @@ class Recorder(TrainerCallback):
         steps: What was measured of each step that has ended.
         peaks: Of all live tensors, in the traced steps.
         preparation: CPU and wall seconds of what the sampler measured before the first step.
-        peak_process: Most bytes of the process in a step.
         on_step: Told of each step that has ended.
     """
 
@@ -85,7 +87,6 @@ class Recorder(TrainerCallback):
         self.steps: list[dict[str, Any]] = []
         self.peaks: list[PeakBytes] = []
         self.preparation: Mapping[str, float] = {}
-        self.peak_process = 0
         self.trainer: TimedTrainer | None = None
         self._layers = layers
         self._tensors = optimizer_tensors
@@ -94,6 +95,11 @@ class Recorder(TrainerCallback):
         self._trace_every = trace_every
         self._live: LiveBytes | None = None
         self._record: dict[str, Any] = {}
+
+    @property
+    def quiet(self) -> list[dict[str, Any]]:
+        """Steps whose time and memory are the method's own: not traced, nor the first, which sets kernels up."""
+        return [step for step in self.steps[1:] if "traced" not in step] or self.steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +119,9 @@ class Recorder(TrainerCallback):
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "inclusion": scheduler.inclusion_probabilities if scheduler else None,
         }
-        reset_peak_process_bytes()
+        assert self.trainer is not None
+        self.trainer.tokens = 0
+        reset_peaks()
         # The last step as well: state that is kept has grown until then.
         if self._trace_every and (step % self._trace_every == 0 or step == state.max_steps):
             self._live = LiveBytes(model).start(self._tensors())
@@ -124,24 +132,23 @@ class Recorder(TrainerCallback):
         """Count the gradients while they are all there."""
         grads = (p.grad for p in kwargs["model"].parameters())
         self._record["gradient_bytes"] = count_bytes(grad for grad in grads if grad is not None)
-        self._clock.start("optimizer")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the optimizer's bytes when it has stepped."""
-        self._clock.stop("optimizer")
         self._record["optimizer_bytes"] = count_bytes(self._tensors())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End a step."""
+        """End a step: gradients are clipped, used and freed."""
+        self._clock.stop("optimizer")
         if self._live is not None:
             self.peaks.append(self._live.stop(self._tensors()))
             self._live = None
             self._record["traced"] = True
-        self.peak_process = max(self.peak_process, peak_process_bytes())
+        self._record |= {"process_bytes": peak_process_bytes(), "device_bytes": peak_device_bytes()}
 
     def on_log(
         self,
@@ -204,12 +211,14 @@ def put_around(trainer: Trainer, sampling: TrainerCallback | None, clock: PhaseC
     callbacks.insert(place, Mark(clock, first=True))
 
 
-def reset_peak_process_bytes() -> None:
-    """Let the operating system count the most bytes of this process anew, where it can (Linux)."""
+def reset_peaks() -> None:
+    """Count the most bytes of this process (on Linux) and of the GPU anew."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass  # then the peak is that of the whole process, loading included
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes(recorder: Recorder) -> dict[str, Any]:
@@ -219,9 +228,10 @@ def peak_bytes(recorder: Recorder) -> dict[str, Any]:
         peak = max(recorder.peaks, key=lambda p: p.total)
         largest = {kind: max(p.largest[kind] for p in recorder.peaks) for kind in KINDS}
         tensors = {"total": peak.total, "at_peak": peak.at_peak, "largest": largest}
+    on_device = [step["device_bytes"] for step in recorder.quiet]
     return {
-        "process": recorder.peak_process,
-        "device": peak_device_bytes(),
+        "process": max(step["process_bytes"] for step in recorder.quiet),
+        "device": None if None in on_device else max(on_device),
         "gradients": max(step["gradient_bytes"] for step in recorder.steps),
         "optimizer_state": max(step["optimizer_bytes"] for step in recorder.steps),
         "tensors": tensors,

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from layersample.errors import ConfigError
 
-from .tasks import Task
+from .tasks import Task, right_answers
 
 _BATCH = 16
 
@@ -66,28 +66,15 @@ def share_right(
         ConfigError: If the data has no prompts and completions, or a right answer can't be read.
     """
     problems = list(rows)
-    if not all(isinstance(row.get("prompt"), str) for row in problems):
-        raise ConfigError('Answers can be judged only in data with "prompt" and "completion" as text.')
+    right = right_answers(task, problems)
     prompts = [row["prompt"] for row in problems]
-    if task.choices:
-        given: Sequence[str | None] = _choose(model, tokenizer, task.choices, prompts)
-        right = [row["completion"] for row in problems]
+    given: Sequence[str | None]
+    if task.read_answer is None:
+        given = _choose(model, tokenizer, task.choices, prompts)
     else:
-        assert task.read_answer is not None
         given = [task.read_answer(text) for text in _generate(model, tokenizer, prompts, max_new_tokens)]
-        right = [_right_answer(task, row) for row in problems]
     hits: int = sum(g is not None and g == r for g, r in zip(given, right, strict=True))
     return hits / len(problems)
-
-
-def _right_answer(task: Task, row: dict[str, Any]) -> str:
-    assert task.read_answer is not None
-    answer = task.read_answer(row["completion"])
-    if answer is None:
-        raise ConfigError(
-            f"Every completion must hold an answer behind its marker, but one ends in {row['completion'][-60:]!r}."
-        )
-    return answer
 
 
 def _generate(
@@ -131,10 +118,11 @@ def _batches(
     try:
         with torch.no_grad():
             for i in range(0, len(prompts), _BATCH):
-                batch = tokenizer(
-                    prompts[i : i + _BATCH], return_tensors="pt", padding=True, add_special_tokens=False
-                )
-                yield {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+                # With the special tokens that stand before text, as in training, but none that end it.
+                batch = tokenizer(prompts[i : i + _BATCH], return_tensors="pt", padding=True)
+                given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+                ended = bool((given["input_ids"][:, -1] == tokenizer.eos_token_id).all())
+                yield {key: ids[:, :-1] for key, ids in given.items()} if ended else given
     finally:
         tokenizer.padding_side = before
         model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config, merge_sources, packaged_yaml
+from layersample.data import load_data
 from layersample.errors import ConfigError, unknown
-from layersample.registry import PROJECTIONS, create_sampler, load_plugin
+from layersample.registry import PLUGIN_PREFIX, PROJECTIONS, create_sampler, list_samplers, load_plugin
 
 from .methods import Method, default_methods, get_method
-from .tasks import get_task
+from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
 _USUAL_BASELINE = "full"
@@ -28,6 +30,12 @@ Stage = Literal["search", "final"]
 MAY_CHANGE = {
     *("methods", "seeds", "learning_rates", "search_extensions"),
     *("baseline", "confidence", "plugin"),
+}
+
+# What of the Trainer's own arguments the suite sets, or what is measured needs.
+_TRAINER_SET_HERE = {
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "max_length"),
+    *("seed", "data_seed", "logging_steps", "logging_strategy", "logging_first_step"),
 }
 
 # What the benchmark sets itself, so that every method has the same.
@@ -66,6 +74,11 @@ class MethodEntry(BaseModel):
     def definition(self) -> Method:
         """The method behind the row."""
         return get_method(self.method or self.name)
+
+
+def _entry(name: str) -> MethodEntry:
+    get_method(name)  # says what is wrong with a name better than the pattern of names does
+    return MethodEntry(name=name)
 
 
 class Suite(BaseModel):
@@ -115,7 +128,7 @@ class Suite(BaseModel):
         rows: list[MethodEntry] = []
         for method in self.methods:
             names = default_methods() if method == ALL else [method]
-            rows += [MethodEntry(name=name) if isinstance(name, str) else name for name in names]
+            rows += [_entry(name) if isinstance(name, str) else name for name in names]
         return rows
 
     @property
@@ -167,20 +180,54 @@ class Suite(BaseModel):
                 raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
         if min(self.seeds) < 0:
             raise ConfigError(f"seeds must be at least 0, but got {min(self.seeds)}.")
-        if self.baseline not in (None, *names):
-            raise ConfigError(f"baseline: {unknown('method of this suite', str(self.baseline), names)}")
         for entry in self.entries:
             entry.definition.check_installed()
             for options in (self.options, entry.options):
-                if taken := sorted(_SET_HERE & options.keys()):
+                taken = _SET_HERE & options.keys()
+                taken |= _TRAINER_SET_HERE & dict(options.get("trainer") or {}).keys()
+                if taken:
                     raise ConfigError(
-                        f"options of {entry.name!r} must leave out {', '.join(taken)}, which the suite sets for "
-                        "every method alike."
+                        f"options of {entry.name!r} must leave out {', '.join(sorted(taken))}, which the suite sets "
+                        "for every method alike."
                     )
-            for rate in self.rates(entry):
+            rates = self.rates(entry)
+            if len(set(rates)) < len(rates) or (len(rates) > 1 and min(rates) <= 0):
+                raise ConfigError(
+                    f"learning_rates must all be different and, where there are several, above 0, but those of "
+                    f"{entry.name!r} are {', '.join(map(str, rates))}."
+                )
+            for rate in rates:
                 config = self.config(self.search_job(entry, rate))
             create_sampler(config.sampler, config.sampler_options)
             PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+
+    def check_baseline(self) -> None:
+        """Make sure that the others can be compared with the baseline.
+
+        Raises:
+            ConfigError: If no row has its name.
+        """
+        names = [entry.name for entry in self.entries]
+        if self.baseline not in (None, *names):
+            raise ConfigError(f"baseline: {unknown('method of this suite', str(self.baseline), names)}")
+
+    def check_data(self) -> None:
+        """Read the data once, so that what can't be used is found before any work.
+
+        Raises:
+            ConfigError: If the data or other text can't be read, is too small, or its answers can't be judged.
+        """
+        task = get_task(self.task, self.answer_marker)
+        parts = split(
+            task, validation_size=self.validation_size, test_size=self.test_size, train_size=1, seed=0
+        )
+        if task.has_answers:
+            right_answers(task, self.problems(parts))
+        load_data(self.other_text)
+
+    def problems(self, parts: Splits) -> list[dict[str, Any]]:
+        """The test problems that are answered in full."""
+        return list(parts.test.select(range(min(self.answers, len(parts.test)))))
 
     def search_job(self, entry: MethodEntry, learning_rate: float) -> Job:
         """The run that tries a learning rate of a method, with the first seed."""
@@ -262,10 +309,22 @@ def _suites() -> dict[str, str]:
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
 
-    A stored run with another one isn't used.
+    The content of a data file and of the plug-in that a method comes from counts, that of a model's folder doesn't.
     """
     common = suite.model_dump(mode="json", exclude=MAY_CHANGE)
     definition = entry.definition
     own = {"method": definition.name, "options": {**definition.options, **entry.options}}
-    text = json.dumps([common, own, suite.seeds[0]], sort_keys=True, default=str)
+    files = [
+        path for path in (Path(suite.task), _plugin_of(definition)) if path is not None and path.is_file()
+    ]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    text = json.dumps([common, own, suite.seeds[0], *digests], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plugin_of(method: Method) -> Path | None:
+    """The file of a user's that a method, or its sampler, comes from."""
+    sampler = list_samplers().get(str(method.options.get("sampler")))
+    names = {method.prepare.__module__, getattr(sampler, "__module__", "")}
+    plugins = [sys.modules[name] for name in names if name.startswith(PLUGIN_PREFIX)]
+    return Path(str(plugins[0].__file__)) if plugins else None

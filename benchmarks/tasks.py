@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layersample.builtin_data import BUILTIN
 from layersample.data import load_split
@@ -82,6 +82,33 @@ def get_task(name: str, answer_marker: str | None = None) -> Task:
         return Task(name, name)
     reader = None if answer_marker is None else partial(after_marker, marker=answer_marker)
     return Task(name.rpartition("/")[2], name, reader)
+
+
+def right_answers(task: Task, problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The right answer of each problem; for a task that is a choice, its completion.
+
+    Args:
+        task: Says how an answer is read, or what there is to choose from.
+        problems: With ``prompt`` and ``completion``, both text.
+
+    Raises:
+        ConfigError: If a problem is of another form, or its answer can't be read.
+    """
+    answers = []
+    for problem in problems:
+        if not isinstance(problem.get("prompt"), str) or not isinstance(problem.get("completion"), str):
+            raise ConfigError(
+                'Answers can be judged only in data with "prompt" and "completion" as text, but got '
+                f"{', '.join(problem)}. Leave out answer_marker to measure the loss alone."
+            )
+        completion = problem["completion"]
+        answer = completion if task.read_answer is None else task.read_answer(completion)
+        if answer is None:
+            raise ConfigError(
+                f"Every completion must hold an answer behind its marker, but one ends in {completion[-60:]!r}."
+            )
+        answers.append(answer)
+    return answers
 
 
 def split(task: Task, *, validation_size: int, test_size: int, train_size: int, seed: int) -> Splits:

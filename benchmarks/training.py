@@ -21,8 +21,10 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from layersample.config import check_length
 from layersample.data import load_data
 from layersample.environment import environment
+from layersample.errors import ConfigError
 from layersample.finetune import training_arguments
 from layersample.layers import find_layers
 from layersample.memory import optimizer_tensors
@@ -62,11 +64,16 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
+    check_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them
     torch.manual_seed(job.seed)  # adapters begin at random
     prepared = method.prepare(model, config)
+    if config.budget is not None and prepared.sampling is None:
+        raise ConfigError(
+            f"The option budget is for methods that sample layers, which {job.row!r} doesn't: give it to those rows."
+        )
     with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
         arguments = training_arguments(config, Path(scratch))
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
@@ -141,7 +148,7 @@ def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str
         "train": parts.train,
         "held_out": parts.validation if job.stage == "search" else parts.test,
         "other": other.select(range(min(suite.other_size, len(other)))),
-        "problems": list(parts.test.select(range(min(suite.answers, len(parts.test))))),
+        "problems": suite.problems(parts),
     }
 
 
@@ -204,8 +211,8 @@ def git_revision() -> str | None:
 
 
 def _times(recorder: Recorder) -> dict[str, Any]:
-    """Means over the steps that weren't traced; without the first one, in which kernels are set up."""
-    quiet = [step for step in recorder.steps[1:] if "traced" not in step] or recorder.steps
+    """Means over the quiet steps."""
+    quiet = recorder.quiet
     seconds = {
         kind: {phase: _mean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
         for kind in ("cpu", "wall")

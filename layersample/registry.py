@@ -23,6 +23,7 @@ from layersample.sampler import LayerSampler
 
 _Kind = TypeVar("_Kind")
 _Class = TypeVar("_Class", bound=type[Any])
+PLUGIN_PREFIX = "layersample_plugin_"  # of the names under which users' files are imported
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def load_plugin(path: str | Path) -> ModuleType:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"The plug-in file must exist, but there is no file {str(path)!r}.")
-    name = f"layersample_plugin_{path.stem}"
+    name = f"{PLUGIN_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"A plug-in must be a Python file (.py), but got {str(path)!r}.")

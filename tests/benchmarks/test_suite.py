@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.Monk
     ("change", "message"),
     [
         ({"methods": ["lisa", "liza"]}, "Unknown method 'liza'"),
-        ({"baseline": "loora"}, "baseline: Unknown method of this suite 'loora'. Did you mean 'lora'"),
+        ({"methods": ["lisa owlore"]}, "Unknown method 'lisa owlore'"),
+        ({"learning_rates": [1e-3, 1e-3]}, "must all be different .* 'lora' are 0.001, 0.001"),
+        ({"learning_rates": [0, 1e-3]}, "where there are several, above 0"),
+        ({"options": {"trainer": {"logging_steps": 10}}}, "must leave out logging_steps"),
+        ({"options": {"trainer": {"learning_rate": 5.0}}}, "must leave out learning_rate"),
         ({"seeds": [0, 3, 3]}, "seeds must all be different, but 3 comes twice"),
         ({"seeds": [-1]}, "seeds must be at least 0, but got -1"),
         ({"methods": ["lora", "lisa", "lora"]}, "methods must all be different, but lora comes twice"),
@@ -61,6 +66,30 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
 def test_bad_keys_name_their_source(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_suite(("default", {"steps": 4}), ("suite.yaml", change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "typo.jsonl"}, "typo.jsonl"),
+        ({"other_text": "nonsense"}, "nonsense"),
+        ({"test_size": 10**6}, "Lower validation_size or test_size"),
+        ({"answer_marker": "####", "answers": 4}, "Every completion must hold an answer behind its marker"),
+    ],
+)
+def test_data_is_read_before_any_work(
+    make_tiny: Callable[..., Suite], change: dict[str, Any], message: str
+) -> None:
+    make_tiny(["lisa"]).check_data()
+    with pytest.raises(ConfigError, match=message):
+        make_tiny(["lisa"], **change).check_data()
+
+
+def test_a_baseline_that_is_no_row() -> None:
+    with pytest.raises(
+        ConfigError, match="baseline: Unknown method of this suite 'loora'. Did you mean 'lora'"
+    ):
+        Suite(methods=["lora", "lisa"], baseline="loora").check_baseline()
 
 
 def test_rates_of_a_method() -> None:
@@ -107,4 +136,10 @@ def test_a_plugin_brings_methods(tmp_path: Path) -> None:
         "    def sample(self, context):\n"
         "        return [0]\n"
     )
-    Suite(methods=["lisa", "mine"], plugin=path).check()
+    suite = Suite(methods=["lisa", "mine"], plugin=path)
+    suite.check()
+    before = [fingerprint(suite, entry) for entry in suite.entries]
+    path.write_text(path.read_text().replace("[0]", "[1]"))
+    after = [fingerprint(suite, entry) for entry in suite.entries]
+    assert before[0] == after[0], "lisa is as it was"
+    assert before[1] != after[1], "results of the edited sampler can't be taken for those of before"

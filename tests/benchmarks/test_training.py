@@ -101,6 +101,28 @@ def test_peak_bytes_are_those_of_the_arithmetic(make_tiny: Callable[..., Suite])
         assert largest["weights"] == 4 * (ALL + 2 * 4)
 
 
+def test_a_budget_is_kept_by_rows_that_sample_and_refused_by_the_others(
+    make_tiny: Callable[..., Suite],
+) -> None:
+    suite = make_tiny(["cyclic", "lora"], options={"budget": "0.5", "embeddings": "freeze", "head": "freeze"})
+    sampled = run(suite)
+    assert 2 * LAYER <= sampled["trainable_parameters"] <= ALL / 2, "two layers and the norm, not three"
+    with pytest.raises(ConfigError, match="budget is for methods that sample layers, which 'lora' doesn't"):
+        run(suite, row=1)
+
+
+def test_tokens_of_all_batches_of_a_step_count(make_tiny: Callable[..., Suite]) -> None:
+    """Half a batch twice is as many tokens as one batch."""
+
+    def tokens(accumulation: int, size: int) -> list[int]:
+        kept: list[int] = []
+        suite = make_tiny(["lisa"], batch_size=size, options={"gradient_accumulation": accumulation})
+        run_job(suite, Job("lisa", "final", 0, 1e-2, 4), lambda step: kept.append(step["tokens"]))
+        return kept
+
+    assert tokens(1, 4) == tokens(2, 2) and min(tokens(1, 4)) > 0
+
+
 def seen(measured: dict[str, Any]) -> set[int]:
     return {index for _, _, active in measured["active"] for index in active}
 
