@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 
 _BLOCK = 8192  # rows of the vocabulary
@@ -77,10 +77,7 @@ def chunked_cross_entropy(
     References:
         Gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
     """
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-    if isinstance(bias, DTensor):
-        bias = bias.full_tensor()
+    weight, bias = _gather(weight), None if bias is None else _gather(bias)
     hidden, targets = _labelled(hidden, targets.to(hidden.device), ignore_index)
     if num_items is None:
         num_items = len(targets)
@@ -95,6 +92,13 @@ def chunked_cross_entropy(
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """The label of each position: the next token; the last position has none."""
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """A tensor as it is; of a shard, the whole, whose gradient is the mean over ranks, as FSDP's own is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def _labelled(hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

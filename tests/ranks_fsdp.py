@@ -22,6 +22,7 @@ from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from layersample import (
+    ChunkedLoss,
     ConfigError,
     LayerSamplingCallback,
     LayerScheduler,
@@ -89,6 +90,21 @@ def check_exact(folder: Path) -> None:
     ):
         run(each).close()
         assert_close(each, reference)
+
+
+def check_the_chunked_loss(folder: Path) -> None:
+    """With the head in the root's unit, and in one of its own, whose weight is a shard again when it is used."""
+    whole = make_llama(NUM_LAYERS, dtype=torch.float64)
+    ChunkedLoss(whole, chunk_size=5)
+    reference = alone(model=whole)
+    for unit in (False, True):
+        model = make_llama(NUM_LAYERS, dtype=torch.float64)
+        if unit:
+            fully_shard(model.lm_head)
+        sharded(model)
+        with ChunkedLoss(model, chunk_size=5):
+            run(model).close()
+        assert_close(model, reference)
 
 
 def masked(model: nn.Module, active: Sequence[Sequence[int]], period: int) -> None:
