@@ -50,7 +50,7 @@ class TimedTrainer(CheckedTrainer):
         """Time both passes."""
         # Forward has a clock of its own, inside of this one.
         with self.clock.phase("forward_backward"):
-            loss = super().training_step(*args, **kwargs)
+            loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.accelerator.sync_gradients:  # the last batch of a step: clipping comes next
             self.clock.start("optimizer")
         return loss

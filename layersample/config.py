@@ -66,6 +66,7 @@ class SamplingOptions(_Options):
     num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
     budget: str | None = Field(
         None,
+        coerce_numbers_to_str=True,  # YAML reads 0.05 as a number
         description="In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
         "parameters that may train at a time (0.05).",
     )

@@ -48,8 +48,9 @@ def layer_costs(model: nn.Module, units: Units) -> LayerCosts:
     parameters = dict(model.named_parameters())
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     own = [[parameters[name] for name in unit.parameters] for unit in units.sampled]
-    # A lookup multiplies nothing; a tied head multiplies, and backward passes it for any layer.
-    products = [sum(p.numel() for p in unit if p.dim() > 1 and p not in embeddings) for unit in own]
+    # A norm's weights multiply too, and a unit may hold no others. A lookup multiplies nothing; a tied head
+    # multiplies, and backward passes it for any layer.
+    products = [sum(p.numel() for p in unit if p not in embeddings) for unit in own]
     outputs = [sum(_outputs(p) for p in unit if p not in embeddings) for unit in own]
     first = next((i for i, unit in enumerate(own) if not embeddings.intersection(unit)), 0)
     always = [name for group in units.always for name in group.parameters if units.trainable[name]]

@@ -18,6 +18,11 @@ from layersample.errors import ConfigError
 from layersample.layers import unwrap
 from layersample.sampler import LayerSampler
 
+NO_DATA_PARALLEL = (
+    "The model must not run in nn.DataParallel, because that runs copies of it, which what is attached to the model "
+    "itself doesn't reach: start a process for each GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0."
+)
+
 
 class Engine:
     """A model in one process, or in several that don't spread it: nothing to tell it but who agrees.
@@ -121,11 +126,13 @@ def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
         optimizer: Its optimizer, or a wrapper of one.
 
     Raises:
-        ConfigError: If layers can't be switched under it: DeepSpeed, or options of DistributedDataParallel or
-            FullyShardedDataParallel that forbid it.
+        ConfigError: If layers can't be switched under it: DeepSpeed, ``nn.DataParallel``, or options of
+            DistributedDataParallel or FullyShardedDataParallel that forbid it.
     """
     _refuse_deepspeed(model, optimizer)
     inner = unwrap(model)
+    if isinstance(inner, nn.DataParallel):
+        raise ConfigError(NO_DATA_PARALLEL)
     wrapper = _find_ddp(model)
     if wrapper is not None:
         from layersample.ddp import DDPEngine  # it is an Engine itself

@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -204,15 +205,16 @@ class CheckedTrainer(SFTTrainer):
         self._chunks_loss = True
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The chunked loss in training, where it is on; else SFTTrainer's own."""
-        if self._chunks_loss and model.training:
-            # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
-            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        """The chunked loss in training, where it is on; else SFTTrainer's own.
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Stop at a loss that is no number, before the optimizer steps."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        Raises:
+            NonFiniteLossError: In training, if the loss is no number; before backward, which may already step.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
+        compute = partial(Trainer.compute_loss, self) if self._chunks_loss else super().compute_loss
+        loss: Any = compute(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             saved = find_last(Path(str(self.args.output_dir)))
             good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
@@ -266,7 +268,7 @@ def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
-    """The Trainer's arguments in a configuration.
+    """The Trainer's arguments in a configuration; it uses one GPU, however many there are.
 
     Args:
         config: The configuration.
@@ -305,9 +307,12 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        return SFTConfig(**{**arguments, **config.trainer, "output_dir": str(checkpoints)})
+        made = SFTConfig(**{**arguments, **config.trainer, "output_dir": str(checkpoints)})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The training options don't go together: {error}") from error
+    # Of several GPUs in one process the Trainer would make nn.DataParallel.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def _save_model(

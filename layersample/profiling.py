@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from layersample.costs import layer_costs
 from layersample.errors import ConfigError, some
 from layersample.layers import ModelLayers, find_layers, unwrap
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
 from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.scheduler import Batches
+from layersample.units import Units
 from layersample.weighted import WeightedSampler
 
 SamplerChoice = str | tuple[str, Mapping[str, Any]]
@@ -258,12 +260,16 @@ def _ask_all(
     samplers: Mapping[str, LayerSampler], measurement: Measurement, report: Progress, notes: list[str]
 ) -> dict[str, _Chances]:
     """By sampler, the probability and the inclusion probability of each layer."""
-    count = len(measurement.layers)
+    count, layers = len(measurement.layers), measurement.model_layers
+    # The default rules of a run: everything outside of the layers trains. A frozen model may be profiled too.
+    trainable = {name: parameter.requires_grad for name, parameter in measurement.model.named_parameters()}
+    units = Units(layers.layers, tuple(layers.groups.values()), trainable)
     context = SamplingContext(
         measurement.layers,
         measurement.num_active,
         statistics=LayerStatistics((0,) * count, (None,) * count),
-        allow_empty=any(group.parameters for group in measurement.model_layers.groups.values()),
+        allow_empty=any(group.parameters for group in layers.groups.values()),
+        costs=layer_costs(measurement.model, units),
     )
     chances: dict[str, _Chances] = {}
     for done, (label, sampler) in enumerate(samplers.items(), 1):

@@ -10,13 +10,12 @@ from typing import Any, Literal, get_args
 
 from layersample import ConfigError, Cost, MeasuredSampler, Measurement, register
 from layersample.draws import Draw
-from layersample.metrics import layer_metrics, outlier_ratios, random_hill
+from layersample.metrics import DEFAULT_THRESHOLDS, layer_metrics, outlier_ratios, random_hill
 
 logger = logging.getLogger(__name__)
 
 Metric = Literal["outlier", "alpha", "hill"]
 Baseline = Literal["module", "random"]
-THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
 
 
 @register("owlore")
@@ -84,14 +83,16 @@ class OwLore(MeasuredSampler):
         changed = [layer for layer in measurement.model_layers.layers if layer.name in measurement.changed]
         if not changed:
             return
+        # Weights that have trained are never met again: only the first measurement is worth keeping on disk.
+        cache = not self.scores
         some = replace(measurement, model_layers=replace(measurement.model_layers, layers=tuple(changed)))
         if self._metric == "outlier":
             self.scores.update(self._count_outliers(some))
         elif self._metric == "alpha":
-            exponents = layer_metrics(some.model, some.model_layers, ("alpha",)).by_layer("alpha")
-            self.scores.update({name: 1 / alpha for name, alpha in exponents.items()})
+            metrics = layer_metrics(some.model, some.model_layers, ("alpha",), cache=cache)
+            self.scores.update({name: 1 / alpha for name, alpha in metrics.by_layer("alpha").items()})
         else:
-            metrics = layer_metrics(some.model, some.model_layers, ("hill",))
+            metrics = layer_metrics(some.model, some.model_layers, ("hill",), cache=cache)
             for layer in changed:
                 self._hills[layer.name] = {
                     m.name.removeprefix(layer.name): m.values["hill"] / self._expected_hill(m.shape)
@@ -119,7 +120,7 @@ class OwLore(MeasuredSampler):
                 "The sampler 'owlore' counts outliers on calibration batches, but got none: give batches= to the "
                 "scheduler, or choose metric='alpha' or 'hill', which need no data."
             )
-        thresholds = sorted({*THRESHOLDS, self._threshold})
+        thresholds = sorted({*DEFAULT_THRESHOLDS, self._threshold})
         ratios = outlier_ratios(
             measurement.model,
             islice(measurement.batches(), self._num_batches),
@@ -132,7 +133,7 @@ class OwLore(MeasuredSampler):
 
     def _choose_threshold(self, ratios: Mapping[str, Mapping[float, float]], num_active: int) -> None:
         wanted = self._threshold
-        for threshold in [wanted, *(t for t in reversed(THRESHOLDS) if t < wanted)]:
+        for threshold in [wanted, *(t for t in reversed(DEFAULT_THRESHOLDS) if t < wanted)]:
             found = sum(by_threshold[threshold] > 0 for by_threshold in ratios.values())
             if found >= min(len(ratios), num_active + 1):
                 break

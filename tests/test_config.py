@@ -48,6 +48,11 @@ def test_yaml_comes_back_as_it_was(tmp_path: Path) -> None:
     assert make_config((str(path), read_yaml(path))) == config
 
 
+@pytest.mark.parametrize(("given", "stored"), [("2GiB", "2GiB"), (0.05, "0.05"), (1, "1"), (None, None)])
+def test_a_budget_may_be_a_number(given: Any, stored: str | None) -> None:
+    assert make_config(("run.yaml", {"budget": given})).budget == stored
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

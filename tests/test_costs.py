@@ -9,8 +9,7 @@ from helpers import make_batch, make_llama
 from layersample import ConfigError, LayerScheduler, SamplingContext, create_sampler, find_layers, layer_costs
 from layersample.units import arrange
 
-MATRICES = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32
-LAYER = MATRICES + 2 * 16
+LAYER = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16
 OUTPUTS = 16 * 2 + 8 * 2 + 32 * 2 + 16
 RULES: Any = {"embeddings": "freeze", "head": "freeze", "norm": "freeze", "other": "freeze"}
 
@@ -22,7 +21,7 @@ def costs_of(tie: bool = False, **rules: Any) -> Any:
 
 def test_a_layer_costs_its_weights_and_the_way_down_to_it() -> None:
     costs = costs_of()
-    assert costs.flops == tuple((4 - i) * MATRICES + MATRICES for i in range(4))
+    assert costs.flops == tuple((4 - i) * LAYER + LAYER for i in range(4))
     assert costs.trained_bytes == (3 * 4 * LAYER,) * 4
     assert costs.activation_bytes == tuple((4 - i) * 4 * OUTPUTS for i in range(4))
     assert costs.memory(10)[3] == 3 * 4 * LAYER + 10 * 4 * OUTPUTS
@@ -37,7 +36,20 @@ def test_where_the_embedding_trains_anyway_the_way_is_paid_for() -> None:
 def test_a_sampled_embedding_costs_the_whole_way(tie: bool) -> None:
     costs = costs_of(tie, embeddings="sample", head="sample")
     assert len(costs.flops) == 5 + (not tie)
-    assert costs.flops[0] >= 4 * MATRICES and costs.trained_bytes[0] == 3 * 4 * 260 * 16
+    assert costs.flops[0] >= 4 * LAYER and costs.trained_bytes[0] == 3 * 4 * 260 * 16
+
+
+def test_a_sampled_norm_costs_its_own_few_weights() -> None:
+    costs = costs_of(norm="sample")
+    assert costs.flops[3:] == (2 * LAYER + 16, 2 * 16)
+    model = make_llama()
+    options: Any = {"weights": "uniform", "cost": "flops"}
+    rules: Any = {**RULES, "norm": "sample"}
+    with LayerScheduler(
+        model, torch.optim.AdamW(model.parameters()), "prior", sampler_options=options, **rules
+    ) as scheduler:
+        inclusion = scheduler.inclusion_probabilities
+        assert inclusion is not None and sum(inclusion) == pytest.approx(2) and max(inclusion) == inclusion[4]
 
 
 def context(**more: Any) -> SamplingContext:

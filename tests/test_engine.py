@@ -53,6 +53,12 @@ def test_deepspeed_is_refused_without_importing_it(shown_by: str) -> None:
         LayerScheduler(model, optimizer, "lisa")
 
 
+def test_data_parallel_is_refused() -> None:
+    model = torch.nn.DataParallel(make_llama())
+    with pytest.raises(ConfigError, match="nn.DataParallel.*torchrun, or set CUDA_VISIBLE_DEVICES=0"):
+        LayerScheduler(model, optimizer_of(model), "lisa")
+
+
 def test_a_refused_model_is_left_as_it_was() -> None:
     model = make_llama()
     with pytest.raises(ConfigError):

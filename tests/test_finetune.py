@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from layersample import ConfigError
 from layersample.config import make_config
-from layersample.finetune import NonFiniteLossError, finetune
+from layersample.finetune import NonFiniteLossError, finetune, training_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
 
@@ -132,6 +132,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_in_backward_doesn_t_take_in_a_loss_that_is_no_number(
+    options: dict[str, Any], accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    compute_loss = Trainer.compute_loss
+    seen: list[tuple[torch.nn.Module, dict[str, torch.Tensor]]] = []  # at each forward of the third step
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        if not self.model.training or self.state.global_step != 2:
+            return loss
+        seen.append((self.model, {n: p.detach().clone() for n, p in self.model.named_parameters()}))
+        return loss * float("nan") if len(seen) == accumulation else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", poisoned)
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 3, .* before this step changes any"):
+        run(options, step_in_backward=True, clip=0.0, gradient_accumulation=accumulation)
+    model, before = seen[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,6 +181,14 @@ def test_several_processes_are_sent_to_the_example(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process.*distributed_sft.py"):
         run(options)
+
+
+def test_one_process_uses_one_gpu(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training_arguments(make_config(("test", options)), tmp_path).n_gpu == 1
 
 
 def test_examples_that_are_too_long_are_counted(options: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
-from layersample import ConfigError, LayerSamplingCallback
+from layersample import ConfigError, LayerSamplingCallback, StepInBackward
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -75,18 +75,15 @@ def test_all_layers_are_full_fine_tuning_to_the_bit(tmp_path: Path, optim: str, 
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
-def test_resumes_in_the_middle_of_a_period_to_the_bit(tmp_path: Path, state: Any, restore: bool) -> None:
+def test_resumes_in_the_middle_of_a_period_to_the_bit(tmp_path: Path, state: Any) -> None:
     def callback() -> LayerSamplingCallback:
         return LayerSamplingCallback("lisa", period=3, seed=3, state=state, check=True)
 
     arguments: dict[str, Any] = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4}
     whole = make_trainer(tmp_path / "whole", callback(), **arguments)
     whole.train()
-    part = make_trainer(
-        tmp_path / "part", callback(), restore_callback_states_from_checkpoint=restore, **arguments
-    )
+    part = make_trainer(tmp_path / "part", callback(), **arguments)
     part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert logged(part) == logged(whole)
     first, second = weights_of(whole.model), weights_of(part.model)
@@ -120,6 +117,41 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
     other = make_trainer(tmp_path, LayerSamplingCallback("lisa", num_active=2), **saving)
     with pytest.raises(ConfigError, match="num_active it was begun with: it was 1, but is 2 now"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("restore_callback_states_from_checkpoint", True, "must be False.*takes its own state"),
+        ("_n_gpu", 2, "nn.DataParallel.*torchrun"),
+        ("fp16", True, "can't look for overflows of fp16 before it steps.*fp16=False"),
+        ("max_grad_norm", 1.0, "no gradients to clip.*but got max_grad_norm=1.0"),
+    ],
+)
+def test_arguments_of_the_trainer_that_don_t_go_with_it(
+    tmp_path: Path, argument: str, value: Any, message: str, attach: bool
+) -> None:
+    callback = LayerSamplingCallback("lisa", step_in_backward=StepInBackward())
+    trainer = make_trainer(tmp_path, None if attach else callback, max_grad_norm=0.0)
+    setattr(trainer.args, argument, value)  # afterwards: here is no GPU
+    with pytest.raises(ConfigError, match=message):
+        if attach:
+            callback.attach(trainer)
+        trainer.train()
+
+
+def test_a_callback_that_the_trainer_has_made_anew_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, LayerSamplingCallback(Given((0, 2))), **saving).train()
+    again = make_trainer(
+        tmp_path,
+        LayerSamplingCallback(Given((0, 2))),
+        restore_callback_states_from_checkpoint=True,
+        **saving,
+    )
+    with pytest.raises(ConfigError, match="restore_callback_states_from_checkpoint must be False"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_made_without_sampling_goes_on_as_if_it_had_been_on(

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from layersample import (
     ConfigError,
     LayerSampler,
+    LayerScheduler,
     Measurement,
     SamplingContext,
     cli,
@@ -103,6 +104,19 @@ def test_probabilities_are_those_of_the_alphas_beside_them() -> None:
     assert [layer.probabilities[ALPHA] for layer in found.layers] == pytest.approx(expected)
     assert {layer.probabilities["lisa"] for layer in found.layers} == {0.25}
     assert {layer.inclusion["lisa"] for layer in found.layers} == {0.5}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_costs_are_those_of_a_run(frozen: bool) -> None:
+    model = make_llama()
+    model.get_input_embeddings().requires_grad_(not frozen)  # then the lower layers are dearer
+    options = {"weights": "uniform", "cost": "flops"}
+    found = profile(model, samplers=[("prior", options)], cache=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LayerScheduler(model, optimizer, "prior", sampler_options=options) as scheduler:
+        expected = scheduler.inclusion_probabilities
+    inclusion = [layer.inclusion["prior:weights=uniform,cost=flops"] for layer in found.layers]
+    assert inclusion == expected and (len(set(inclusion)) == 4) == frozen
 
 
 def test_sizes_count_each_parameter_once() -> None:

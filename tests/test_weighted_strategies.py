@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from layersample import ConfigError, LayerScheduler, Measurement, SamplingContext, create_sampler, find_layers
+from layersample.files import cache_folder
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios, random_hill
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
@@ -120,9 +121,9 @@ def test_only_layers_that_changed_are_measured_again(monkeypatch: pytest.MonkeyP
 
     seen: list[list[str]] = []
 
-    def watch(model: nn.Module, layers: Any, metrics: Any) -> Any:
+    def watch(model: nn.Module, layers: Any, metrics: Any, **options: Any) -> Any:
         seen.append([layer.name for layer in layers.layers])
-        return layer_metrics(model, layers, metrics)
+        return layer_metrics(model, layers, metrics, **options)
 
     monkeypatch.setattr(module, "layer_metrics", watch)
     model = make_llama()
@@ -139,6 +140,22 @@ def test_only_layers_that_changed_are_measured_again(monkeypatch: pytest.MonkeyP
         optimizer.zero_grad()
     assert len(seen) == 2 and len(seen[0]) == 4
     assert set(seen[1]) == active
+
+
+@pytest.mark.parametrize("metric", ["alpha", "hill"])
+def test_only_the_first_measurement_is_cached(metric: str) -> None:
+    model = make_llama()
+    sampler = create_sampler("owlore", {"metric": metric, "every": 1})
+    found = find_layers(model)
+    names = tuple(layer.name for layer in found.layers)
+    counts = []
+    for _ in range(2):
+        sampler.measure(Measurement(model, found, names, 2, names))
+        counts.append(len(list((cache_folder() / "metrics").iterdir())))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(torch.rand_like(parameter))
+    assert counts == [4 * 7, 4 * 7]  # the matrices of all layers, as they were at first
 
 
 def save_adapter(folder: Path, model: nn.Module, scale: float = 1.0, **options: Any) -> None:

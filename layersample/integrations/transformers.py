@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from layersample.distributed_checkpoint import optimizer_of
+from layersample.engine import NO_DATA_PARALLEL
 from layersample.errors import ConfigError
 from layersample.head import ChunkedLoss
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
@@ -60,7 +61,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
         projection_options: Options of a projection given by name.
         master_weights: Whether bf16 weights train on fp32 masters.
-        step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0.
+        step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0; not
+            with its ``fp16``.
         allow_changes: Whether a checkpoint of other arguments may be resumed.
         check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
@@ -69,7 +71,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         recompute: Keep fewer activations, exactly, see :class:`~layersample.SelectiveRecompute`.
 
     Raises:
-        ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does.
+        ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does; or if the Trainer has
+            arguments that don't go with layer sampling.
     """
 
     def __init__(
@@ -118,8 +121,6 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self._savers: list[ChunkedLoss | SelectiveRecompute] = []
         self._trainer: Trainer | None = None
         self.scheduler: LayerScheduler | None = None
-        # Set by the Trainer where restore_callback_states_from_checkpoint=True.
-        self.scheduler_state: dict[str, Any] | None = None
 
     def attach(self, trainer: Trainer) -> LayerSamplingCallback:
         """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
@@ -129,7 +130,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
         Args:
             trainer: The Trainer, before ``train()``; SFTTrainer and the like are Trainers.
+
+        Raises:
+            ConfigError: If the Trainer has arguments that don't go with layer sampling.
         """
+        self._check(trainer.args)
         if self in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(self)
         trainer.callback_handler.callbacks.insert(0, self)
@@ -151,12 +156,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the scheduler; take back its state from a checkpoint."""
+        self._check(args)
         arguments = dict(self._arguments)
-        if arguments["step_in_backward"] is not None and args.max_grad_norm:
-            raise ConfigError(
-                "A step in the backward pass leaves no gradients to clip: set the Trainer's max_grad_norm to 0, and "
-                f"StepInBackward(max_norm=...) in its place, but got max_grad_norm={args.max_grad_norm}."
-            )
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
         # The Trainer saves the state of callbacks only under keys that are there.
@@ -164,7 +165,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         exported = stored.setdefault(type(self).__name__, {})
         if isinstance(exported, list):
             exported = exported[-1] if exported else {}
-        saved = exported.get("attributes", {}).get("scheduler_state") or self.scheduler_state
+        saved = exported.get("attributes", {}).get("scheduler_state")
         self.scheduler = LayerScheduler(
             self._trainer.model_wrapped if self._trainer is not None else kwargs["model"],
             kwargs["optimizer"],
@@ -218,6 +219,29 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self.scheduler.close()
         while self._savers:
             self._savers.pop().close()
+
+    def _check(self, args: TrainingArguments) -> None:
+        """Refuse arguments of the Trainer under which a run would go wrong."""
+        if args.restore_callback_states_from_checkpoint:
+            raise ConfigError(
+                "restore_callback_states_from_checkpoint must be False, because the Trainer would make this callback "
+                "anew from JSON, which holds no objects. It isn't needed: layer sampling takes its own state from the "
+                "checkpoint."
+            )
+        if args.n_gpu > 1:
+            raise ConfigError(NO_DATA_PARALLEL)  # a callback that isn't attached never sees the wrapper
+        if self._arguments["step_in_backward"] is None:
+            return
+        if args.max_grad_norm:
+            raise ConfigError(
+                "A step in the backward pass leaves no gradients to clip: set the Trainer's max_grad_norm to 0, and "
+                f"StepInBackward(max_norm=...) in its place, but got max_grad_norm={args.max_grad_norm}."
+            )
+        if args.fp16:
+            raise ConfigError(
+                "A step in the backward pass can't look for overflows of fp16 before it steps: set the Trainer's "
+                "fp16=False, and bf16=True for 16 bits."
+            )
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""

@@ -17,13 +17,14 @@ from layersample.metrics.measures import (
     stable_rank,
 )
 from layersample.metrics.model import LayerMetrics, MatrixMetrics, layer_metrics
-from layersample.metrics.outliers import outlier_ratios
+from layersample.metrics.outliers import DEFAULT_THRESHOLDS, outlier_ratios
 from layersample.metrics.parallel import map_parallel
 from layersample.metrics.power_law import PowerLaw, fit_power_law
 from layersample.metrics.probe import probe_lora
 from layersample.metrics.spectrum import DegenerateMatrixError, spectrum
 
 __all__ = [
+    "DEFAULT_THRESHOLDS",
     "METRICS",
     "DegenerateMatrixError",
     "LayerMetrics",
