@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,11 +45,25 @@ def write_json(path: Path, content: Any) -> None:
 def replace_folder(new: Path, target: Path) -> None:
     """Move a finished folder to its place. Whatever was there is gone only once the new one is in place."""
     sync_folder(new)
+    if target.exists() and _swap(new, target):
+        shutil.rmtree(new, ignore_errors=True)  # what was there before
+        return
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two folders change places at once, so that neither is ever missing; False where the system can't."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python's own os has no such function
+    if rename is None:
+        return False
+    from_here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(rename(from_here, os.fsencode(one), from_here, os.fsencode(other), exchange) == 0)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -14,9 +15,12 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layersample.errors import ConfigError
 from layersample.files import write_text
 from layersample.memory import MemoryUse, measure_memory
 from layersample.scheduler import LayerScheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -48,6 +52,9 @@ class RunRecorder(TrainerCallback):
         scheduler: Gives the layer scheduler, once training has begun.
         resume_step: The step from which a resumed run continues; lines of later steps are taken out.
         progress: Shows each step.
+
+    Raises:
+        ConfigError: If a line of a resumed run, other than the last, is damaged.
     """
 
     def __init__(
@@ -69,8 +76,7 @@ class RunRecorder(TrainerCallback):
         self._evaluated = 0
         self._round: int | None = None
         if resume_step is not None and path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.records = [line for line in lines if line["step"] <= resume_step]
+            self.records = [record for record in _read(path) if record["step"] <= resume_step]
         for record in self.records:
             if "bytes" in record:
                 self._raise_peak(MemoryUse(**record["bytes"]))
@@ -160,6 +166,22 @@ class RunRecorder(TrainerCallback):
         self.peak = MemoryUse(
             **{key: max(value, asdict(self.peak)[key]) for key, value in asdict(use).items()}
         )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a run. A last line that was cut short when the machine went down is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}, line {number}: must be JSON, but: {error}. Take the line out to resume the run."
+                ) from error
+            logger.warning("The last line of %s was cut short and is left out.", path)
+    return records
 
 
 def peak_process_bytes() -> int:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from layersample import files
 from layersample.files import replace_folder, write_json, write_text
 
 
@@ -24,7 +29,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-def test_replaces_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_replaces_a_folder(tmp_path: Path, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:  # as a system that can't swap folders
+        monkeypatch.setattr(files, "_swap", lambda *folders: False)
     new, target = tmp_path / "new", tmp_path / "target"
     for folder, text in ((new, "new"), (target, "old")):
         (folder / "deep").mkdir(parents=True)
@@ -32,3 +40,22 @@ def test_replaces_a_folder(tmp_path: Path) -> None:
     replace_folder(new, target)
     assert (target / "deep" / "a.txt").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps folders at once")
+def test_a_folder_is_there_at_every_moment_while_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, target = tmp_path / "new", tmp_path / "target"
+    for folder in (new, target):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+
+    def killed(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    for module, name in ((os, "rename"), (shutil, "rmtree")):  # whatever comes next, the run ends there
+        monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(new, target)
+    assert (target / "name").read_text() == "new"
