@@ -26,8 +26,8 @@ class StepInBackward:
     norm of all gradients is impossible, because they are never there together; there are two others in its place.
 
     Args:
-        accumulation: Backward passes of one optimizer step. Accelerate and the Trainer know theirs, and this is
-            ignored.
+        accumulation: Backward passes of one optimizer step; the loop may step earlier, behind the last batches of an
+            epoch. Accelerate and the Trainer know theirs, and this is ignored.
         max_norm: Largest norm, above 0; ``None`` doesn't clip.
         clip_by: ``"running"`` scales all gradients by what the norm of all of them would have asked for in the
             step before; ``"parameter"`` clips each parameter's own norm.
@@ -151,9 +151,18 @@ class BackwardStepper:
         elif self.norm is not None and self.norm > limit:
             gradient.mul_(limit / self.norm)
 
+    @torch.no_grad()
     def _end_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The loop's own step, which finds nothing left to do, ends one of ours."""
-        if not self._stepping and self._squares:
+        """The loop's own step ends one of ours. It finds work only where gradients still wait for more passes."""
+        if self._stepping:
+            return
+        # A loop steps early behind the last batches of an epoch; the next window is a whole one again.
+        for parameter, passes in self._passes.items():
+            if passes and parameter.grad is not None:
+                self._clip(parameter)
+        self._passes.clear()
+        self._standing = 0
+        if self._squares:
             norm = math.sqrt(float(torch.stack(self._squares).sum()))
             self.norm = norm if math.isfinite(norm) else self.norm
             self._squares.clear()
