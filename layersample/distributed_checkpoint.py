@@ -25,7 +25,7 @@ from layersample.files import replace_folder, write_json
 from layersample.layers import unwrap
 from layersample.low_rank import BASIS
 from layersample.masters import MASTER, REMAINDER
-from layersample.optimizer_view import OptimizerView
+from layersample.optimizer_view import OptimizerView, unpacked
 from layersample.projection import Projection
 
 # What wrappers add to the names of parameters, and torch.distributed.checkpoint leaves out.
@@ -57,7 +57,8 @@ def save_distributed(
             "save_distributed doesn't keep the masters of bf16 weights: use layersample.Checkpoints on one rank, or "
             "shard fp32 weights with MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
         )
-    weights, state = get_state_dict(model, optimizer)
+    with unpacked(optimizer):
+        weights, state = get_state_dict(model, optimizer)
     with _one_process_is_fine():
         save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
     if _alone() or dist.get_rank() == 0:
@@ -104,6 +105,7 @@ def load_distributed(
     with (
         only_trainable(model, stored),
         _low_rank(model, optimizer, projection, stored),
+        unpacked(optimizer),
         _one_process_is_fine(),
     ):
         weights, state = get_state_dict(model, optimizer)

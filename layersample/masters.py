@@ -21,11 +21,12 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
 
     The remainder is the difference of the bit patterns as integers, so that subnormals and values that round
     to infinity need no care. Rounding to the nearest leaves a difference from -2¹⁵ to 2¹⁵: one value more than
-    16 bits hold, which ties make about once in 10⁵ elements. Those, and NaN, are listed whole.
+    16 bits hold, which ties make about once in 10⁵ elements. Those, and NaN, are listed whole. Any other difference
+    that doesn't fit is of a weight that was changed behind its master, which then wins.
 
     Args:
         master: fp32 values, any shape.
-        weight: bf16, the same shape: the master, rounded.
+        weight: bf16, the same shape: the master, rounded, but where someone has changed it since.
 
     Returns:
         ``master_remainder`` (int16, the same shape) and, where there are any, ``master_exceptions`` (int64
@@ -33,11 +34,16 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """
     difference = master.view(torch.int32) - _bits(weight)
     remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
-    kept = {REMAINDER: to_host(remainder)}
     wrong = (remainder != difference).flatten().nonzero().flatten()
+    exceptions: dict[str, Tensor] = {}
     if wrong.numel():
-        kept |= {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: master.flatten()[wrong].cpu()}
-    return kept
+        values = master.flatten()[wrong]
+        agree = _agree(values, weight.flatten()[wrong])
+        remainder.put_(wrong, torch.zeros_like(wrong, dtype=torch.int16))
+        wrong, values = wrong[agree], values[agree]
+        if wrong.numel():
+            exceptions = {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: values.cpu()}
+    return {REMAINDER: to_host(remainder), **exceptions}
 
 
 def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
@@ -49,7 +55,8 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
             weight hasn't trained yet.
 
     Returns:
-        fp32, the same shape: the master itself where there is one.
+        fp32, the same shape: the master itself where there is one, whatever the weight is by now (see
+        :func:`follow`). What is made of a remainder rounds to the weight, also where that was changed since.
     """
     if MASTER in state:
         master: Tensor = state[MASTER]
@@ -60,13 +67,36 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
     exact: Tensor = bits.view(torch.float32)
     if EXCEPTIONS in state:
         places = state[EXCEPTIONS].to(weight.device)
-        exact.view(-1)[places] = state[EXCEPTION_VALUES].to(weight.device)
+        values = state[EXCEPTION_VALUES].to(weight.device)
+        # They are whole values, which wouldn't follow a changed weight as remainders do.
+        are = weight.detach().flatten()[places]
+        exact.put_(places, torch.where(_agree(values, are), values, are))
     return exact
+
+
+def follow(master: Tensor, weight: Tensor) -> Tensor:
+    """Take over, in place, what was written to a bf16 weight behind its master: wherever they disagree.
+
+    Args:
+        master: fp32 values, any shape.
+        weight: The weight, the same shape.
+
+    Returns:
+        The master.
+    """
+    weight = weight.detach()
+    return torch.where(_agree(master, weight), master, weight, out=master)
 
 
 def at_rest(state: dict[str, Any]) -> dict[str, Tensor]:
     """The part of a parameter's optimizer state that must outlive its being frozen."""
     return {key: state[key] for key in AT_REST if key in state}
+
+
+def _agree(exact: Tensor, weight: Tensor) -> Tensor:
+    """Where fp32 values round to bf16 ones."""
+    rounded = exact.to(weight.dtype)
+    return (rounded == weight) | (rounded.isnan() & weight.isnan())
 
 
 def _bits(weight: Tensor) -> Tensor:

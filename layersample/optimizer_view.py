@@ -8,9 +8,12 @@ as tensors: the optimizer's own state, ``master_*`` and ``projection_*``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,11 @@ from torch.optim import Optimizer
 from layersample.errors import ConfigError
 from layersample.host_memory import wait_for_copies
 from layersample.low_rank import PREFIX, LowRank, LowRankParameter
-from layersample.masters import AT_REST, MASTER, combine, split
+from layersample.masters import AT_REST, MASTER, combine, follow, split
 from layersample.projection import Projection
 
 _PACKED = "layersample"
+_viewed: WeakSet[Optimizer] = WeakSet()
 
 
 @dataclass
@@ -55,14 +59,15 @@ class OptimizerView:
         seed: Seed of the projection's randomness.
 
     Raises:
-        ConfigError: If the optimizer's weight decay can't be told apart from its update, or masters are asked for
-            of sharded parameters.
+        ConfigError: If the optimizer's weight decay can't be told apart from its update, masters are asked for of
+            sharded parameters, or the optimizer has another view, which isn't closed.
     """
 
     def __init__(
         self, optimizer: Optimizer, *, projection: Projection | None, master_weights: bool, seed: int
     ) -> None:
-        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        check_unviewed(optimizer)
+        self._optimizer = _inner(optimizer)
         self._master_weights = master_weights
         self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
         if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
@@ -75,21 +80,28 @@ class OptimizerView:
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
         self._skips = False
+        # Of each parameter, how often it had been written to when its master was last right.
+        self._versions: dict[nn.Parameter, int] = {}
+        self._unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
-            self._optimizer.register_state_dict_post_hook(self._pack),
+            self._optimizer.register_state_dict_post_hook(partial(self._pack, shards=False)),
+            self._optimizer.register_load_state_dict_pre_hook(partial(self._pack, shards=True)),
             self._optimizer.register_load_state_dict_post_hook(self._unpack),
         ]
-        self._unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
+        _viewed.add(self._optimizer)
 
     def close(self) -> None:
-        """Leave the optimizer as it was found; its state stays."""
+        """Leave the optimizer as it was found; its state stays. Safe to call twice, and once it has another view."""
         self._restore()
+        if self._handles:
+            _viewed.discard(self._optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._versions.clear()
 
     def project(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Say which parameters are projected from now on, by name."""
@@ -104,6 +116,7 @@ class OptimizerView:
                 continue
             if MASTER in state:
                 state.update(split(state.pop(MASTER), parameter.detach()))
+                self._versions.pop(parameter, None)
             if self._low_rank is not None:
                 self._low_rank.forget_basis(state)
         wait_for_copies()  # of remainders, which a checkpoint may read next
@@ -188,6 +201,9 @@ class OptimizerView:
         kept = {key: value for key, value in state.items() if key.startswith((PREFIX, "master_"))}
         own = {key: value for key, value in state.items() if key not in kept}
         if self.has_master(parameter):
+            # A look at every element would cost some percent of a step, and a write is seldom: torch counts them.
+            if MASTER in kept and self._versions.get(parameter) != parameter._version:
+                follow(kept[MASTER], parameter)
             kept[MASTER] = combine(parameter, kept)
             for key in AT_REST:
                 kept.pop(key, None)
@@ -214,6 +230,7 @@ class OptimizerView:
             done.kept = self._low_rank.finish(done.low_rank, weight, done.group, done.kept)
         if MASTER in done.kept:
             done.parameter.detach().copy_(weight)
+            self._versions[done.parameter] = done.parameter._version
 
     def _restore(self) -> None:
         """Put the user's parameters back; after a step that raised, its state as well."""
@@ -229,16 +246,27 @@ class OptimizerView:
 
     # A checkpoint: torch casts a parameter's state to its type in loading, but leaves what is under other keys
 
-    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Move the state of bf16 parameters, which is fp32, to where it keeps its type."""
-        states = state_dict["state"]
-        masters = [i for i, p in enumerate(_parameters(optimizer)) if i in states and self.has_master(p)]
-        if masters:
-            state_dict["state"] = {i: state for i, state in states.items() if i not in masters}
-            state_dict["state"][_PACKED] = {i: states[i] for i in masters}
+    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any], *, shards: bool) -> None:
+        """Move the state of 16-bit parameters that is wider than they are to where it keeps its type.
+
+        Before loading, what isn't there yet. In saving, no shards': torch.distributed.checkpoint, which saves those,
+        looks state up by its parameter.
+        """
+        states = dict(state_dict["state"])
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        packed = {
+            index: states.pop(key)
+            for index, (key, parameter) in enumerate(zip(ids, _parameters(optimizer), strict=False))
+            if key in states
+            and (shards or not isinstance(parameter, DTensor))
+            and (self.has_master(parameter) or _loses(optimizer, parameter, states[key]))
+        }
+        if packed:
+            state_dict["state"] = {**states, _PACKED: {**states.get(_PACKED, {}), **packed}}
 
     def _unpack(self, optimizer: Optimizer) -> None:
         """Move it back, by the parameter's number."""
+        self._versions.clear()
         packed: dict[int, dict[str, Any]] = optimizer.state.pop(_PACKED, {})  # type: ignore[call-overload]
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -248,13 +276,64 @@ class OptimizerView:
                 }
 
 
+def check_unviewed(optimizer: Optimizer) -> None:
+    """Make sure that no view works on an optimizer: of two, each would undo what the other does.
+
+    Args:
+        optimizer: The optimizer, or accelerate's wrapper of it.
+
+    Raises:
+        ConfigError: If one does; it says how to end it.
+    """
+    if _inner(optimizer) in _viewed:
+        raise ConfigError(
+            "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
+            "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
+            "callback.scheduler.close()). If nothing refers to it any more, build the model and its optimizer anew."
+        )
+
+
+@contextmanager
+def unpacked(optimizer: Optimizer) -> Iterator[None]:
+    """Have the optimizer's ``state_dict()`` hold all state under its parameters' numbers for a while.
+
+    Args:
+        optimizer: The optimizer, or accelerate's wrapper of it.
+    """
+
+    def move_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        states = dict(state_dict["state"])
+        state_dict["state"] = {**states.pop(_PACKED, {}), **states}
+
+    handle = _inner(optimizer).register_state_dict_post_hook(move_back)  # it runs after that of a view
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _loses(optimizer: Optimizer, parameter: nn.Parameter, state: Mapping[str, Any]) -> bool:
+    """Whether loading rounds some of a parameter's state, as torch does; an optimizer that loads by itself may not."""
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict or parameter.itemsize != 2:
+        return False
+    values = [value for key, value in state.items() if key != "step" and isinstance(value, Tensor)]
+    return any(value.is_floating_point() and value.dtype != parameter.dtype for value in values)
+
+
 def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
     """A copy of some loaded state where it belongs; the checkpoint isn't ours to be changed by a step."""
     if not isinstance(value, Tensor):
         return value
-    # As torch does: an optimizer's own counter is on the device only where its kernels read it there.
-    counts = value.dim() == 0 and not (key == "step" and (group.get("fused") or group.get("capturable")))
+    # An optimizer's own counts are on the device only where its kernels read them there.
+    read_there = group.get("capturable") or (key == "step" and group.get("fused"))
+    counts = value.dim() == 0 and (key.startswith(PREFIX) or not read_there)
     return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """An optimizer without accelerate's wrapper."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

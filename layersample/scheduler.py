@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from layersample.history import LayerHistory
 from layersample.identity import RunIdentity
 from layersample.layers import GroupName, find_layers
 from layersample.optimizer_state import StatePolicyName
+from layersample.optimizer_view import check_unviewed
 from layersample.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampler import LayerSampler, Measurement, SamplingContext, draw
@@ -59,7 +61,9 @@ class LayerScheduler:
             projected to a low rank, in which the optimizer keeps its state. ``None`` trains at full rank.
         projection_options: Options of a projection given by name: rank, scale, update_gap, targets, ...
         master_weights: Whether bf16 weights train on fp32 masters, so that no update is lost in rounding. While a
-            layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory.
+            layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory. A weight
+            that is changed between steps (``load_state_dict``, a clamp, an average swapped in) wins over its master.
+            But torch keeps no count of what is written through ``.data``: where the layer trains, a step undoes it.
         step_in_backward: Update each parameter in the backward pass, as soon as its gradient is whole, and free the
             gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``None`` leaves it to the loop.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
@@ -73,7 +77,8 @@ class LayerScheduler:
 
     Raises:
         ConfigError: If an argument is out of bounds or a name unknown; if the model has no layers, or layers
-            without a trainable parameter; if the optimizer lacks sampled parameters.
+            without a trainable parameter; if the optimizer lacks sampled parameters, or has another
+            ``LayerScheduler`` that isn't closed. Nothing then stays on the model or the optimizer.
 
     References:
         LISA, arXiv 2403.17919.
@@ -115,6 +120,7 @@ class LayerScheduler:
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        check_unviewed(optimizer)  # before its frozen layers are taken for the user's
         engine = find_engine(model, optimizer)
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self.num_active, self.period, self.seed = num_active, period, seed
@@ -127,6 +133,7 @@ class LayerScheduler:
                     f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
                     f"but got num_active={num_active}."
                 )
+            self._costs = layer_costs(self._model, self._units)
             self._switch = Switch(
                 engine,
                 optimizer,
@@ -145,7 +152,6 @@ class LayerScheduler:
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
-        self._costs = layer_costs(self._model, self._units)
         self._batches = batches if batches is None or callable(batches) else lambda: batches
         self._allow_changes = allow_changes
         self._identity = RunIdentity(
@@ -158,10 +164,14 @@ class LayerScheduler:
             seed=seed,
             layers=self.layers,
         )
-        if state_dict is None:
-            self._start_round()
-        else:
-            self.load_state_dict(state_dict)
+        try:
+            if state_dict is None:
+                self._start_round()
+            else:
+                self.load_state_dict(state_dict)
+        except BaseException:
+            self._switch.close()  # no one else could, and another try must find the optimizer as this one did
+            raise
 
     # What is active
 
@@ -251,13 +261,17 @@ class LayerScheduler:
                 self._start_round()
                 self._switch.place_state()
 
-    def close(self) -> None:
+    def close(self, *, check: bool = True) -> None:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
 
+        Args:
+            check: Whether a self-check looks at the current period, cut short; not where a step was interrupted.
+
         Raises:
-            SelfCheckError: With ``check=True``, if the current period, cut short, fails its check.
+            SelfCheckError: If that check fails.
         """
-        self._switch.check(self._active)
+        if check:
+            self._switch.check(self._active)
         self._switch.close()
 
     def __enter__(self) -> LayerScheduler:
@@ -266,13 +280,13 @@ class LayerScheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._switch.close()
+        self.close(check=error is None)
 
     def fp32_state_dict(self) -> dict[str, Tensor]:
-        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them."""
+        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them.
+
+        Rounded to bf16 they are the model's weights, also where those have been changed since the last step.
+        """
         return self._switch.fp32_weights()
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,19 +305,26 @@ class LayerScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, in the middle of a period too.
 
-        Load the model and the optimizer first.
+        Load the model and the optimizer first. Where the sampler or its options are others than then, it measures
+        the model now, if it measures at all, and draws from the next period on.
 
         Raises:
             ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
-                number of active layers or projection, unless the scheduler was made with ``allow_changes``.
+                number of active layers or projection, unless the scheduler was made with ``allow_changes``; if
+                another sampler can't measure the model.
         """
         changed = self._identity.changes(state, allow=self._allow_changes)
-        if "sampler" not in changed:
-            self.sampler.load_state_dict(state["sampler_state"])
         if changed & {"projection", "projection_options"}:
             self._switch.view.forget()
         self._round, self._steps = state["round"], state["steps"]
         self._history.load_state_dict(state)
+        if changed & {"sampler", "sampler_options"}:
+            # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
+            self._history.changed = set(range(len(self.layers)))
+            with self._naming_the_sampler():
+                self._measure()
+        else:
+            self.sampler.load_state_dict(state["sampler_state"])
         self._inclusion = state["inclusion"]
         self._active = tuple(state["active"])
         if self._switch.stepper is not None and state.get("backward"):
@@ -323,16 +344,21 @@ class LayerScheduler:
             allow_empty=self._units.always_trains_something,
             costs=self._costs,
         )
-        try:
+        with self._naming_the_sampler():
             every = self.sampler.measure_every
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
             self._inclusion = self.sampler.inclusion_probabilities(context)
             self._active = draw(self.sampler, context)
-        except ValueError as error:
-            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
         self._switch.apply(self._active, self._round)
+
+    @contextmanager
+    def _naming_the_sampler(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
 
     def _measure(self) -> None:
         if not self._engine.must_measure(self.sampler):

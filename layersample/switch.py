@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from layersample.checkpointing import TruncatedCheckpointing
 from layersample.engine import Engine
 from layersample.layers import ModelLayers
-from layersample.masters import combine
+from layersample.masters import MASTER, combine, follow
 from layersample.optimizer_state import StatePolicyName, create_policy
 from layersample.optimizer_view import OptimizerView
 from layersample.projection import Projection
@@ -62,10 +63,22 @@ class Switch:
         self.projected = find_targets(self._model, model_layers, projection)
         if step_in_backward is not None:
             engine.check_step_in_backward()
-        self.view = OptimizerView(optimizer, projection=projection, master_weights=master_weights, seed=seed)
-        self.stepper = BackwardStepper(optimizer, step_in_backward) if step_in_backward is not None else None
-        self._self_check = SelfCheck(optimizer, state) if check else None
-        engine.prepare()
+        self.stepper: BackwardStepper | None = None
+        self._self_check: SelfCheck | None = None
+        with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
+            if step_in_backward is not None:
+                # In front of the view: what the loop steps itself is clipped before it is projected.
+                self.stepper = BackwardStepper(optimizer, step_in_backward)
+                made.callback(self.stepper.close)
+            self.view = OptimizerView(
+                optimizer, projection=projection, master_weights=master_weights, seed=seed
+            )
+            made.callback(self.view.close)
+            if check:
+                self._self_check = SelfCheck(optimizer, state)
+                made.callback(self._self_check.close)
+            engine.prepare()
+            made.pop_all()
 
     def apply(self, active: Sequence[int], round: int) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects.
@@ -110,13 +123,19 @@ class Switch:
             self._self_check.end(dict(self._model.named_parameters()), self._units.training(active))
 
     def fp32_weights(self) -> dict[str, Tensor]:
-        """The model's state in fp32: bf16 weights with what their masters hold beyond them."""
+        """The model's state in fp32: bf16 weights with what their masters hold beyond them.
+
+        A weight that was changed behind its master, by whatever means, wins where the two disagree.
+        """
         return {
-            name: combine(value, self._optimizer.state.get(value, {})).clone()
-            if value.dtype == torch.bfloat16
-            else value.detach()
+            name: self._exact(value) if value.dtype == torch.bfloat16 else value.detach()
             for name, value in self._model.state_dict(keep_vars=True).items()
         }
+
+    def _exact(self, weight: Tensor) -> Tensor:
+        state = self._optimizer.state.get(weight, {})
+        exact = combine(weight, state)
+        return follow(exact.clone(), weight) if MASTER in state else exact
 
     def close(self) -> None:
         """Every parameter requires a gradient again as it did before. Safe to call twice."""

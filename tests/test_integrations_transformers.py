@@ -64,6 +64,20 @@ def test_switches_once_a_period_and_logs_what_is_active(tmp_path: Path, accumula
     assert callback.scheduler is not None and callback.scheduler.round == 2
 
 
+def test_training_goes_on_after_it_was_interrupted(tmp_path: Path) -> None:
+    """In a notebook: the run that was stopped has left its scheduler on the optimizer."""
+    callback = LayerSamplingCallback("lisa", period=2, check=True, loss_chunk=4)
+    trainer = make_trainer(tmp_path, callback, max_steps=3)
+    step, trainer.training_step = trainer.training_step, None  # type: ignore[method-assign, assignment]
+    with pytest.raises(TypeError):
+        trainer.train()
+    stopped = callback.scheduler
+    trainer.training_step = step  # type: ignore[method-assign]
+    trainer.train()
+    assert callback.scheduler is not stopped and len(logged(trainer)) == 3
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 def test_all_layers_are_full_fine_tuning_to_the_bit(tmp_path: Path, optim: str, accumulate: int) -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers import make_batch, make_llama
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
-from layersample import LayerScheduler, measure_memory
+from layersample import LayerScheduler, create_projection, measure_memory
+from layersample.distributed_checkpoint import load_distributed, save_distributed
 from layersample.masters import EXCEPTIONS, MASTER, REMAINDER, combine, split
+from layersample.optimizer_view import _placed
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=False),
@@ -22,6 +25,11 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-5),
+}
+# Without masters their own state is fp32 too, in part.
+WIDE_OPTIMIZERS: dict[str, Any] = {
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "adafactor-transformers": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
 }
 
 
@@ -91,7 +99,7 @@ def run(
 ) -> tuple[dict[str, Tensor], LayerScheduler]:
     def build() -> tuple[nn.Module, torch.optim.Optimizer, LayerScheduler]:
         model = make_llama(dtype=torch.bfloat16)
-        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+        optimizer = {**OPTIMIZERS, **WIDE_OPTIMIZERS}[optimizer_name](model.parameters())
         scheduler = LayerScheduler(
             model, optimizer, "cyclic", num_active=2, period=3, state=state, **{"check": True, **options}
         )
@@ -155,6 +163,76 @@ def test_resume_is_exact(projection: str | None, state: str, stop: int, tmp_path
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
+WITHOUT: dict[str, Any] = {"master_weights": False, "check": False}
+LOW_RANK: dict[str, Any] = {"projection": "galore", "projection_options": {"rank": 4}}
+
+
+@pytest.mark.parametrize("projection", ["galore", "apollo", "fira"])
+@pytest.mark.parametrize(("state", "stop"), [("drop", 4), ("keep", 6), ("offload", 7)])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_resume_without_masters_is_exact(
+    projection: str, state: str, stop: int, rotate: bool, tmp_path: Path
+) -> None:
+    """What has a low rank is fp32 beside weights in bf16; torch alone would cast it to their type."""
+    options = {"projection": projection, "projection_options": {"rank": 4, "rotate_moments": rotate}}
+    whole, first = run(9, state=state, **WITHOUT, **options)
+    resumed, second = run(9, state=state, stop=stop, folder=tmp_path, **WITHOUT, **options)
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+    assert_same_state(first, second)
+
+
+@pytest.mark.parametrize("name", WIDE_OPTIMIZERS)
+def test_resume_without_masters_is_exact_where_the_optimizer_keeps_fp32(name: str, tmp_path: Path) -> None:
+    whole, first = run(6, name, "keep", **WITHOUT)
+    resumed, second = run(6, name, "keep", stop=4, folder=tmp_path, **WITHOUT)
+    assert all(torch.equal(whole[key], value) for key, value in resumed.items())
+    assert_same_state(first, second)
+
+
+def assert_same_state(first: LayerScheduler, second: LayerScheduler) -> None:
+    for one, other in zip(first._model.parameters(), second._model.parameters(), strict=True):
+        state, loaded = (s._optimizer.state.get(p, {}) for s, p in ((first, one), (second, other)))
+        assert state.keys() == loaded.keys()
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, loaded[key]) and value.dtype == loaded[key].dtype, key
+            else:
+                assert value == loaded[key], key
+
+
+def test_counts_are_loaded_to_where_an_optimizer_reads_them() -> None:
+    """The meta device stands in for a GPU."""
+    parameter, count = nn.Parameter(torch.empty(3, device="meta")), torch.tensor(1.0)
+    for key, group, device in (
+        ("step", {}, "cpu"),
+        ("step", {"fused": True}, "meta"),
+        ("mu_product", {"fused": True}, "cpu"),
+        ("mu_product", {"capturable": True}, "meta"),
+        ("projection_steps", {"capturable": True}, "cpu"),
+    ):
+        assert _placed(key, count, parameter, group).device.type == device, (key, group)
+
+
+def test_low_rank_state_of_bf16_weights_in_a_distributed_checkpoint(tmp_path: Path) -> None:
+    """It looks state up by its parameter's number, so there nothing may lie elsewhere."""
+    _, first = run(4, **WITHOUT, **LOW_RANK)
+    save_distributed(tmp_path / "saved", first._model, first._optimizer, first.state_dict())
+    model = make_llama(dtype=torch.bfloat16)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    loaded = load_distributed(tmp_path / "saved", model, optimizer, create_projection("galore", {"rank": 4}))
+    second = LayerScheduler(
+        model,
+        optimizer,
+        "cyclic",
+        num_active=2,
+        period=3,
+        master_weights=False,
+        state_dict=loaded,
+        **LOW_RANK,
+    )
+    assert_same_state(first, second)
+
+
 def test_small_updates_survive_that_bf16_loses() -> None:
     start = make_llama(dtype=torch.bfloat16).state_dict()
     kept, _ = run(12, "adamw-small-steps")
@@ -178,21 +256,85 @@ def test_memory_is_counted_by_kind() -> None:
     scheduler.close()
 
 
-def test_an_optimizer_may_be_loaded_before_the_scheduler_is_made() -> None:
+@pytest.mark.parametrize("options", [{}, {**WITHOUT, **LOW_RANK}], ids=["masters", "low-rank"])
+def test_an_optimizer_may_be_loaded_before_the_scheduler_is_made(options: dict[str, Any]) -> None:
     """As the Trainer does; torch alone would cast the state to bf16."""
-    exact, first = run(4)
+    exact, first = run(4, **options)
     model = make_llama(dtype=torch.bfloat16)
     model.load_state_dict(first._model.state_dict())
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     optimizer.load_state_dict(first._optimizer.state_dict())
-    second = LayerScheduler(model, optimizer, "cyclic", num_active=2, period=3, state_dict=first.state_dict())
+    second = LayerScheduler(
+        model, optimizer, "cyclic", num_active=2, period=3, state_dict=first.state_dict(), **options
+    )
     assert all(torch.equal(exact[name], value) for name, value in second.fp32_state_dict().items())
-    for one, other in zip(first._model.parameters(), model.parameters(), strict=True):
-        state, loaded = first._optimizer.state.get(one, {}), optimizer.state.get(other, {})
-        assert state.keys() == loaded.keys()
-        assert all(torch.equal(state[k], loaded[k]) and state[k].dtype == loaded[k].dtype for k in state)
+    assert_same_state(first, second)
     first.close()
     second.close()
+
+
+def test_an_edited_weight_wins_where_it_and_its_master_disagree() -> None:
+    exact = every_kind_of_value()
+    weight = exact.bfloat16()
+    edited = weight.clone()
+    edited[::3] = 0.5
+    kept = split(exact, edited)
+    expected = torch.where(weight == edited, exact, edited)
+    assert torch.equal(combine(edited, kept), expected)
+    assert kept[EXCEPTIONS].numel() < exact.numel() / 2**16  # an edit takes no room of its own
+    # A frozen weight, whose remainders are kept: exact values of exceptions give way, others follow the weight.
+    assert torch.equal(combine(edited, split(exact, weight)).bfloat16(), edited)
+
+
+def in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.clamp_(-0.01, 0.01)
+
+
+def through_data(weight: nn.Parameter) -> None:
+    weight.data.clamp_(-0.01, 0.01)
+
+
+@pytest.mark.parametrize("edit", [in_place, through_data])
+@pytest.mark.parametrize("steps", [4, 6], ids=["active", "frozen"])
+def test_fp32_weights_are_those_that_someone_has_changed(edit: Any, steps: int) -> None:
+    before, scheduler = run(steps, sampler_options={"order": "ascending"})
+    weight = scheduler._model.model.layers[2 if steps == 4 else 0].mlp.up_proj.weight
+    name = next(n for n, p in scheduler._model.named_parameters() if p is weight)
+    clamped = weight.abs() > 0.01
+    edit(weight)
+    after = scheduler.fp32_state_dict()
+    assert clamped.any() and not clamped.all()
+    assert torch.equal(after[name].bfloat16(), weight)
+    assert torch.equal(after[name][~clamped], before[name][~clamped])
+    if steps == 4:
+        assert torch.equal(after[name][clamped], weight[clamped].float())
+    assert all(torch.equal(before[key], after[key]) for key in before if key != name)
+
+
+def test_a_step_goes_on_from_a_weight_that_was_changed_before_it() -> None:
+    _, scheduler = run(4)
+    model, optimizer = scheduler._model, scheduler._optimizer
+    best = {name: value / 2 for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    model(**make_batch(4)).loss.backward()
+    optimizer.step()  # of 1e-4
+    for name, value in scheduler.fp32_state_dict().items():
+        torch.testing.assert_close(value, best[name].float(), rtol=0, atol=2e-4)
+
+
+def test_a_weight_that_is_changed_before_a_switch_stays_so() -> None:
+    _, scheduler = run(5, sampler_options={"order": "ascending"})
+    model, optimizer = scheduler._model, scheduler._optimizer
+    weight = model.model.layers[2].mlp.up_proj.weight
+    model(**make_batch(5)).loss.backward()
+    optimizer.step()
+    through_data(weight)
+    edited = weight.detach().clone()
+    scheduler.step()  # which freezes it
+    exact = scheduler.fp32_state_dict()["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(exact.bfloat16(), edited)
+    assert optimizer.state[weight].keys() == {REMAINDER}
 
 
 def test_fp32_weights_have_no_masters() -> None:

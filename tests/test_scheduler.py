@@ -10,8 +10,18 @@ from helpers import make_batch, make_llama
 from torch import nn
 from torch.optim import Optimizer
 
-from layersample import ConfigError, LayerSampler, LayerScheduler, SamplingContext, find_layers
+from layersample import (
+    ConfigError,
+    LayerSampler,
+    LayerScheduler,
+    MeasuredSampler,
+    Measurement,
+    SamplingContext,
+    find_layers,
+    register,
+)
 from layersample.selfcheck import SelfCheckError
+from layersample.step_in_backward import StepInBackward
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
@@ -284,6 +294,110 @@ def test_refuses_to_resume_another_run(argument: str, then: Any, now: Any) -> No
     other = LayerScheduler(model, optimizer, **{"sampler": "lisa", argument: now})
     with pytest.raises(ConfigError, match=f"{argument} it was begun with: it was {then!r}, but is {now!r}"):
         other.load_state_dict(state)
+
+
+class Scored(MeasuredSampler):
+    """Scores layers by an option, and notes what it was asked to measure.
+
+    Args:
+        first: Score of the first layer; that of each other one is 1.
+    """
+
+    def __init__(self, *, first: float = 1.0) -> None:
+        super().__init__()
+        self._first = first
+        self.measured: list[int] = []
+
+    def measure(self, measurement: Measurement) -> None:
+        self.measured.append(len(measurement.changed))
+        self.scores = {name: 1.0 for name in measurement.layers}
+        self.scores[measurement.layers[0]] = self._first
+
+
+@pytest.mark.parametrize("in_constructor", [True, False])
+@pytest.mark.parametrize(
+    ("then", "now", "measures"),
+    [
+        ({"sampler": "lisa"}, {"sampler": "scored"}, True),
+        (
+            {"sampler": "scored"},
+            {"sampler": "scored", "sampler_options": {"first": 5.0}},
+            True,
+        ),
+        ({"sampler": "scored"}, {"sampler": "scored", "seed": 1}, False),
+        ({"sampler": "scored"}, {"sampler": "lisa"}, False),
+    ],
+)
+def test_another_sampler_measures_where_it_takes_over(
+    then: dict[str, Any], now: dict[str, Any], measures: bool, in_constructor: bool
+) -> None:
+    register("scored")(Scored)
+    model = make_llama()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with LayerScheduler(model, optimizer, period=2, **then) as first:
+        train(model, optimizer, first, range(3))
+        saved = json.loads(json.dumps(first.state_dict()))
+    if in_constructor:
+        second = LayerScheduler(model, optimizer, period=2, allow_changes=True, state_dict=saved, **now)
+    else:
+        second = LayerScheduler(model, optimizer, period=2, allow_changes=True, **now)
+        second.load_state_dict(saved)
+    assert second.active == first.active
+    if now["sampler"] == "scored":
+        scores = list(second.sampler.state_dict()["scores"].values())
+        assert scores == [now.get("sampler_options", {}).get("first", 1.0), 1.0, 1.0, 1.0]
+        assert second.sampler.measured == [4] * (measures + (not in_constructor))  # type: ignore[attr-defined]
+        assert second.state_dict()["changed"] == ([] if measures else saved["changed"])
+    train(model, optimizer, second, range(3, 6))  # over a switch
+    assert second.round == 3
+
+
+def hooks_of(optimizer: Optimizer) -> dict[str, int]:
+    return {key: len(value) for key, value in vars(optimizer).items() if key.endswith("_hooks")}
+
+
+def test_a_scheduler_that_cannot_be_made_leaves_nothing_behind() -> None:
+    model = make_llama()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    options: dict[str, Any] = {
+        "projection": "galore",
+        "projection_options": {"rank": 4},
+        "step_in_backward": StepInBackward(),
+        "check": True,
+    }
+    before = hooks_of(optimizer)
+    with pytest.raises(ConfigError, match="Given.sample must return distinct integers"):
+        LayerScheduler(model, optimizer, Given((9,)), **options)
+    with pytest.raises(ConfigError, match="must be resumed with the"):
+        LayerScheduler(model, optimizer, Given((1,)), state_dict={}, **options)
+    assert hooks_of(optimizer) == before
+    assert all(p.requires_grad for p in model.parameters())
+    with LayerScheduler(model, optimizer, Given((1,)), **options) as scheduler:
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+        scheduler.step()
+    state = optimizer.state[model.model.layers[1].mlp.up_proj.weight]
+    assert min(state["exp_avg"].shape) == 4
+
+
+def test_an_optimizer_has_one_scheduler_at_a_time() -> None:
+    from accelerate import Accelerator
+
+    model = make_llama()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    first = LayerScheduler(model, optimizer, Given((1,)))
+    for again in (optimizer, Accelerator(cpu=True).prepare(optimizer)):
+        with pytest.raises(ConfigError, match=r"still works on it.*: close\(\) the earlier one"):
+            LayerScheduler(model, again, Given((1,)))
+    assert first.active_layers == ("model.layers.1",)  # it goes on
+    first.close()
+    second = LayerScheduler(model, optimizer, Given((2,)))
+    first.close()
+    with pytest.raises(ConfigError, match="still works on it"):
+        LayerScheduler(model, optimizer, Given((1,)))
+    second.close()
+    LayerScheduler(model, Accelerator(cpu=True).prepare(optimizer), Given((0,))).close()
+    LayerScheduler(model, optimizer, Given((0,)))
 
 
 def test_counts_visits() -> None:

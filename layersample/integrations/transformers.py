@@ -121,6 +121,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self._savers: list[ChunkedLoss | SelectiveRecompute] = []
         self._trainer: Trainer | None = None
         self.scheduler: LayerScheduler | None = None
+        self._is_training = False
 
     def attach(self, trainer: Trainer) -> LayerSamplingCallback:
         """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
@@ -157,6 +158,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the scheduler; take back its state from a checkpoint."""
         self._check(args)
+        self._end(check=False)  # a run that was interrupted, in a notebook say
         arguments = dict(self._arguments)
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
@@ -174,6 +176,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
+        self._is_training = True
         if self._loss_chunk is not None:
             self._savers.append(ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk))
         if self._recompute:
@@ -215,8 +218,12 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give every parameter its ``requires_grad`` back."""
-        assert self.scheduler is not None
-        self.scheduler.close()
+        self._end(check=True)
+
+    def _end(self, *, check: bool) -> None:
+        if self.scheduler is not None and self._is_training:
+            self.scheduler.close(check=check)
+        self._is_training = False
         while self._savers:
             self._savers.pop().close()
 
