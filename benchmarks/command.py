@@ -99,11 +99,17 @@ def benchmark(
 
 
 @app.command("report")
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a benchmark.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a benchmark.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The method that the others are compared with, in place of the suite's."),
+    ] = None,
+) -> None:
     """Write the report of a benchmark anew, finished or not."""
     from .report import write_report
 
-    written = ", ".join(write_report(folder))
+    written = ", ".join(write_report(folder, baseline))
     console.print(f"Written to {plain(folder)}: {written}", highlight=False, soft_wrap=True)
 
 

@@ -29,19 +29,24 @@ _MINUS = "\N{MINUS SIGN}"
 _DASH = "–"
 
 
-def write_report(folder: Path) -> list[str]:
+def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     """Write ``report.html``, ``report.md`` and its pictures from what a benchmark's folder holds.
 
     Args:
         folder: With ``suite.yaml`` and ``results.jsonl``.
+        baseline: The method that the others are compared with; that of the suite by default.
 
     Returns:
         Names of the files.
 
     Raises:
-        ConfigError: If the folder holds no benchmark, no run has ended, or it can't be written.
+        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, or it can't be
+            written.
     """
     suite, lines = read_results(folder)
+    if baseline is not None:
+        suite = suite.model_copy(update={"baseline": baseline})
+        suite.check_baseline()
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."

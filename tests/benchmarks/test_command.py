@@ -129,7 +129,12 @@ def test_runs_and_reports(
     assert "final/lora/seed-0: failed: no [good]" in output
     assert "final/lisa/seed-1: held-out loss 1.1000" in stopped.output + output
     assert "report.html, report.md" in output
-    assert "no [good]" in (tmp_path / "out" / "report.md").read_text()
+    page = tmp_path / "out" / "report.md"
+    assert "no [good]" in page.read_text() and "difference to **lisa**" in page.read_text()
+    invoke("report", str(tmp_path / "out"), "--baseline", "lora")
+    assert "difference to **lora**" in page.read_text()
+    with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'lara'"):
+        invoke("report", str(tmp_path / "out"), "--baseline", "lara")
 
 
 def test_baselines_that_are_not_installed_are_said(
