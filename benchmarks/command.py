@@ -19,6 +19,9 @@ from layersample.errors import ConfigError
 from .methods import list_baselines
 from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
 
+_FLAGS = {"methods", "plugin", "model", "task", "answer_marker", "seeds", "steps"}
+_FLAGS |= {"learning_rates", "search_steps", "baseline", "options"}
+_OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
     help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
 )
@@ -65,7 +68,7 @@ def benchmark(
     ] = None,
     set_key: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of any other key of a suite; may be repeated."),
+        typer.Option("--set", help=f"KEY=VALUE of another key of a suite; may be repeated: {_OTHER_KEYS}."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     output: Annotated[

@@ -167,7 +167,8 @@ def main(
         {"batch": BATCH, "length": LENGTH, "rounds": rounds, "rows": rows},
         title="What a step costs",
         about=f"SmolLM2-135M, fp32, {BATCH} × {LENGTH} tokens of real text, a switch after every step, {rounds} "
-        "rounds, medians of ratios within a round, CPU seconds of all threads.",
+        "rounds, medians of ratios within a round, CPU seconds of all threads; "
+        "rows of fixed layers freeze the embedding.",
         command=f"step_cost --rounds {rounds}",
         headings=_HEADINGS,
         rows=[_cells(row) for row in rows],

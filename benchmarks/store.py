@@ -12,7 +12,8 @@ from rich.table import Table
 from layersample.environment import environment
 from layersample.files import write_json, write_text
 
-RESULTS = Path(__file__).parent / "results"
+_STORED = Path(__file__).parent / "results"
+RESULTS = _STORED if _STORED.is_dir() else Path("results")  # an installed package holds none
 
 
 def store(

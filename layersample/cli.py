@@ -26,7 +26,7 @@ from layersample.config import (
     read_yaml,
 )
 from layersample.display import plain
-from layersample.errors import ConfigError, unknown
+from layersample.errors import NEEDS_TRAIN, ConfigError, unknown
 from layersample.registry import (
     SAMPLERS,
     describe,
@@ -253,7 +253,11 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def _run(settings: TrainConfig) -> None:
     # Seconds of imports that the other commands don't need.
-    import datasets
+    try:
+        import datasets
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"Training {NEEDS_TRAIN}") from error
     from transformers.utils import logging as transformers_logging
 
     from layersample.display import LiveProgress, print_config, print_summary
@@ -309,7 +313,10 @@ def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
 
 _PLAN_OPTIONS = (
     own_option(
-        "model", str, inspect.Parameter.empty, typer.Argument(help="Built-in shape, folder or hub id.")
+        "model",
+        str,
+        inspect.Parameter.empty,
+        typer.Argument(help="Built-in shape, folder or hub id; an unknown name lists the shapes."),
     ),
     own_option("gpus", int, 1, typer.Option(min=1, help="GPUs that the run is sharded over (FSDP).")),
     own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from layersample.config import SECTIONS
+from layersample.config import SECTIONS, packaged_yaml
 
+_PRESETS = sorted(packaged_yaml("layersample_strategies", "presets"))
 _CONFIGURATION: list[tuple[str, Any, str]] = [
     ("config", Path | None, "YAML file of options; flags win over it."),
-    ("preset", str | None, "Options of a paper, or of a plan: the names are in strategies/presets."),
+    ("preset", str | None, f"Options of a paper, or of a plan: {', '.join(_PRESETS)}."),
     ("sampler_option", list[str] | None, "KEY=VALUE for the sampler; may be repeated."),
     ("projection_option", list[str] | None, "KEY=VALUE for the projection; may be repeated."),
     ("trainer_option", list[str] | None, "KEY=VALUE for TRL's SFTConfig; may be repeated."),

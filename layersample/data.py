@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersample.builtin_data import BUILTIN, Row
-from layersample.errors import ConfigError, unknown
+from layersample.errors import NEEDS_TRAIN, ConfigError, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,7 @@ def load_data(source: str) -> Dataset:
     try:
         from datasets import Dataset, load_dataset
     except ImportError as error:
-        raise ConfigError('Training needs the train extra: pip install "layersample[train]".') from error
+        raise ConfigError(f"Training {NEEDS_TRAIN}") from error
     path = Path(source)
     if source in BUILTIN:
         rows = BUILTIN[source]()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+NEEDS_TRAIN = 'needs the train extra: pip install "layersample[train]".'
+
 
 class ConfigError(ValueError):
     """A configuration, option or file that can't be used: says what must hold, what came and what to do."""

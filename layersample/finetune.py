@@ -108,7 +108,9 @@ def finetune(
     check_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
     with folder.open() as checkpoint:
-        write_text(folder.path / "config.yaml", write_yaml(config))
+        # A later --resume takes what the run is from here; how it was begun is the command's own.
+        own = config.model_copy(update={"resume": False, "overwrite": False, "allow_changes": False})
+        write_text(folder.path / "config.yaml", write_yaml(own))
         recorder = RunRecorder(
             folder.path / "metrics.jsonl",
             lambda: sampling.scheduler,

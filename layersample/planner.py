@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -105,7 +106,8 @@ def plan(
         config: All options of the run; ``batch_size``, ``max_length`` and ``precision`` among them.
         gpus: GPUs that weights, gradients and optimizer state are sharded over (FSDP), at least 1. What the
             shards hold is computed from the simulated step of one GPU.
-        baselines: Whether full fine-tuning, LoRA, LISA as published and GaLore are planned too.
+        baselines: Whether full fine-tuning, LISA as published, GaLore and, where peft is installed, LoRA are
+            planned too.
 
     Raises:
         ConfigError: If the model is unknown, ``max_length`` is beyond its positions, or there are fewer layers
@@ -260,6 +262,8 @@ def _plan_baselines(
         theirs = find_active_sets(shape, other)
         active = theirs.worst[0]
         found[name] = shard(simulate_step(shape, other, active), theirs, gpus, active)
+    if find_spec("peft") is None:
+        return found
     lora = config.model_copy(update=PLAN_COMMON)
     memory = simulate_step(shape, lora, (), lora_rank=PLAN_LORA_RANK)
     found[f"LoRA, rank {PLAN_LORA_RANK}"] = shard(memory, replace(sets, always=0), gpus, ())

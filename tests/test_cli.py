@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_resume_begins_with_the_options_of_the_run(given: list[TrainConfig], tmp
 def test_errors_of_the_user_s_making(given: list[TrainConfig], arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         invoke(*arguments)
+
+
+def test_training_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(
+        ConfigError, match=r"Training needs the train extra: pip install .layersample\[train\]"
+    ):
+        invoke("train")
 
 
 def test_main_prints_one_message_and_exits_with_2(

@@ -332,6 +332,12 @@ def test_trains_the_real_model_on_real_data(smollm2: Path, tmp_path: Path) -> No
     assert os.path.getsize(tmp_path / "run" / "model" / "model.safetensors") > 5e8
 
 
+def test_a_later_resume_doesn_t_take_over_how_the_run_was_begun(options: dict[str, Any]) -> None:
+    run(options, overwrite=True, allow_changes=True)
+    stored = yaml.safe_load((Path(options["output"]) / "config.yaml").read_text())
+    assert not any(stored[name] for name in ("overwrite", "allow_changes", "resume"))
+
+
 def test_the_chunked_loss_is_that_of_trl(options: dict[str, Any]) -> None:
     losses = []
     for chunk in (0, 3):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from layersample import ChunkedLoss, ConfigError, LayerSampler, LayerScheduler, SelectiveRecompute, cli
 from layersample.active_sets import find_active_sets
-from layersample.config import TrainConfig
+from layersample.config import PLAN_LORA_RANK, TrainConfig
 from layersample.live_memory import LiveMemory
 from layersample.planner import HEADROOM, choose_num_active, parse_budget, plan, shard
 from layersample.shapes import list_shapes, load_shape
@@ -230,3 +230,13 @@ def test_models_of_other_kinds_can_be_planned() -> None:
     tied = LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": True})
     for shape in (gpt2, tied):
         assert plan(shape, config(), baselines=False).peak_bytes > 0
+
+
+def test_without_peft_all_but_lora_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from layersample import planner
+
+    config = TrainConfig(batch_size=1, max_length=16)
+    whole = planner.plan("smollm2-135m", config).baselines
+    monkeypatch.setattr(planner, "find_spec", lambda name: None)
+    without = planner.plan("smollm2-135m", config).baselines
+    assert [name for name in whole if name not in without] == [f"LoRA, rank {PLAN_LORA_RANK}"]

@@ -58,7 +58,9 @@ def leave(*args: Any, **kwargs: Any) -> None:
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "_run", lambda config: None)
     monkeypatch.setattr("layersample_benchmarks.command._run", lambda suite, output, jobs: None)
-    monkeypatch.setattr("layersample_benchmarks.report.write_report", lambda folder, baseline: ["report.html"])
+    monkeypatch.setattr(
+        "layersample_benchmarks.report.write_report", lambda folder, baseline: ["report.html"]
+    )
     monkeypatch.setattr("layersample.models.load_any_model", lambda name, report: make_llama())
     for name in ("run.yaml", "suite.yaml"):
         (tmp_path / name).write_text("steps: 3\n")

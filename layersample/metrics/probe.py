@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layersample.errors import ConfigError
+from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers import ModelLayers, find_layers
 from layersample.metrics.adapters import LoraNorms, lora_norms
 
@@ -64,7 +64,7 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError as error:
-        raise ConfigError('A LoRA probe needs the train extra: pip install "layersample[train]".') from error
+        raise ConfigError(f"A LoRA probe {NEEDS_TRAIN}") from error
     targets = _linear_modules(model, layers)
     config = LoraConfig(
         r=rank,
