@@ -98,6 +98,12 @@ def benchmark(
     if option:
         given["options"] = {**sources[-1][1].get("options", {}), **_pairs(option)}
     asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
+    if lr_grid is not None:  # for every method, so those of rows don't win
+        rows = [
+            row if isinstance(row, str) else row.model_copy(update={"learning_rates": None})
+            for row in asked.methods
+        ]
+        asked = asked.model_copy(update={"methods": rows})
     _run(asked, output, jobs)
 
 

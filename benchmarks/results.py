@@ -19,6 +19,7 @@ from layersample.files import write_text
 from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
 
 Line = dict[str, Any]
+_LOCK = ".lock"
 _Key = tuple[str, float]  # a final run's own key leaves out the learning rate
 
 
@@ -38,7 +39,7 @@ class Results:
         self._fingerprints = {entry.name: fingerprint(suite, entry) for entry in suite.entries}
         self._lines: dict[_Key, Line] = {}
         self._lock = Lock()
-        self._only_one = FileLock(folder / ".lock")
+        self._only_one = FileLock(folder / _LOCK)
 
     @property
     def path(self) -> Path:
@@ -68,24 +69,30 @@ class Results:
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             self._only_one.acquire(blocking=False)
-            self._lines = self._read()
-            content = whole.model_dump(mode="json")
-            # Which methods there are depends on what is installed: a later run must find the same ones.
-            content["methods"] = [
-                entry.model_dump(mode="json", exclude_defaults=True) for entry in whole.entries
-            ]
-            write_text(stored, yaml.safe_dump(content, sort_keys=False))
-            if command is not None:
-                self._note(command)
-            # Without failed runs, and without a line that a killed benchmark left unfinished.
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
+            self._write(whole, command)
         except Timeout as error:
             raise ConfigError(
                 f"Another benchmark writes into {self.folder}: wait until it has ended."
             ) from error
         except OSError as error:
+            self.close()
             raise ConfigError(f"The output folder must be writable, but: {error}.") from error
+        except BaseException:
+            self.close()
+            raise
         return self
+
+    def _write(self, whole: Suite, command: str | None) -> None:
+        """Read what is there, and write it again without what must be run again."""
+        self._lines = self._read()
+        content = whole.model_dump(mode="json")
+        # Which methods there are depends on what is installed: a later run must find the same ones.
+        content["methods"] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in whole.entries]
+        write_text(self.folder / "suite.yaml", yaml.safe_dump(content, sort_keys=False))
+        if command is not None:
+            self._note(command)
+        # Without failed runs, and without a line that a killed benchmark left unfinished.
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
 
     def close(self) -> None:
         """Let another benchmark write into the folder."""
@@ -126,13 +133,36 @@ class Results:
                 f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {here[key]!r} "
                 "is asked for now. Choose another --output, or leave the option out to go on with that suite."
             )
-        rows = {entry.name: entry for entry in (*stored.entries, *self.suite.entries)}
+        own = {entry.name for entry in self.suite.entries}
+        if all(entry.name in own for entry in stored.entries):
+            return self.suite
+        plugins = {suite.plugin for suite in (self.suite, stored) if suite.plugin is not None}
+        if len(plugins) > 1 or self.suite.seeds[0] != stored.seeds[0]:
+            raise ConfigError(
+                f"{self.folder} holds other methods too, so that the plug-in and the first seed must be theirs "
+                f"({stored.plugin}, {stored.seeds[0]}), but got {self.suite.plugin}, {self.suite.seeds[0]}. "
+                "Choose another --output."
+            )
+        rows = {
+            # Rates of their own: they may have been asked for with others.
+            entry.name: entry.model_copy(
+                update={"learning_rates": entry.learning_rates or suite.learning_rates}
+            )
+            for suite in (stored, self.suite)
+            for entry in suite.entries
+        }
         return self.suite.model_copy(
-            update={"methods": list(rows.values()), "plugin": self.suite.plugin or stored.plugin}
+            update={
+                "methods": list(rows.values()),
+                "learning_rates": None,
+                "seeds": list(dict.fromkeys([*stored.seeds, *self.suite.seeds])),
+                "plugin": next(iter(plugins), None),
+            }
         )
 
     def _read(self) -> dict[_Key, Line]:
-        lines = [line for line in read_lines(self.path) if "error" not in line]
+        latest = {_key(line): line for line in read_lines(self.path)}
+        lines = [x for x in latest.values() if "error" not in x or x["method"] not in self._fingerprints]
         for line in lines:
             name = line["method"]
             if line["fingerprint"] != self._fingerprints.get(name, line["fingerprint"]):
@@ -192,4 +222,5 @@ def _key(line: Line) -> _Key:
 
 
 def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    """Whether a folder holds nothing, or what :meth:`Results.open` makes first."""
+    return folder.is_dir() and all(path.name in (_LOCK, "logs") for path in folder.iterdir())

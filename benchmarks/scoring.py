@@ -121,7 +121,8 @@ def _batches(
                 # With the special tokens that stand before text, as in training, but none that end it.
                 batch = tokenizer(prompts[i : i + _BATCH], return_tensors="pt", padding=True)
                 given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-                ended = bool((given["input_ids"][:, -1] == tokenizer.eos_token_id).all())
+                end = tokenizer.eos_token_id
+                ended = end is not None and bool((given["input_ids"][:, -1] == end).all())
                 yield {key: ids[:, :-1] for key, ids in given.items()} if ended else given
     finally:
         tokenizer.padding_side = before

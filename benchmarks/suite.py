@@ -184,7 +184,8 @@ class Suite(BaseModel):
             entry.definition.check_installed()
             for options in (self.options, entry.options):
                 taken = _SET_HERE & options.keys()
-                taken |= _TRAINER_SET_HERE & dict(options.get("trainer") or {}).keys()
+                if isinstance(trainer := options.get("trainer"), Mapping):
+                    taken |= _TRAINER_SET_HERE & trainer.keys()
                 if taken:
                     raise ConfigError(
                         f"options of {entry.name!r} must leave out {', '.join(sorted(taken))}, which the suite sets "

@@ -38,6 +38,9 @@ def save_distributed(
 ) -> None:
     """Write a checkpoint together with all other ranks; it is there whole or not at all. Call it on each rank.
 
+    torch's own ``get_state_dict(model, optimizer)`` finds the state of 16-bit weights only inside of
+    ``layersample.optimizer_view.unpacked(optimizer)``.
+
     Args:
         folder: Where to, on a file system that all ranks share. An older one of that name is replaced.
         model: The model: sharded by ``fully_shard``, inside of DistributedDataParallel, or neither.

@@ -39,7 +39,7 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     if wrong.numel():
         values = master.flatten()[wrong]
         agree = _agree(values, weight.flatten()[wrong])
-        remainder.put_(wrong, torch.zeros_like(wrong, dtype=torch.int16))
+        remainder = torch.where(remainder != difference, 0, remainder)
         wrong, values = wrong[agree], values[agree]
         if wrong.numel():
             exceptions = {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: values.cpu()}
@@ -70,7 +70,8 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
         values = state[EXCEPTION_VALUES].to(weight.device)
         # They are whole values, which wouldn't follow a changed weight as remainders do.
         are = weight.detach().flatten()[places]
-        exact.put_(places, torch.where(_agree(values, are), values, are))
+        # put_ has no deterministic implementation.
+        exact[torch.unravel_index(places, exact.shape)] = torch.where(_agree(values, are), values, are)
     return exact
 
 

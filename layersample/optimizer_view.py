@@ -249,8 +249,8 @@ class OptimizerView:
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any], *, shards: bool) -> None:
         """Move the state of 16-bit parameters that is wider than they are to where it keeps its type.
 
-        Before loading, what isn't there yet. In saving, no shards': torch.distributed.checkpoint, which saves those,
-        looks state up by its parameter.
+        Before loading, what isn't there yet. In saving, no shards': they go through torch.distributed.checkpoint,
+        which looks state up by its parameter; so does whoever saves whole tensors by it, see :func:`unpacked`.
         """
         states = dict(state_dict["state"])
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]

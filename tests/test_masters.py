@@ -43,7 +43,10 @@ def every_kind_of_value() -> Tensor:
     return bits.flatten().view(torch.float32)
 
 
-def test_every_value_comes_back_to_the_bit() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_value_comes_back_to_the_bit(deterministic: bool, request: pytest.FixtureRequest) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     exact = every_kind_of_value()
     weight = exact.bfloat16()
     kept = split(exact, weight)

@@ -64,6 +64,13 @@ def test_a_row_of_the_suite_is_a_method_by_its_name(given: list[Any]) -> None:
     assert (lisa.name, lisa.options) == ("lisa", {})
 
 
+def test_a_grid_is_for_every_row(given: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"methods": [{"name": "lisa", "learning_rates": [1.0]}, "lora"]}))
+    invoke("--suite", str(path), "--lr-grid", "1e-4,1e-3")
+    assert [given[0][0].rates(entry) for entry in given[0][0].entries] == [[1e-4, 1e-3]] * 2
+
+
 def test_a_suite_file_and_seeds_by_number(given: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({"methods": ["lisa"], "steps": 5}))

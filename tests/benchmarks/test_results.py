@@ -73,6 +73,7 @@ def test_another_suite_is_refused_and_more_rows_and_seeds_are_not(
     with pytest.raises(ConfigError, match="a method 'lisa' with other options"):
         Results(tmp_path, renamed).open().close()
     assert first.path.read_text() == before, "hours of runs aren't dropped for a changed option"
+    Results(tmp_path, more).open().close()  # what was refused doesn't keep the folder
 
 
 def test_rows_of_before_stay_in_the_folder_and_its_report(
@@ -93,6 +94,27 @@ def test_rows_of_before_stay_in_the_folder_and_its_report(
     assert (tmp_path / "command.txt").read_text() == "the first command\nthe second command\n"
     with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'loora'"):
         Results(tmp_path, suite.model_copy(update={"baseline": "loora"})).open()
+
+
+def test_a_row_beside_others_leaves_them_their_rates_seeds_and_failures(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    first = Results(tmp_path, suite).open()
+    first.add(job(suite), made_up(job(suite), 1.5))
+    first.add(job(suite, row=1), {"error": "out of memory"})
+    first.close()
+    alone = Suite(methods=["full"], learning_rates=[3e-4], seeds=[0, 7])
+    Results(tmp_path, alone).open().close()
+    whole, lines = read_results(tmp_path)
+    assert [entry.learning_rates for entry in whole.entries] == [[1e-3], [1e-3], [3e-4]]
+    assert whole.seeds == [0, 1, 2, 7]
+    assert [line.get("error") for line in lines] == [None, "out of memory"]
+    for change in ({"seeds": [7]}, {"plugin": Path("other.py")}):
+        if "plugin" in change:
+            text = (tmp_path / "suite.yaml").read_text()
+            (tmp_path / "suite.yaml").write_text(text.replace("plugin: null", "plugin: mine.py"))
+        with pytest.raises(ConfigError, match="the plug-in and the first seed must be theirs"):
+            Results(tmp_path, alone.model_copy(update=change)).open()
 
 
 def test_final_runs_of_two_rates_are_both_kept(
@@ -124,3 +146,9 @@ def test_a_folder_of_something_else(suite: Suite, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no suite.yaml"):
         read_results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_benchmark_that_was_killed_as_it_began(suite: Suite, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / ".lock").touch()
+    Results(tmp_path, suite).open().close()

@@ -27,6 +27,7 @@ def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.Monk
         ({"learning_rates": [1e-3, 1e-3]}, "must all be different .* 'lora' are 0.001, 0.001"),
         ({"learning_rates": [0, 1e-3]}, "where there are several, above 0"),
         ({"options": {"trainer": {"logging_steps": 10}}}, "must leave out logging_steps"),
+        ({"options": {"trainer": 5}}, "suite: trainer: .* but got 5"),
         ({"options": {"trainer": {"learning_rate": 5.0}}}, "must leave out learning_rate"),
         ({"seeds": [0, 3, 3]}, "seeds must all be different, but 3 comes twice"),
         ({"seeds": [-1]}, "seeds must be at least 0, but got -1"),
