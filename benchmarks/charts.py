@@ -83,7 +83,10 @@ def memory_and_loss(analysis: Analysis) -> str:
             color = SECOND if name == analysis.suite.reference else ACCENT if best else MUTED
             axes.plot(x, y, "o", color=color, markersize=7 if best else 5)
             label = f"{name}" if best or name == analysis.suite.reference else str(names.index(name) + 1)
-            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", color=color, fontsize=9)
+            # Neighbours on the front may be close: above and below in turns.
+            below = best and analysis.front.index(name) % 2
+            place = (5, -11 if below else 4)
+            axes.annotate(label, (x, y), xytext=place, textcoords="offset points", color=color, fontsize=9)
         axes.set(xlabel="peak memory (MiB)", ylabel="held-out loss (nats a token)")
         axes.margins(0.14)
         axes.grid(linewidth=0.6)
