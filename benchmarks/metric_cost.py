@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layersample import find_layers
 from layersample.config import BUILTIN_MODEL
 from layersample.environment import environment
 from layersample.layers import ModelLayers
 from layersample.metrics import LayerMetrics, layer_metrics, outlier_ratios
-from layersample.models import load_model
+from layersample.models import resolve_model
 from layersample_benchmarks.store import RESULTS
 
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     """Measure, print the table and write ``metric_cost.json`` and ``metric_cost.md``."""
     parser = argparse.ArgumentParser(prog="python -m layersample_benchmarks.metric_cost", description=__doc__)
     parser.add_argument(
-        "--model", default=BUILTIN_MODEL, help="built-in name, folder or hub id (default %(default)s)"
+        "--model", default=BUILTIN_MODEL, help="built-in name or folder (default %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="times each figure is taken (default 3)")
     parser.add_argument(
@@ -52,7 +52,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parser.parse_args(None if arguments is None else list(arguments))
     if options.rounds < 1 or options.batches < 1:
         parser.error("--rounds and --batches must be at least 1.")
-    model, _ = load_model(options.model)
+    path = resolve_model(options.model)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     record = measure(model, options.rounds, options.batches)
     table = render(record)
     print(table)
