@@ -64,7 +64,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
-    check_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    check_length(config, model.config)
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,9 @@ from layersample.errors import ConfigError, unknown
 from layersample.optimizer_state import StatePolicyName
 from layersample.step_in_backward import ClipBy, StepInBackward
 from layersample.units import Rule
+
+if TYPE_CHECKING:  # seconds to import, and the command line reads this file first
+    from transformers import PretrainedConfig
 
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"
@@ -235,16 +238,17 @@ def check_same_run(config: TrainConfig, stored: Path) -> None:
         )
 
 
-def check_length(config: TrainConfig, positions: int | None) -> None:
+def check_length(config: TrainConfig, model: PretrainedConfig) -> None:
     """Make sure that examples aren't longer than a model reads.
 
     Args:
         config: The options.
-        positions: The model's ``max_position_embeddings``; ``None`` where it has no limit.
+        model: The model's configuration; without ``max_position_embeddings`` it has no limit.
 
     Raises:
         ConfigError: If ``max_length`` is above it.
     """
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."

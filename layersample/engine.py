@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from layersample.distributed import check_agreement, is_distributed
 from layersample.errors import ConfigError
 from layersample.layers import unwrap
+from layersample.optimizer_state import unwrap_optimizer
 from layersample.sampler import LayerSampler
 
 NO_DATA_PARALLEL = (
@@ -162,8 +163,8 @@ def _find_ddp(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def _refuse_deepspeed(model: nn.Module, optimizer: Optimizer) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    classes = [*type(model).__mro__, *type(optimizer).__mro__, *type(inner).__mro__]
+    inner = type(unwrap_optimizer(optimizer))
+    classes = [*type(model).__mro__, *type(optimizer).__mro__, *inner.__mro__]
     by_class = any(cls.__module__.partition(".")[0] == "deepspeed" for cls in classes)
     by_name = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"  # accelerate's own
     if not (by_class or by_name or any(hasattr(p, "ds_id") for p in model.parameters())):

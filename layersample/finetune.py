@@ -105,7 +105,7 @@ def finetune(
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
     )
-    check_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    check_length(config, model.config)
     sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
     with folder.open() as checkpoint:
         # A later --resume takes what the run is from here; how it was begun is the command's own.

@@ -24,6 +24,7 @@ from layersample.errors import ConfigError
 from layersample.host_memory import wait_for_copies
 from layersample.low_rank import PREFIX, LowRank, LowRankParameter
 from layersample.masters import AT_REST, MASTER, combine, follow, split
+from layersample.optimizer_state import unwrap_optimizer
 from layersample.projection import Projection
 
 _PACKED = "layersample"
@@ -67,7 +68,7 @@ class OptimizerView:
         self, optimizer: Optimizer, *, projection: Projection | None, master_weights: bool, seed: int
     ) -> None:
         check_unviewed(optimizer)
-        self._optimizer = _inner(optimizer)
+        self._optimizer = unwrap_optimizer(optimizer)
         self._master_weights = master_weights
         self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
         if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
@@ -285,7 +286,7 @@ def check_unviewed(optimizer: Optimizer) -> None:
     Raises:
         ConfigError: If one does; it says how to end it.
     """
-    if _inner(optimizer) in _viewed:
+    if unwrap_optimizer(optimizer) in _viewed:
         raise ConfigError(
             "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
             "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
@@ -305,7 +306,9 @@ def unpacked(optimizer: Optimizer) -> Iterator[None]:
         states = dict(state_dict["state"])
         state_dict["state"] = {**states.pop(_PACKED, {}), **states}
 
-    handle = _inner(optimizer).register_state_dict_post_hook(move_back)  # it runs after that of a view
+    handle = unwrap_optimizer(optimizer).register_state_dict_post_hook(
+        move_back
+    )  # it runs after that of a view
     try:
         yield
     finally:
@@ -328,12 +331,6 @@ def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, A
     read_there = group.get("capturable") or (key == "step" and group.get("fused"))
     counts = value.dim() == 0 and (key.startswith(PREFIX) or not read_there)
     return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """An optimizer without accelerate's wrapper."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

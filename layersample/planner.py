@@ -242,7 +242,7 @@ def _check(model: ModelLike, config: TrainConfig) -> PretrainedConfig:
         shape = load_shape(model)
     else:
         shape = model if isinstance(model, PretrainedConfig) else model.config
-    check_length(config, getattr(shape.get_text_config(), "max_position_embeddings", None))
+    check_length(config, shape)
     return shape
 
 

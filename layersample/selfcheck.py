@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from layersample.distributed import local_part
 from layersample.masters import AT_REST, combine
-from layersample.optimizer_state import StatePolicyName
+from layersample.optimizer_state import StatePolicyName, unwrap_optimizer
 
 
 class SelfCheckError(RuntimeError):
@@ -32,8 +32,7 @@ class SelfCheck:
         self._state = state
         self._digests: dict[str, bytes] = {}
         self._moves = False
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        self._handle = inner.register_step_pre_hook(self._note_step)
+        self._handle = unwrap_optimizer(optimizer).register_step_pre_hook(self._note_step)
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step at a learning rate of 0 (the first one of a warm-up) moves nothing, and rightly so.

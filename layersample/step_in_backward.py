@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from layersample.errors import ConfigError
+from layersample.optimizer_state import unwrap_optimizer
 
 ClipBy = Literal["running", "parameter"]
 
@@ -64,7 +65,7 @@ class BackwardStepper:
 
     def __init__(self, optimizer: Optimizer, options: StepInBackward) -> None:
         self._outer = optimizer
-        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer = unwrap_optimizer(optimizer)
         self._options = options
         self._hooks: list[RemovableHandle] = []
         self._group_of: dict[Tensor, int] = {}
