@@ -19,8 +19,10 @@ from layersample.errors import ConfigError
 from .methods import list_baselines
 from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
 
-_FLAGS = {"methods", "plugin", "model", "task", "answer_marker", "seeds", "steps"}
-_FLAGS |= {"learning_rates", "search_steps", "baseline", "options"}
+_FLAGS = {
+    *("methods", "plugin", "model", "task", "answer_marker", "seeds", "steps"),
+    *("learning_rates", "search_steps", "baseline", "options"),
+}
 _OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
     help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,9 +319,16 @@ def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     files = [
         path for path in (Path(suite.task), _plugin_of(definition)) if path is not None and path.is_file()
     ]
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    digests = [_digest(path, path.stat().st_mtime_ns) for path in files]
     text = json.dumps([common, own, suite.seeds[0], *digests], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    """Of a file's content, read once for all rows; ``changed`` is when it was written."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plugin_of(method: Method) -> Path | None:
