@@ -15,11 +15,12 @@ import typer
 from torch import Tensor
 
 from layersample import LayerScheduler
-from layersample.masters import AT_REST
-from layersample.models import load_model
-from layersample_benchmarks.step_cost import Fixed
-from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, ratios, real_batches
+from layersample.optim.masters import AT_REST
+from layersample.training.models import load_model
+
+from .step_cost import Fixed
+from .store import RESULTS, store
+from .timed import TimedRun, ratios, real_batches
 
 METHODS = ("plain bf16", "rounded at each switch", "exact masters")
 PERIODS = 10

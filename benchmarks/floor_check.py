@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from layersample.config import TrainConfig
-from layersample.memory import optimizer_tensors
-from layersample.models import load_model
-from layersample.simulation import save_memory, schedule_given
-from layersample_benchmarks.baselines import train_blocks
-from layersample_benchmarks.floors import flop_floor, memory_floor
-from layersample_benchmarks.measured_peak import measured_step_peak
-from layersample_benchmarks.methods import Prepared, get_method
-from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, ratios, real_batches
+from layersample.optim.memory_use import optimizer_tensors
+from layersample.planning.simulation import save_memory, schedule_given
+from layersample.training.models import load_model
+
+from .floors import flop_floor, memory_floor
+from .measured_peak import measured_step_peak
+from .methods.baselines import train_blocks
+from .methods.catalog import get_method
+from .methods.method import Prepared
+from .store import RESULTS, store
+from .timed import TimedRun, ratios, real_batches
 
 SIZES = ((4, 128), (8, 256))
 PRECISIONS = ("fp32", "bf16")
@@ -123,7 +125,7 @@ def measure(folder: str, batch: int, length: int, precision: str, rounds: int) -
     rows: list[dict[str, Any]] = []
     for name, contestant in contestants.items():
         own, active = seconds[name], contestant.active
-        row = {
+        row: dict[str, Any] = {
             "size": f"{batch} × {length}",
             "precision": precision,
             "method": name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from layersample.chunked_loss import chunked_cross_entropy
-from layersample_benchmarks.measured_peak import measured_peak
-from layersample_benchmarks.store import RESULTS, store
+from layersample.activations.chunked_cross_entropy import chunked_cross_entropy
+
+from .measured_peak import measured_peak
+from .store import RESULTS, store
 
 POSITIONS, HIDDEN, VOCABULARY = 512, 576, 49152  # SmolLM2-135M at 4 × 128 tokens
 TRL_CHUNK = 32768  # what its trainers give
@@ -86,7 +88,7 @@ def measure(dtype: torch.dtype, masked: float, trained: bool, rounds: int) -> li
             "masked": masked,
             "head": "trained" if trained else "frozen",
             "cpu_seconds": statistics.median(seconds[name][1:]),  # the first one warms up
-            "peak_bytes": measured_peak(lambda loss=loss: run(loss)),
+            "peak_bytes": measured_peak(partial(run, loss)),
         }
         for name, loss in LOSSES.items()
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from layersample.memory import count_bytes
+from layersample.optim.memory_use import count_bytes
 
 
 def measured_peak(function: Callable[[], object]) -> int:

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from layersample import find_layers
 from layersample.config import BUILTIN_MODEL
 from layersample.environment import environment
-from layersample.layers import ModelLayers
+from layersample.layers.find import ModelLayers
 from layersample.metrics import LayerMetrics, layer_metrics, outlier_ratios
-from layersample.models import resolve_model
-from layersample_benchmarks.store import RESULTS
+from layersample.training.models import resolve_model
+
+from .store import RESULTS
 
 Record = dict[str, Any]
 

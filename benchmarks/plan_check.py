@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from layersample import LayerScheduler
 from layersample.config import TrainConfig
-from layersample.memory import optimizer_tensors
-from layersample.shapes import load_shape
-from layersample.simulation import add_lora, save_memory, schedule_given, simulate_step
-from layersample_benchmarks.measured_peak import measured_step_peak
-from layersample_benchmarks.store import RESULTS, store
+from layersample.optim.memory_use import optimizer_tensors
+from layersample.planning.shapes import load_shape
+from layersample.planning.simulation import add_lora, save_memory, schedule_given, simulate_step
+
+from .measured_peak import measured_step_peak
+from .store import RESULTS, store
 
 FROZEN = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
 AS_RUN = {"loss_chunk": 0, "recompute": False, "master_weights": False}

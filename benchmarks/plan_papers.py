@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from layersample.cli import read_preset
-from layersample.config import PLAN_COMMON, TrainConfig, make_config
-from layersample.plan_report import gib
-from layersample.planner import plan
-from layersample_benchmarks.store import RESULTS, store
+from layersample.cli.plan_report import gib
+from layersample.config import TrainConfig, make_config, read_preset
+from layersample.planning.comparisons import common_options
+from layersample.planning.planner import plan
 
-_COMMON = {**PLAN_COMMON, "precision": "bf16", "batch_size": 1, "max_length": 1024}
+from .store import RESULTS, store
+
+_COMMON = {**common_options(), "precision": "bf16", "batch_size": 1, "max_length": 1024}
 # What the papers report, and the same method planned as commonly run.
 PAPERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("full fine-tuning", "llama-2-7b", "60 GB or more", {"sampler": "full"}),

@@ -21,11 +21,12 @@ import typer
 from torch import Tensor, nn
 
 from layersample import LayerScheduler, Projection, ProjectionContext, create_projection, find_layers
-from layersample.bases import random_basis, randomized_basis, subspace_basis, svd_basis
-from layersample.models import load_model
-from layersample_benchmarks.step_cost import Fixed
-from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import TimedRun, ratios, real_batches
+from layersample.projection.bases import random_basis, randomized_basis, subspace_basis, svd_basis
+from layersample.training.models import load_model
+
+from .step_cost import Fixed
+from .store import RESULTS, store
+from .timed import TimedRun, ratios, real_batches
 
 RANK = 128
 LAYERS = (9, 20)

@@ -20,11 +20,12 @@ import typer
 from transformers import LlamaConfig, PreTrainedModel
 
 from layersample import LayerSampler, LayerScheduler, SamplingContext, measure_memory
-from layersample.models import load_model
-from layersample.recording import peak_process_bytes
-from layersample_benchmarks.floors import flop_floor
-from layersample_benchmarks.store import RESULTS, store
-from layersample_benchmarks.timed import ratios, real_batches
+from layersample.training.models import load_model
+from layersample.training.recording import peak_process_bytes
+
+from .floors import flop_floor
+from .store import RESULTS, store
+from .timed import ratios, real_batches
 
 BATCH, LENGTH = 4, 128
 
@@ -100,7 +101,7 @@ class Contestant:
     def _floor(self) -> float:
         if self.scheduler is None:
             return 1.0
-        embedding = self.model.get_input_embeddings().weight.requires_grad
+        embedding: bool = self.model.get_input_embeddings().weight.requires_grad  # type: ignore[assignment]
         assert isinstance(self.model.config, LlamaConfig)
         layers = self.scheduler.active
         return float(flop_floor(self.model.config, BATCH, LENGTH, layers, embedding=embedding))

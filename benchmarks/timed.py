@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from layersample import LayerScheduler
-from layersample.data import load_data
-from layersample.models import load_model
+from layersample.training.data import load_data
+from layersample.training.models import load_model
 
 
 @dataclass

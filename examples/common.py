@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layersample.data import load_data
-from layersample.models import load_model
+from layersample.training.data import load_data
+from layersample.training.models import load_model
 
 
 def parse(description: str | None) -> argparse.Namespace:

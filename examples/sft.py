@@ -6,7 +6,7 @@ from common import model_and_tokenizer, parse
 from trl import SFTConfig, SFTTrainer
 
 from layersample import LayerSamplingCallback
-from layersample.data import load_data
+from layersample.training.data import load_data
 
 options = parse(__doc__)
 model, tokenizer = model_and_tokenizer(options)

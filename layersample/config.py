@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,48 +10,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from layersample.errors import ConfigError, unknown
-from layersample.optimizer_state import StatePolicyName
-from layersample.step_in_backward import ClipBy, StepInBackward
-from layersample.units import Rule
+from layersample.layers.rules import Rule
+from layersample.optim.frozen_state import StatePolicyName
+from layersample.optim.step_in_backward import ClipBy, StepInBackward
+from layersample.plugins import settings_files
 
 if TYPE_CHECKING:  # seconds to import, and the command line reads this file first
     from transformers import PretrainedConfig
 
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"
-
-# Samplers that `layersample profile` compares, as its --sampler takes them: without data, and with it.
-PROFILE_SAMPLERS = ("lisa", "owlore:metric=alpha")
-PROFILE_DATA_SAMPLERS = (*PROFILE_SAMPLERS, "owlore:metric=outlier")
-
-# What `layersample plan` shows beside a run: each as commonly run, with the run's own model, batch and precision.
-PLAN_COMMON: dict[str, Any] = {
-    "embeddings": "train",
-    "head": "train",
-    "norm": "train",
-    "other": "train",
-    "projection": None,
-    "rank": None,
-    "projection_options": {},
-    "sampler_options": {},
-    "master_weights": False,
-    "step_in_backward": False,
-    "clip_by": "all",
-    "loss_chunk": 0,
-    "recompute": False,
-}
-PLAN_LORA_RANK, PLAN_GALORE_RANK = 16, 128
-PLAN_BASELINES: dict[str, dict[str, Any]] = {
-    "full fine-tuning": {**PLAN_COMMON, "sampler": "full", "state": "drop"},
-    "LISA as published": {**PLAN_COMMON, "sampler": "lisa", "state": "keep"},
-    f"GaLore, rank {PLAN_GALORE_RANK}": {
-        **PLAN_COMMON,
-        "sampler": "full",
-        "state": "drop",
-        "projection": "galore",
-        "rank": PLAN_GALORE_RANK,
-    },
-}
 
 
 class _Options(BaseModel):
@@ -309,12 +276,6 @@ def merge_sources(
     return merged, source_of
 
 
-def packaged_yaml(package: str, folder: str) -> dict[str, str]:
-    """The YAML files that a package of ours ships in one of its folders: their text by name."""
-    entries = [entry for entry in (files(package) / folder).iterdir() if entry.name.endswith(".yaml")]
-    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of options.
 
@@ -336,6 +297,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: must hold a mapping of options to values, but holds a {type(content).__name__}."
         )
     return content
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a preset.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    presets = settings_files("presets")
+    if name not in presets:
+        raise ConfigError(unknown("preset", name, presets))
+    options: dict[str, Any] = yaml.safe_load(presets[name])
+    return options
 
 
 def write_yaml(config: TrainConfig) -> str:

@@ -8,8 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -18,8 +16,10 @@ import docstring_parser
 from pydantic import ConfigDict, ValidationError, create_model
 
 from layersample.errors import ConfigError, unknown
-from layersample.projection import Projection
-from layersample.sampler import LayerSampler
+from layersample.plugins import SAMPLERS as SAMPLER_GROUP
+from layersample.plugins import load_group
+from layersample.projection.projection import Projection
+from layersample.sampling.sampler import LayerSampler
 
 _Kind = TypeVar("_Kind")
 _Class = TypeVar("_Class", bound=type[Any])
@@ -76,7 +76,7 @@ class Registry(Generic[_Kind]):
 
     def list(self) -> dict[str, type[_Kind]]:
         """All by name, sorted; those of installed packages are loaded by the first call."""
-        _load_entry_points()
+        load_group(SAMPLER_GROUP)
         return dict(sorted(self.classes.items()))
 
     def get(self, name: str) -> type[_Kind]:
@@ -160,7 +160,8 @@ class Registry(Generic[_Kind]):
 
 SAMPLERS: Registry[LayerSampler] = Registry("sampler", LayerSampler)  # type: ignore[type-abstract]
 PROJECTIONS: Registry[Projection] = Registry("projection", Projection)  # type: ignore[type-abstract]
-register, create_sampler, list_samplers = SAMPLERS.register, SAMPLERS.create, SAMPLERS.list
+register = register_sampler = SAMPLERS.register
+create_sampler, list_samplers = SAMPLERS.create, SAMPLERS.list
 register_projection, create_projection, list_projections = (
     PROJECTIONS.register,
     PROJECTIONS.create,
@@ -231,9 +232,3 @@ def _identity(cls: type[Any]) -> tuple[str, str]:
 def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(cls).parameters
     return {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-
-
-@cache
-def _load_entry_points() -> None:
-    for entry in entry_points(group="layersample.samplers"):
-        entry.load()

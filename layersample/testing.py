@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersample.layers import find_layers
+from layersample.layers.find import find_layers
 from layersample.registry import describe, describe_options
-from layersample.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
-from layersample.scheduler import LayerScheduler
+from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.scheduling.scheduler import LayerScheduler
 
 
 class SamplerContract:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from layersample import LowRankStep, Projection, ProjectionContext, Side, register_projection
-from layersample.bases import draw_normal
+from layersample.projection.bases import draw_normal
 
 
 @register_projection("apollo")

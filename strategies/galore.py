@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from layersample import Projection, ProjectionContext, Side, register_projection
-from layersample.bases import random_basis, randomized_basis, subspace_basis, svd_basis
+from layersample.projection.bases import random_basis, randomized_basis, subspace_basis, svd_basis
 
 
 @register_projection("galore")

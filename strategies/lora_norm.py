@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal, get_args
 
-from layersample import ConfigError, Cost, MeasuredSampler, Measurement, register
-from layersample.draws import Draw
+from layersample import ConfigError, Cost, Draw, MeasuredSampler, Measurement, register
 from layersample.metrics import LoraNorms, has_lora, lora_norms, probe_lora
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from layersample import ConfigError, Cost, MeasuredSampler, Measurement, register
-from layersample.draws import Draw
+from layersample import ConfigError, Cost, Draw, MeasuredSampler, Measurement, register
 from layersample.metrics import DEFAULT_THRESHOLDS, layer_metrics, outlier_ratios, random_hill
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from layersample import Cost, SamplingContext, WeightedSampler, register
-from layersample.draws import Draw
+from layersample import Cost, Draw, SamplingContext, WeightedSampler, register
 
 _SHAPES = ("uniform", "increase", "decrease", "middle")
 

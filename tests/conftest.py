@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from layersample import registry
+
+# rich takes the width of a console once, and pytest-xdist sets one for its processes; tests set their own.
+os.environ.pop("COLUMNS", None)
 
 # Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
 torch.set_num_threads(1)
@@ -72,6 +76,38 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M, fetched once into the user's cache."""
-    from layersample.models import fetch_builtin
+    from layersample.training.models import fetch_builtin
 
     return fetch_builtin("smollm2-135m")
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    """Build a random model of a family by the size of its configuration's fields."""
+
+    def make(family: str = "llama", **fields: int | bool) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(_config(family, **fields)).eval()
+
+    return make
+
+
+def _config(family: str, **fields: int | bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if family == "gpt2":
+        return AutoConfig.for_model(
+            "gpt2", **{"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 60, "n_positions": 64} | fields
+        )
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 60,
+        "tie_word_embeddings": True,
+    }
+    if family in ("mixtral", "gpt_oss"):
+        sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    return AutoConfig.for_model(family, **sizes | fields)

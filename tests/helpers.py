@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from layersample import LayerSampler, SamplingContext
 
 
 def make_llama(
@@ -31,3 +37,46 @@ def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
     """Random tokens with labels."""
     tokens = torch.randint(0, 256, (size, 12), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": tokens, "labels": tokens}
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def causal_lm(kind: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **options})
+    model = AutoModelForCausalLM.from_config(config).double().train()
+    with torch.no_grad():  # logits of random weights are too small for a softcap to show
+        model.get_output_embeddings().weight.mul_(50)
+    return model
+
+
+def on_meta(model_type: str, name: str) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, name)(CONFIG_MAPPING[model_type]())
+    return model
+
+
+class Given(LayerSampler):
+    """The sets that a test gives, one a period."""
+
+    def __init__(self, *sets: tuple[int, ...]) -> None:
+        self._sets = sets
+
+    def sample(self, context: SamplingContext) -> tuple[int, ...]:
+        return self._sets[context.round % len(self._sets)]
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

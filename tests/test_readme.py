@@ -14,7 +14,8 @@ from helpers import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from layersample import LayerScheduler, cli, list_projections, list_samplers
+from layersample import LayerScheduler, list_projections, list_samplers
+from layersample.cli import app as cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,14 +58,14 @@ def leave(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "_run", lambda config: None)
-    monkeypatch.setattr("layersample_benchmarks.command._run", lambda suite, output, jobs: None)
+    monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda suite, output, jobs: None)
     monkeypatch.setattr(
-        "layersample_benchmarks.report.write_report", lambda folder, baseline: ["report.html"]
+        "layersample_benchmarks.side_by_side.report.write_report", lambda folder, baseline: ["report.html"]
     )
-    monkeypatch.setattr("layersample.models.load_any_model", lambda name, report: make_llama())
+    monkeypatch.setattr("layersample.training.models.load_any_model", lambda name, report: make_llama())
     for name in ("run.yaml", "suite.yaml"):
         (tmp_path / name).write_text("steps: 3\n")
-    monkeypatch.setattr("layersample.planner.plan", leave)  # what it prints is tested with it
+    monkeypatch.setattr("layersample.planning.planner.plan", leave)  # what it prints is tested with it
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, command.split()[1:])
     assert result.exit_code == 0, result.output

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from layersample import LayerScheduler, find_layers, measure_memory
-from layersample.data import load_data
-from layersample.distributed_checkpoint import load_distributed, save_distributed
-from layersample.models import load_model
+from layersample.checkpoints.sharded import load_distributed, save_distributed
+from layersample.training.data import load_data
+from layersample.training.models import load_model
 
 
 def parse() -> argparse.Namespace:

@@ -12,8 +12,8 @@ from torch import distributed as dist
 from trl import SFTConfig, SFTTrainer
 
 from layersample import LayerSamplingCallback
-from layersample.data import load_data
-from layersample.models import load_model
+from layersample.training.data import load_data
+from layersample.training.models import load_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder or hub id")

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from layersample.checkpoints import check, remove_unfinished, saving_folder, seal
+from layersample.checkpoints.whole import check, remove_unfinished, saving_folder, seal
 from layersample.files import replace_folder
 
 

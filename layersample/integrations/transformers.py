@@ -13,18 +13,18 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from layersample.distributed_checkpoint import optimizer_of
-from layersample.engine import NO_DATA_PARALLEL
+from layersample.activations.chunked_loss import ChunkedLoss
+from layersample.activations.recompute import SelectiveRecompute
+from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
-from layersample.head import ChunkedLoss
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
-from layersample.optimizer_state import StatePolicyName
-from layersample.projection import Projection
-from layersample.recompute import SelectiveRecompute
-from layersample.sampler import LayerSampler
-from layersample.scheduler import LayerScheduler
-from layersample.step_in_backward import StepInBackward
-from layersample.units import Rule
+from layersample.layers.rules import Rule
+from layersample.optim.frozen_state import StatePolicyName
+from layersample.optim.step_in_backward import StepInBackward
+from layersample.parallel.base import NO_DATA_PARALLEL
+from layersample.projection.projection import Projection
+from layersample.sampling.sampler import LayerSampler
+from layersample.scheduling.scheduler import LayerScheduler
 
 logger = logging.getLogger(__name__)
 

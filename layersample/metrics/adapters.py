@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from layersample.errors import ConfigError
-from layersample.layers import ModelLayers, find_layers, unwrap
+from layersample.layers.find import ModelLayers, find_layers
 from layersample.metrics.adapter_files import LowRankUpdate, read_adapter_folder, read_live_adapter
+from layersample.unwrapping import unwrap
 
 
 @dataclass(frozen=True)

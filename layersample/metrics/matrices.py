@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from layersample.layers import Layer, ModelLayers, find_layers, unwrap
+from layersample.layers.find import Layer, ModelLayers, find_layers
+from layersample.unwrapping import unwrap
 
 # What PEFT's wrappers call the module that they wrap; all else inside of them is the adapter.
 _WRAPPED = ("base_layer", "original_module")

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from layersample.errors import ConfigError, unknown
-from layersample.layers import ModelLayers
+from layersample.layers.find import ModelLayers
 from layersample.metrics.cache import MetricCache, hash_weight
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.measures import PARAMETERS, check_metrics, measure_eigenvalues

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from layersample.errors import ConfigError
-from layersample.layers import ModelLayers, find_layers, unwrap
+from layersample.layers.find import ModelLayers, find_layers
 from layersample.metrics.expert_inputs import watch_experts
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
+from layersample.unwrapping import unwrap
 
 DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
 

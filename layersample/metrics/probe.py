@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layersample.errors import NEEDS_TRAIN, ConfigError
-from layersample.layers import ModelLayers, find_layers
+from layersample.layers.find import ModelLayers, find_layers
 from layersample.metrics.adapters import LoraNorms, lora_norms
 
 _ADAPTER = "layersample_probe"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from layersample_benchmarks.suite import Job, Suite
+from layersample_benchmarks.side_by_side.suite import Job, Suite
 
 MakeSuite = Callable[..., Suite]
 

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from layersample.config import TrainConfig
-from layersample.shapes import load_shape
-from layersample.simulation import simulate_step
+from layersample.planning.shapes import load_shape
+from layersample.planning.simulation import simulate_step
 from layersample_benchmarks.floor_check import CHUNKS, OURS
 from layersample_benchmarks.floors import flop_floor, memory_floor
 

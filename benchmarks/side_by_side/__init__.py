@@ -1,0 +1,1 @@
+"""`layersample benchmark`: samplers and baselines side by side, measured and tested."""

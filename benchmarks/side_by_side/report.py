@@ -1,0 +1,262 @@
+"""The report of a benchmark: one HTML page that needs nothing else, and the same as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from layersample.errors import ConfigError
+from layersample.files import write_text
+
+from . import charts
+from .analysis import Analysis, Row, analyze
+from .clock import PHASES
+from .comparison import Difference, Estimate
+from .live_bytes import KINDS
+from .results import Line, read_results
+from .tasks import get_task
+
+PICTURES = {
+    "differences": charts.differences,
+    "memory": charts.memory_and_loss,
+    "curves": charts.all_curves,
+}
+_MINUS = "\N{MINUS SIGN}"
+_DASH = "–"
+
+
+def write_report(folder: Path, baseline: str | None = None) -> list[str]:
+    """Write ``report.html``, ``report.md`` and its pictures from what a benchmark's folder holds.
+
+    Args:
+        folder: With ``suite.yaml`` and ``results.jsonl``.
+        baseline: The method that the others are compared with; that of the suite by default.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, or it can't be
+            written.
+    """
+    suite, lines = read_results(folder)
+    if baseline is not None:
+        suite = suite.model_copy(update={"baseline": baseline})
+        suite.check_baseline()
+    if not lines:
+        raise ConfigError(
+            f"At least one run must have ended, but {folder} holds none. Run the benchmark first."
+        )
+    analysis = analyze(suite, lines)
+    command = folder / "command.txt"
+    commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
+    pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
+    shown = view(analysis, lines, commands, pictures)
+    files = {
+        "report.html": _template("report.html.jinja", autoescape=True).render(shown),
+        "report.md": _template("report.md.jinja", autoescape=False).render(
+            {**shown, "pictures": [f"{name}.svg" for name in pictures]}
+        ),
+        **{f"{name}.svg": _alone(svg) for name, svg in pictures.items()},
+    }
+    try:
+        for name, text in files.items():
+            write_text(folder / name, text)
+    except OSError as error:
+        raise ConfigError(f"The output folder must be writable, but: {error}.") from error
+    return list(files)
+
+
+def view(
+    analysis: Analysis, lines: Sequence[Line], commands: Sequence[str], pictures: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the templates show: numbers as text, pictures as SVG."""
+    suite = analysis.suite
+    finished = analysis.finished
+    baseline = next((row for row in finished if row.name == suite.reference), None)
+    any_run = next((line for line in lines if "environment" in line), None)
+    return {
+        "suite": suite,
+        "task": get_task(suite.task, suite.answer_marker).name,
+        "model": Path(suite.model).name,
+        "other_text": Path(suite.other_text).name,
+        "commands": commands,
+        "analysis": analysis,
+        "findings": findings(analysis),
+        "quality": [_quality(number, row, analysis) for number, row in enumerate(finished, 1)],
+        "cost": [_cost(row) for row in finished],
+        "has_answers": any(row.right is not None for row in finished),
+        "answers": min(suite.answers, suite.test_size),
+        "has_device": any(row.device_bytes is not None for row in finished),
+        "rates": [_rates(row) for row in analysis.rows if row.trials],
+        "failures": [error for row in analysis.rows for error in row.errors],
+        "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
+        "methods": [_method(row, baseline) for row in finished],
+        "environment": any_run["environment"] if any_run else None,
+        "revisions": sorted(
+            {line["environment"]["git"] or "none" for line in lines if "environment" in line}
+        ),
+        "parameters": any_run["parameters"] if any_run else None,
+        "traced": _traced(suite.trace_every),
+        "percent": f"{100 * suite.confidence:g}%",
+    }
+
+
+def findings(analysis: Analysis) -> list[str]:
+    """What the numbers say, in sentences that say no more than they do."""
+    name, seeds = analysis.suite.reference, max((len(row.runs) for row in analysis.rows), default=0)
+    said = []
+    for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):
+        if rows := analysis.called(verdict):
+            listed = ", ".join(
+                f"{row.name} ({signed(row.difference.mean)})" for row in rows if row.difference
+            )
+            said.append(f"{words} {name}: {listed}.")
+    if rows := analysis.called("no difference shown"):
+        listed = ", ".join(row.name for row in rows)
+        said.append(
+            f"No difference to {name} shown: {listed}. With {seeds} seeds that means that these runs can't tell, "
+            "not that there is none."
+        )
+    if rows := analysis.called("not tested"):
+        said.append(f"Not tested, for want of seeds that differ: {', '.join(row.name for row in rows)}.")
+    if len(analysis.front) > 1:
+        said.append(f"No method has both less memory and less loss than: {', '.join(analysis.front)}.")
+    if edges := [row.name for row in analysis.finished if row.at_edge]:
+        said.append(
+            f"Best at the lowest or highest rate tried, so perhaps better beyond: {', '.join(edges)}."
+        )
+    if lacking := analysis.planned - analysis.done:
+        said.append(f"{lacking} of {analysis.planned} runs are not there (failed, or not run yet).")
+    return said
+
+
+def verdict(difference: Difference | None, *, lower_is_better: bool = True) -> str:
+    """A comparison in words: "no difference shown" where the interval contains zero."""
+    if difference is None:
+        return _DASH
+    if difference.verdict in ("lower", "higher"):
+        return "better" if (difference.verdict == "lower") == lower_is_better else "worse"
+    return difference.verdict
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign."""
+    return f"{value:+.{digits}f}".replace("-", _MINUS)
+
+
+def _traced(every: int) -> str:
+    return f"every {every}th step and the last" if every > 1 else "each step" if every else "no step"
+
+
+def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
+    is_baseline = row.name == analysis.suite.reference
+    difference = row.difference
+    return {
+        "number": number,
+        "name": row.name,
+        "seeds": len(row.runs),
+        "rate": f"{row.rate:.2g}" + ("*" if row.at_edge else ""),
+        "loss": _estimate(row.loss),
+        "difference": "baseline" if is_baseline else _DASH if difference is None else signed(difference.mean),
+        "interval": _interval(difference),
+        "p": _DASH if difference is None or difference.p is None else _p(difference.p),
+        "verdict": "baseline" if is_baseline else verdict(difference),
+        "right": _estimate(row.right, 1, 100, "%"),
+        "right_verdict": "baseline" if is_baseline else verdict(row.right_difference, lower_is_better=False),
+        "forgotten": _estimate(row.forgotten, sign=True),
+    }
+
+
+def _cost(row: Row) -> dict[str, Any]:
+    total = row.tensor_bytes()
+    return {
+        "name": row.name,
+        "process": _mib(row.process_bytes),
+        "device": _mib(row.device_bytes),
+        "tensors": _mib(total),
+        "kinds": [_mib(row.tensor_bytes(kind)) for kind in KINDS],
+        "cpu": _seconds(row.seconds("cpu")),
+        "phases": [_seconds(row.seconds("cpu", phase)) for phase in PHASES],
+        "wall": _seconds(row.seconds("wall")),
+        "before": _seconds(row.mean(lambda run: run["seconds"]["before_training"]["cpu"])),
+        "tokens": _number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
+        "trainable": _number(
+            row.mean(lambda run: 100 * run["trainable_parameters"] / run["parameters"]), "{:.1f}%"
+        ),
+        "coverage": _number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),
+        "staleness": _number(row.mean(lambda run: run["staleness"]), "{:.1f}"),
+    }
+
+
+def _rates(row: Row) -> dict[str, Any]:
+    tried = [
+        f"{trial.rate:g}: {'failed' if trial.loss is None else f'{trial.loss:.3f}'}" for trial in row.trials
+    ]
+    return {"name": row.name, "tried": tried, "chosen": "none" if row.rate is None else f"{row.rate:g}"}
+
+
+def _method(row: Row, baseline: Row | None) -> dict[str, Any]:
+    drawn = {
+        "curve": charts.curve(row, baseline),
+        "layers": charts.layers(row),
+        "chances": charts.probabilities(row),
+    }
+    return {
+        "name": row.name,
+        "summary": row.summary,
+        **{k: Markup(charts.themed(v)) for k, v in drawn.items()},
+    }
+
+
+def _estimate(
+    value: Estimate | None, digits: int = 3, scale: float = 1, unit: str = "", sign: bool = False
+) -> str:
+    if value is None:
+        return _DASH
+    mean = signed(value.mean * scale, digits) if sign else f"{value.mean * scale:.{digits}f}"
+    return mean + ("" if value.half_width is None else f" ± {value.half_width * scale:.{digits}f}") + unit
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None or difference.low is None or difference.high is None:
+        return _DASH
+    return f"{signed(difference.low)} to {signed(difference.high)}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _mib(count: float | None) -> str:
+    return _number(None if count is None else count / 2**20, "{:,.0f}")
+
+
+def _seconds(value: float | None) -> str:
+    return _number(value, "{:.2f}")
+
+
+def _number(value: float | None, style: str) -> str:
+    return _DASH if value is None else style.format(value)
+
+
+def _alone(svg: str) -> str:
+    """A picture for a file of its own: on white, in a width of its own."""
+    return svg.replace("<svg", '<svg width="640" style="background: #ffffff; font-family: sans-serif"', 1)
+
+
+def _template(name: str, *, autoescape: bool) -> jinja2.Template:
+    loader = jinja2.PackageLoader("layersample_benchmarks.side_by_side")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)

@@ -1,0 +1,249 @@
+"""One run of one method: trained, measured and scored in this process."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from layersample.activations.recompute import SelectiveRecompute
+from layersample.config import check_length
+from layersample.environment import environment
+from layersample.errors import ConfigError
+from layersample.layers.find import find_layers
+from layersample.optim.memory_use import optimizer_tensors
+from layersample.registry import load_plugin
+from layersample.training.arguments import training_arguments
+from layersample.training.data import load_data
+from layersample.training.models import load_model
+
+from ..methods.method import Prepared
+from .clock import PHASES, PhaseClock
+from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
+from .scoring import mean_loss, share_right
+from .suite import Job, Suite
+from .tasks import get_task, split
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
+    """Train a model by one method with one seed, and measure it.
+
+    Args:
+        suite: What is the same for all methods.
+        job: What is this run's own.
+        report: Told of each step.
+
+    Returns:
+        The measurements, of JSON types.
+
+    Raises:
+        ConfigError: If something can't be used.
+        NonFiniteLossError: If the loss is no number.
+    """
+    if suite.plugin is not None:
+        load_plugin(suite.plugin)
+    config = suite.config(job)
+    method = next(entry for entry in suite.entries if entry.name == job.row).definition
+    model, tokenizer = load_model(
+        config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
+    check_length(config, model.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = find_layers(model, config.layers).layers
+    modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them
+    torch.manual_seed(job.seed)  # adapters begin at random
+    prepared = method.prepare(model, config)
+    if config.budget is not None and prepared.sampling is None:
+        raise ConfigError(
+            f"The option budget is for methods that sample layers, which {job.row!r} doesn't: give it to those rows."
+        )
+    with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
+        arguments = training_arguments(config, Path(scratch))
+        trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
+        if config.loss_chunk:
+            trainer.chunk_loss(config.loss_chunk)
+        if config.recompute and prepared.sampling is None:  # where there is no callback to do it
+            SelectiveRecompute(prepared.model)
+        recorder.on_step = report
+        scores = _train(suite, job, trainer, tokenizer)
+    return {
+        "training_loss": [step["loss"] for step in recorder.steps],
+        **scores,
+        "peak_bytes": peak_bytes(recorder),
+        **_times(recorder),
+        **_layers(recorder, [layer.name for layer in layers]),
+        "cpu_seconds": time.process_time(),
+        "summary": method.summary,
+        "parameters": parameters,
+        "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),
+        "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
+        "environment": {**environment(), "git": git_revision()},
+    }
+
+
+def _make_trainer(
+    suite: Suite,
+    job: Job,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[nn.Module],
+) -> tuple[TimedTrainer, Recorder]:
+    clock, sampling = PhaseClock(), prepared.sampling
+    recorder = Recorder(
+        modules,
+        prepared.optimizer_tensors or (lambda: optimizer_tensors(trainer.optimizer)),
+        lambda: sampling.scheduler if sampling is not None else None,
+        clock,
+        trace_every=suite.trace_every if job.stage == "final" else 0,
+    )
+    data = _load_data(suite, job, arguments)
+    trainer = TimedTrainer(
+        clock=clock,
+        problems=data.pop("problems"),
+        model=prepared.model,
+        args=arguments,
+        train_dataset=data.pop("train"),
+        eval_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[recorder],
+        optimizers=(prepared.optimizer, None),
+    )
+    recorder.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    if sampling is not None:
+        sampling.attach(trainer)
+    put_around(trainer, sampling, clock)
+    return trainer, recorder
+
+
+def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str, Any]:
+    """The run's data by its use: to train on, held out, other text, and the problems to be answered."""
+    parts = split(
+        get_task(suite.task, suite.answer_marker),
+        validation_size=suite.validation_size,
+        test_size=suite.test_size,
+        train_size=job.steps * arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        seed=job.seed,
+    )
+    other = load_data(suite.other_text)
+    return {
+        "train": parts.train,
+        "held_out": parts.validation if job.stage == "search" else parts.test,
+        "other": other.select(range(min(suite.other_size, len(other)))),
+        "problems": suite.problems(parts),
+    }
+
+
+def _train(
+    suite: Suite, job: Job, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Train, and score the model before, along the way and after; a search only at its end."""
+    final = job.stage == "final"
+    curve = LossCurve(lambda: mean_loss(trainer, "held_out"), job.steps, suite.evaluations if final else 1)
+    trainer.add_callback(curve)
+    if final:
+        curve.measure(0)
+    before = mean_loss(trainer, "other") if final else None
+    trainer.train()
+    task = get_task(suite.task, suite.answer_marker)
+    right = None
+    if final and task.has_answers and trainer.problems:
+        right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
+    return {
+        "loss": {"steps": [step for step, _ in curve.points], "held_out": [loss for _, loss in curve.points]},
+        "right": right,
+        "other_loss": {"before": before, "after": mean_loss(trainer, "other")} if final else None,
+    }
+
+
+class LossCurve(TrainerCallback):
+    """Measures the held-out loss at some steps.
+
+    Args:
+        measure_loss: Measures it.
+        steps: Steps of the run.
+        count: How often, after the first time; the last step is always among them.
+    """
+
+    def __init__(self, measure_loss: Callable[[], float], steps: int, count: int) -> None:
+        self.points: list[tuple[int, float]] = []
+        self._measure_loss = measure_loss
+        self._at = {round(steps * i / count) for i in range(1, count + 1)}
+
+    def measure(self, step: int) -> None:
+        """Measure it now."""
+        self.points.append((step, self._measure_loss()))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure it where it is due."""
+        if state.global_step in self._at:
+            self.measure(state.global_step)
+
+
+def git_revision() -> str | None:
+    """The commit of this code; ``None`` where it isn't in a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _times(recorder: Recorder) -> dict[str, Any]:
+    """Means over the quiet steps."""
+    quiet = recorder.quiet
+    seconds = {
+        kind: {phase: _mean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
+        for kind in ("cpu", "wall")
+    }
+    wall = sum(seconds["wall"].values())
+    return {
+        "seconds": {**seconds, "before_training": dict(recorder.preparation)},
+        "tokens_per_second": _mean([step["tokens"] for step in quiet]) / wall,
+    }
+
+
+def _layers(recorder: Recorder, names: list[str]) -> dict[str, Any]:
+    """What trained when, how many layers did, and for how many steps each hasn't at the end."""
+    steps = recorder.steps
+    last = {index: step["step"] for step in steps for index in step["active"]}
+    chances = [step["inclusion"] for step in steps]
+    known = len(chances) if all(c is not None and len(c) == len(names) for c in chances) else 0
+    spans = []
+    for active, group in groupby(steps, key=lambda step: step["active"]):
+        members = list(group)
+        spans.append([members[0]["step"], members[-1]["step"], active])
+    return {
+        "layers": names,
+        "active": spans,  # first step, last step, indices of the layers that trained
+        "coverage": len(last) / len(names),
+        "staleness": _mean([len(steps) - last.get(index, 0) for index in range(len(names))]),
+        "inclusion_probabilities": [_mean(column) for column in zip(*chances, strict=True)]
+        if known
+        else None,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

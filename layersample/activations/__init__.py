@@ -1,0 +1,1 @@
+"""What a step holds between forward and backward, made smaller."""

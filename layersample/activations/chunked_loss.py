@@ -1,0 +1,187 @@
+"""The chunked loss in a transformers model: its own forward runs, but for the head and the loss."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from layersample.activations.chunked_cross_entropy import LogitTransform, chunked_cross_entropy, shift_labels
+from layersample.errors import ConfigError
+from layersample.unwrapping import unwrap
+
+logger = logging.getLogger(__name__)
+
+# What the head gives in place of logits; the model's own forward then shows what it does to them.
+_PROBES = (0.0, 1e-6, 1.0, -1.0, 3.0, 40.0, 1e30)
+
+
+class ChunkedLoss:
+    """Makes a causal language model compute its loss from a few positions' logits at a time.
+
+    While the model trains and is called with labels, ``model(**batch).loss`` is ``chunked_cross_entropy``:
+    the same loss and gradients, and no ``logits`` in the output. In eval mode, or without labels, nothing
+    changes. The rest of the model's forward runs as it is, label shift, ``num_items_in_batch``, auxiliary
+    losses and autocast included. What it does to its logits (a scale, a softcap) is found by what it does to
+    a few numbers.
+
+    TRL's trainers bring a fused head of their own and don't ask for the model's loss; they are left alone.
+
+    Args:
+        model: A causal language model of transformers, as it is or wrapped by PEFT, DDP or ``torch.compile``.
+        chunk_size: Positions at a time, at least 1; memory is chunk_size · vocabulary · 4 bytes.
+
+    Raises:
+        ConfigError: If the model has no linear head, or its loss isn't that of the next token.
+
+    Example:
+        >>> with ChunkedLoss(model):  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
+        if chunk_size < 1:
+            raise ConfigError(f"chunk_size must be at least 1 position, but got chunk_size={chunk_size}.")
+        self._model = _causal_lm(model)
+        self._head: nn.Linear = self._model.get_output_embeddings()
+        self._chunk_size = chunk_size
+        self._transform: LogitTransform | None = None
+        self._hidden: Tensor | None = None
+        self._asked, self._answered = False, False
+        self._loss_before = self._model.__dict__.get("_loss_function")
+        self._handles = [
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+        ]
+        self._head.forward = self._forward_head
+        self._original_loss = self._model.loss_function
+        self._model.loss_function = self._loss
+
+    def close(self) -> None:
+        """Put the model's own head and loss back. Safe to call twice."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        del self._head.forward
+        if self._loss_before is None:
+            del self._model._loss_function
+        else:
+            self._model.loss_function = self._loss_before
+
+    def __enter__(self) -> ChunkedLoss:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        has_labels = kwargs.get("labels") is not None
+        self._asked = module.training and has_labels and not kwargs.get("fused_lm_head")
+        self._answered = False
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        asked, self._asked, self._hidden = self._asked, False, None
+        if not asked or output is None:  # no output where the forward has failed
+            return
+        if not self._answered:
+            raise RuntimeError(
+                f"A chunked loss needs a model that calls its head and then its loss_function, but "
+                f"{type(module).__name__} doesn't: train it without."
+            )
+        if hasattr(output, "logits"):
+            output.logits = None  # the probes, of no use to anyone
+
+    def _forward_head(self, hidden: Tensor) -> Tensor:
+        if not self._asked:
+            return nn.functional.linear(hidden, self._head.weight, self._head.bias)
+        self._hidden = hidden
+        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+        probes = torch.tensor(_PROBES, dtype=dtype, device=hidden.device)
+        return probes.expand(*hidden.shape[:-1], -1)
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self._asked:
+            loss: Tensor = self._original_loss(
+                logits,
+                labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+            return loss
+        assert self._hidden is not None
+        if self._transform is None:
+            self._transform = _find_transform(logits, type(self._model).__name__)
+        self._answered = True
+        return chunked_cross_entropy(
+            self._hidden,
+            self._head.weight,
+            self._head.bias,
+            _shift(labels, ignore_index) if shift_labels is None else shift_labels,
+            transform=self._transform,
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+            chunk_size=self._chunk_size,
+        )
+
+
+_shift = shift_labels  # the loss has an argument of that name
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    inner: Any = unwrap(model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    name = type(inner).__name__
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        found = "has none" if head is None else f"has a {type(head).__name__}"
+        raise ConfigError(
+            f"A chunked loss needs a language model with a linear head, but {name} {found}: train it without, "
+            f"or load it with AutoModelForCausalLM."
+        )
+    # transformers takes the next token's loss where the class name says nothing (GPT2LMHeadModel).
+    next_token = getattr(inner, "loss_type", None) in ("ForCausalLM", None)
+    if not next_token or getattr(inner.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"A chunked loss is that of the next token, but {name} isn't trained on it: train it without."
+        )
+    return inner
+
+
+def _find_transform(probed: Tensor, model: str) -> LogitTransform:
+    """The scale and softcap that turn the probes, zero first, into what the model made of them."""
+    if isinstance(probed, FakeTensor):
+        return LogitTransform()
+    probes = torch.tensor(_PROBES, dtype=torch.float64)
+    found = probed.detach().flatten(0, -2)[0].double().cpu()
+    scale = float(found[1] / probes[1])
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    transform = LogitTransform(scale)
+    if abs(float(found[-1])) < 1e20:
+        transform = LogitTransform(scale, softcap=float(found[-1]))
+    if not torch.allclose(transform(probes), found, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"A chunked loss knows models that scale or softcap their logits, but {model} does something else to "
+            f"them: train it without."
+        )
+    return transform

@@ -1,0 +1,68 @@
+"""What it costs to train each layer: the deeper backward has to go for it, the more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from layersample.layers.rules import Units
+
+# Of a weight in training, beside itself: its gradient, and two moments of an optimizer such as AdamW.
+_COPIES = 3
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Costs of training each layer, one number a layer.
+
+    Args:
+        flops: Multiplications for a token: the gradient of the input down to this layer, and the gradients of
+            its weights. Attention scores are left out.
+        trained_bytes: Its gradients and the optimizer's state of it.
+        activation_bytes: Activations of a token that backward needs from this layer up, taken as the outputs
+            of all matrices on the way.
+    """
+
+    flops: tuple[float, ...]
+    trained_bytes: tuple[float, ...]
+    activation_bytes: tuple[float, ...]
+
+    def memory(self, tokens: int) -> tuple[float, ...]:
+        """Bytes for a batch of some tokens."""
+        pairs = zip(self.trained_bytes, self.activation_bytes, strict=True)
+        return tuple(trained + tokens * activations for trained, activations in pairs)
+
+
+def layer_costs(model: nn.Module, units: Units) -> LayerCosts:
+    """Count the costs of each sampled layer from the shapes of its weights.
+
+    Where something below the layers always trains (embeddings), backward goes to the bottom for any layer, and
+    what a layer costs is its own weights.
+
+    Args:
+        model: The model.
+        units: What is sampled, and what always trains.
+    """
+    parameters = dict(model.named_parameters())
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    own = [[parameters[name] for name in unit.parameters] for unit in units.sampled]
+    # A norm's weights multiply too, and a unit may hold no others. A lookup multiplies nothing; a tied head
+    # multiplies, and backward passes it for any layer.
+    products = [sum(p.numel() for p in unit if p not in embeddings) for unit in own]
+    outputs = [sum(_outputs(p) for p in unit if p not in embeddings) for unit in own]
+    first = next((i for i, unit in enumerate(own) if not embeddings.intersection(unit)), 0)
+    always = [name for group in units.always for name in group.parameters if units.trainable[name]]
+    to_the_bottom = any(parameters[name] in embeddings for name in always)
+    lowest = [first if to_the_bottom else index for index in range(len(own))]
+    return LayerCosts(
+        flops=tuple(float(sum(products[low:]) + products[i]) for i, low in enumerate(lowest)),
+        trained_bytes=tuple(float(_COPIES * sum(p.numel() * p.element_size() for p in unit)) for unit in own),
+        activation_bytes=tuple(float(sum(outputs[low:])) for low in lowest),
+    )
+
+
+def _outputs(parameter: torch.Tensor) -> int:
+    """Bytes that a matrix puts out for a token; experts of one tensor count as one."""
+    return parameter.shape[-2] * parameter.element_size() if parameter.dim() > 1 else 0

@@ -1,0 +1,101 @@
+"""What is sampled, what always trains, and what never does; and whether an optimizer can train it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from layersample.errors import ConfigError, some
+from layersample.layers.find import GroupName, Layer, ModelLayers
+
+Rule = Literal["train", "freeze", "sample"]
+_STRICTNESS: tuple[Rule, ...] = ("train", "sample", "freeze")
+
+
+@dataclass(frozen=True)
+class Units:
+    """The layers and groups of a model, by what happens to them.
+
+    Args:
+        sampled: What a sampler picks from, from the input to the output.
+        always: The groups that train in every period.
+        trainable: Of each parameter by name, whether it required a gradient before sampling began; one that
+            didn't stays frozen.
+    """
+
+    sampled: tuple[Layer, ...]
+    always: tuple[Layer, ...]
+    trainable: dict[str, bool]
+
+    def training(self, active: Iterable[int]) -> dict[str, tuple[str, ...]]:
+        """Parameters that train while some of :attr:`sampled` are active, by the name of their layer or group."""
+        units = [*(self.sampled[index] for index in active), *self.always]
+        return {unit.name: tuple(n for n in unit.parameters if self.trainable[n]) for unit in units}
+
+    @property
+    def always_trains_something(self) -> bool:
+        """Whether a period without any layer still trains something."""
+        return any(self.training(()).values())
+
+
+def arrange(model: nn.Module, layers: ModelLayers, rules: Mapping[GroupName, Rule]) -> Units:
+    """Sort a model's layers and groups by the rules for its groups.
+
+    Args:
+        model: The model, as it is before sampling.
+        layers: Its layers.
+        rules: The rule of each group. A tied head is the embedding: the stricter rule of the two holds.
+
+    Raises:
+        ConfigError: If a rule is unknown, or a layer to be sampled has no trainable parameter.
+    """
+    for group, rule in rules.items():
+        if rule not in _STRICTNESS:
+            raise ConfigError(f"{group} must be 'train', 'freeze' or 'sample', but got {rule!r}.")
+    rules = dict(rules)
+    if layers.tied_head:
+        rules["embeddings"] = max(rules["embeddings"], rules["head"], key=_STRICTNESS.index)
+
+    def sampled(*names: GroupName) -> list[Layer]:
+        return [
+            layers.groups[name]
+            for name in names
+            if rules[name] == "sample" and layers.groups[name].parameters
+        ]
+
+    units = Units(
+        sampled=(*sampled("embeddings", "other"), *layers.layers, *sampled("norm", "head")),
+        always=tuple(group for name, group in layers.groups.items() if rules[name] == "train"),
+        trainable={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+    )
+    frozen = [unit.name for unit in units.sampled if not any(units.trainable[n] for n in unit.parameters)]
+    if frozen:
+        raise ConfigError(
+            f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
+            f"but {some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
+            f"layers=, or close() the scheduler that froze them."
+        )
+    return units
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer, units: Units) -> None:
+    """Make sure that an optimizer holds every parameter that may train.
+
+    Raises:
+        ConfigError: If it lacks some; it names them.
+    """
+    parameters = dict(model.named_parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = [name for own in units.training(range(len(units.sampled))).values() for name in own]
+    lacking = [name for name in names if id(parameters[name]) not in held]
+    if len(lacking) == len(names):
+        raise ConfigError("The optimizer must hold this model's parameters, but holds none of them.")
+    if lacking:
+        raise ConfigError(
+            f"The optimizer must hold every parameter that may train, but it lacks {some(lacking)}, which "
+            f"would never train. Build it while all of them require a gradient."
+        )

@@ -1,0 +1,106 @@
+"""Exact fp32 values behind bf16 weights: a master while a weight trains, a 16-bit remainder while it is frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layersample.optim.host_copies import to_host
+
+MASTER = "master_weight"
+REMAINDER = "master_remainder"
+EXCEPTIONS = "master_exceptions"
+EXCEPTION_VALUES = "master_exception_values"
+AT_REST = (REMAINDER, EXCEPTIONS, EXCEPTION_VALUES)
+
+
+def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Keep what rounding to bf16 has lost: two bytes an element, on the CPU.
+
+    The remainder is the difference of the bit patterns as integers, so that subnormals and values that round
+    to infinity need no care. Rounding to the nearest leaves a difference from -2¹⁵ to 2¹⁵: one value more than
+    16 bits hold, which ties make about once in 10⁵ elements. Those, and NaN, are listed whole. Any other difference
+    that doesn't fit is of a weight that was changed behind its master, which then wins.
+
+    Args:
+        master: fp32 values, any shape.
+        weight: bf16, the same shape: the master, rounded, but where someone has changed it since.
+
+    Returns:
+        ``master_remainder`` (int16, the same shape) and, where there are any, ``master_exceptions`` (int64
+        positions in the flattened tensor) and ``master_exception_values`` (fp32).
+    """
+    difference = master.view(torch.int32) - _bits(weight)
+    remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
+    wrong = (remainder != difference).flatten().nonzero().flatten()
+    exceptions: dict[str, Tensor] = {}
+    if wrong.numel():
+        values = master.flatten()[wrong]
+        agree = _agree(values, weight.flatten()[wrong])
+        remainder = torch.where(remainder != difference, 0, remainder)
+        wrong, values = wrong[agree], values[agree]
+        if wrong.numel():
+            exceptions = {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: values.cpu()}
+    return {REMAINDER: to_host(remainder), **exceptions}
+
+
+def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
+    """The exact fp32 values of a bf16 weight.
+
+    Args:
+        weight: The weight, any shape.
+        state: What the optimizer's state of it holds: its master, what :func:`split` kept, or neither where the
+            weight hasn't trained yet.
+
+    Returns:
+        fp32, the same shape: the master itself where there is one, whatever the weight is by now (see
+        :func:`follow`). What is made of a remainder rounds to the weight, also where that was changed since.
+    """
+    if MASTER in state:
+        master: Tensor = state[MASTER]
+        return master
+    if REMAINDER not in state:
+        return weight.detach().float()
+    bits: Tensor = _bits(weight.detach()) + state[REMAINDER].to(weight.device, non_blocking=True)
+    exact: Tensor = bits.view(torch.float32)
+    if EXCEPTIONS in state:
+        places = state[EXCEPTIONS].to(weight.device)
+        values = state[EXCEPTION_VALUES].to(weight.device)
+        # They are whole values, which wouldn't follow a changed weight as remainders do.
+        are = weight.detach().flatten()[places]
+        # put_ has no deterministic implementation.
+        exact[torch.unravel_index(places, exact.shape)] = torch.where(_agree(values, are), values, are)
+    return exact
+
+
+def follow(master: Tensor, weight: Tensor) -> Tensor:
+    """Take over, in place, what was written to a bf16 weight behind its master: wherever they disagree.
+
+    Args:
+        master: fp32 values, any shape.
+        weight: The weight, the same shape.
+
+    Returns:
+        The master.
+    """
+    weight = weight.detach()
+    return torch.where(_agree(master, weight), master, weight, out=master)
+
+
+def at_rest(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The part of a parameter's optimizer state that must outlive its being frozen."""
+    return {key: state[key] for key in AT_REST if key in state}
+
+
+def _agree(exact: Tensor, weight: Tensor) -> Tensor:
+    """Where fp32 values round to bf16 ones."""
+    rounded = exact.to(weight.dtype)
+    return (rounded == weight) | (rounded.isnan() & weight.isnan())
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """The bit patterns of bf16 values, widened to fp32, as int32."""
+    high: Tensor = weight.detach().view(torch.int16).to(torch.int32)
+    return torch.bitwise_left_shift(high, torch.tensor(16, dtype=torch.int32))

@@ -1,0 +1,73 @@
+"""Bytes of weights, gradients and optimizer state, counted from the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from layersample.optim.masters import AT_REST, MASTER
+from layersample.unwrapping import local_part
+
+_KINDS_OF_STATE = ("optimizer_state", "offloaded_state", "master_weights", "master_remainders")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes held now.
+
+    Args:
+        weights: Bytes of all parameters and buffers; tied ones once.
+        gradients: Bytes of the gradients that exist.
+        optimizer_state: Bytes of the optimizer's tensors on the device of their parameter.
+        offloaded_state: Bytes of the optimizer's tensors that the ``offload`` policy holds elsewhere.
+        master_weights: Bytes of the fp32 masters of bf16 weights that train.
+        master_remainders: Bytes in CPU memory by which frozen bf16 weights are exact.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    offloaded_state: int = 0
+    master_weights: int = 0
+    master_remainders: int = 0
+
+
+def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
+    """Count the bytes of a model and its optimizer, as they are now."""
+    parameters = list(model.parameters())
+    held: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS_OF_STATE}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                held[_kind(key, value, parameter)].append(value)
+    return MemoryUse(
+        weights=count_bytes([*parameters, *model.buffers()]),
+        gradients=count_bytes(p.grad for p in parameters if p.grad is not None),
+        **{kind: count_bytes(tensors) for kind, tensors in held.items()},
+    )
+
+
+def _kind(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
+    if key == MASTER:
+        return "master_weights"
+    if key in AT_REST:
+        return "master_remainders"
+    # A step counter is kept on the CPU by design: it has no dimensions.
+    away = value.device != parameter.device and value.dim() > 0
+    return "offloaded_state" if away else "optimizer_state"
+
+
+def optimizer_tensors(optimizer: Optimizer | None) -> list[torch.Tensor]:
+    """All tensors in an optimizer's state."""
+    states = optimizer.state.values() if optimizer is not None else ()
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind some tensors: of a DTensor this rank's; one that several share counts once."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

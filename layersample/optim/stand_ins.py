@@ -1,0 +1,338 @@
+"""What an optimizer works on while it steps: a parameter itself, its fp32 master, or a low-rank part of it.
+
+Any torch optimizer can so train bf16 weights exactly and keep its state at low rank. Before a step, parameters
+are replaced in ``param_groups`` by others of the right type and shape; after it, the user's own are back, and
+what the optimizer did is applied to them. All that must last is in ``optimizer.state`` of the user's parameter,
+as tensors: the optimizer's own state, ``master_*`` and ``projection_*``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from layersample.errors import ConfigError
+from layersample.optim.host_copies import wait_for_copies
+from layersample.optim.masters import AT_REST, MASTER, combine, follow, split
+from layersample.projection.low_rank import PREFIX, LowRank, LowRankParameter
+from layersample.projection.projection import Projection
+from layersample.unwrapping import unwrap_optimizer
+
+_PACKED = "layersample"
+_viewed: WeakSet[Optimizer] = WeakSet()
+
+
+@dataclass
+class _Replacement:
+    """What the optimizer steps on in place of a parameter.
+
+    Args:
+        parameter: The user's parameter.
+        stand_in: What replaces it, with a gradient.
+        kept: The part of the parameter's state that isn't the optimizer's own.
+        group: The parameter's group.
+        low_rank: The rest of the stand-in, where it has a low rank.
+    """
+
+    parameter: nn.Parameter
+    stand_in: nn.Parameter
+    kept: dict[str, Tensor]
+    group: dict[str, Any]
+    low_rank: LowRankParameter | None = None
+
+
+class OptimizerView:
+    """Makes an optimizer step on masters and low-rank parameters in place of the user's.
+
+    Args:
+        optimizer: Any torch optimizer, or accelerate's wrapper of one.
+        projection: The low-rank projection; ``None`` for full rank.
+        master_weights: Whether bf16 parameters have fp32 masters.
+        seed: Seed of the projection's randomness.
+
+    Raises:
+        ConfigError: If the optimizer's weight decay can't be told apart from its update, masters are asked for of
+            sharded parameters, or the optimizer has another view, which isn't closed.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, projection: Projection | None, master_weights: bool, seed: int
+    ) -> None:
+        check_unviewed(optimizer)
+        self._optimizer = unwrap_optimizer(optimizer)
+        self._master_weights = master_weights
+        self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
+        if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
+            raise ConfigError(
+                "Master weights of sharded bf16 parameters aren't kept: shard the model in float32 with "
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16), whose shards are the masters, or choose "
+                "master_weights=False, which loses small updates."
+            )
+        self._replaced: list[_Replacement] = []
+        self._groups: list[dict[str, Any]] = []
+        self._parameters: list[list[nn.Parameter]] = []
+        self._skips = False
+        # Of each parameter, how often it had been written to when its master was last right.
+        self._versions: dict[nn.Parameter, int] = {}
+        self._unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+            self._optimizer.register_state_dict_post_hook(partial(self._pack, shards=False)),
+            self._optimizer.register_load_state_dict_pre_hook(partial(self._pack, shards=True)),
+            self._optimizer.register_load_state_dict_post_hook(self._unpack),
+        ]
+        _viewed.add(self._optimizer)
+
+    def close(self) -> None:
+        """Leave the optimizer as it was found; its state stays. Safe to call twice, and once it has another view."""
+        self._restore()
+        if self._handles:
+            _viewed.discard(self._optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._versions.clear()
+
+    def project(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Say which parameters are projected from now on, by name."""
+        if self._low_rank is not None:
+            self._low_rank.names = {parameter: name for name, parameter in parameters.items()}
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put away what frozen parameters hold: masters become remainders, and bases are forgotten."""
+        for parameter in parameters:
+            state = self._optimizer.state.get(parameter)
+            if not state:
+                continue
+            if MASTER in state:
+                state.update(split(state.pop(MASTER), parameter.detach()))
+                self._versions.pop(parameter, None)
+            if self._low_rank is not None:
+                self._low_rank.forget_basis(state)
+        wait_for_copies()  # of remainders, which a checkpoint may read next
+
+    def forget(self) -> None:
+        """Drop all state but exact weights: of another projection, it has other shapes."""
+        for state in self._optimizer.state.values():
+            for key in [key for key in state if key != MASTER and key not in AT_REST]:
+                del state[key]
+
+    def has_master(self, parameter: Tensor) -> bool:
+        """Whether a parameter trains on an fp32 master."""
+        return self._master_weights and parameter.dtype == torch.bfloat16
+
+    def is_projected(self, parameter: Tensor) -> bool:
+        """Whether a parameter's gradient is projected now."""
+        return self._low_rank is not None and parameter in self._low_rank.names
+
+    # A step
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
+        parameters = _parameters(optimizer)
+        if not any(self.is_projected(p) or self.has_master(p) for p in parameters):
+            return
+        closures = (*args[1:2], kwargs.get("closure"))  # args[0] is the optimizer
+        if any(closure is not None for closure in closures):
+            raise ConfigError(
+                "optimizer.step(closure) computes gradients inside of the step, where neither a projection nor "
+                "master weights can reach them: call backward() before step()."
+            )
+        # GradScaler leaves it to a fused optimizer to undo the scale, and to skip a step that overflowed.
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        self._skips = overflow is not None and bool(overflow)
+        if self._low_rank is not None and not self._skips:
+            self._low_rank.check_gradients(parameters)
+        self._groups = list(optimizer.param_groups)
+        self._parameters = [group["params"] for group in self._groups]
+        try:
+            self._enter_step(optimizer, scale)
+        except BaseException:
+            self._restore()
+            raise
+
+    def _enter_step(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        for group in self._groups:
+            low_rank: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if self.is_projected(parameter):
+                    low_rank.append(self._make_low_rank(parameter, group, scale))
+                elif self.has_master(parameter):
+                    others.append(self._make_master(parameter, group))
+                else:
+                    others.append(parameter)
+            group["params"] = others
+            if low_rank:  # their weight decay is that of the whole weight, which we apply
+                optimizer.param_groups.append({**group, "params": low_rank, "weight_decay": 0.0})
+
+    def _make_master(self, parameter: nn.Parameter, group: dict[str, Any]) -> nn.Parameter:
+        own, kept = self._split_state(parameter)
+        assert parameter.grad is not None
+        stand_in = nn.Parameter(kept[MASTER])
+        stand_in.grad = parameter.grad.float()
+        return self._replace(_Replacement(parameter, stand_in, kept, group), own)
+
+    def _make_low_rank(
+        self, parameter: nn.Parameter, group: dict[str, Any], scale: Tensor | None
+    ) -> nn.Parameter:
+        assert self._low_rank is not None
+        own, kept = self._split_state(parameter)
+        weight = kept.get(MASTER, parameter.detach())
+        low_rank = self._low_rank.begin(parameter, weight, group, own, kept, scale=scale, skips=self._skips)
+        return self._replace(_Replacement(parameter, low_rank.parameter, kept, group, low_rank), own)
+
+    def _split_state(self, parameter: nn.Parameter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A parameter's state as the optimizer's own and ours; a master is made where one is due."""
+        state = self._optimizer.state.get(parameter, {})
+        kept = {key: value for key, value in state.items() if key.startswith((PREFIX, "master_"))}
+        own = {key: value for key, value in state.items() if key not in kept}
+        if self.has_master(parameter):
+            # A look at every element would cost some percent of a step, and a write is seldom: torch counts them.
+            if MASTER in kept and self._versions.get(parameter) != parameter._version:
+                follow(kept[MASTER], parameter)
+            kept[MASTER] = combine(parameter, kept)
+            for key in AT_REST:
+                kept.pop(key, None)
+        return own, kept
+
+    def _replace(self, replacement: _Replacement, own: dict[str, Any]) -> nn.Parameter:
+        self._optimizer.state.pop(replacement.parameter, None)
+        if own:  # an empty entry would be taken for one that is set up
+            self._optimizer.state[replacement.stand_in] = own
+        self._replaced.append(replacement)
+        return replacement.stand_in
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for replacement in self._replaced:
+            if not self._skips:
+                self._apply(replacement)
+        self._restore()
+
+    def _apply(self, done: _Replacement) -> None:
+        weight = done.kept.get(MASTER, done.parameter.detach())
+        if done.low_rank is not None:
+            assert self._low_rank is not None
+            done.kept = self._low_rank.finish(done.low_rank, weight, done.group, done.kept)
+        if MASTER in done.kept:
+            done.parameter.detach().copy_(weight)
+            self._versions[done.parameter] = done.parameter._version
+
+    def _restore(self) -> None:
+        """Put the user's parameters back; after a step that raised, its state as well."""
+        for replacement in self._replaced:
+            own = self._optimizer.state.pop(replacement.stand_in, {})
+            if own or replacement.kept:
+                self._optimizer.state[replacement.parameter] = {**own, **replacement.kept}
+        for group, parameters in zip(self._groups, self._parameters, strict=True):
+            group["params"] = parameters
+        if self._groups:
+            del self._optimizer.param_groups[len(self._groups) :]
+        self._replaced, self._groups, self._parameters = [], [], []
+
+    # A checkpoint: torch casts a parameter's state to its type in loading, but leaves what is under other keys
+
+    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any], *, shards: bool) -> None:
+        """Move the state of 16-bit parameters that is wider than they are to where it keeps its type.
+
+        Before loading, what isn't there yet. In saving, no shards': they go through torch.distributed.checkpoint,
+        which looks state up by its parameter; so does whoever saves whole tensors by it, see :func:`unpacked`.
+        """
+        states = dict(state_dict["state"])
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        packed = {
+            index: states.pop(key)
+            for index, (key, parameter) in enumerate(zip(ids, _parameters(optimizer), strict=False))
+            if key in states
+            and (shards or not isinstance(parameter, DTensor))
+            and (self.has_master(parameter) or _loses(optimizer, parameter, states[key]))
+        }
+        if packed:
+            state_dict["state"] = {**states, _PACKED: {**states.get(_PACKED, {}), **packed}}
+
+    def _unpack(self, optimizer: Optimizer) -> None:
+        """Move it back, by the parameter's number."""
+        self._versions.clear()
+        packed: dict[int, dict[str, Any]] = optimizer.state.pop(_PACKED, {})  # type: ignore[call-overload]
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if index in packed:
+                optimizer.state[parameter] = {
+                    key: _placed(key, value, parameter, groups[index]) for key, value in packed[index].items()
+                }
+
+
+def check_unviewed(optimizer: Optimizer) -> None:
+    """Make sure that no view works on an optimizer: of two, each would undo what the other does.
+
+    Args:
+        optimizer: The optimizer, or accelerate's wrapper of it.
+
+    Raises:
+        ConfigError: If one does; it says how to end it.
+    """
+    if unwrap_optimizer(optimizer) in _viewed:
+        raise ConfigError(
+            "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
+            "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
+            "callback.scheduler.close()). If nothing refers to it any more, build the model and its optimizer anew."
+        )
+
+
+@contextmanager
+def unpacked(optimizer: Optimizer) -> Iterator[None]:
+    """Have the optimizer's ``state_dict()`` hold all state under its parameters' numbers for a while.
+
+    Args:
+        optimizer: The optimizer, or accelerate's wrapper of it.
+    """
+
+    def move_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        states = dict(state_dict["state"])
+        state_dict["state"] = {**states.pop(_PACKED, {}), **states}
+
+    handle = unwrap_optimizer(optimizer).register_state_dict_post_hook(
+        move_back
+    )  # it runs after that of a view
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _loses(optimizer: Optimizer, parameter: nn.Parameter, state: Mapping[str, Any]) -> bool:
+    """Whether loading rounds some of a parameter's state, as torch does; an optimizer that loads by itself may not."""
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict or parameter.itemsize != 2:
+        return False
+    values = [value for key, value in state.items() if key != "step" and isinstance(value, Tensor)]
+    return any(value.is_floating_point() and value.dtype != parameter.dtype for value in values)
+
+
+def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """A copy of some loaded state where it belongs; the checkpoint isn't ours to be changed by a step."""
+    if not isinstance(value, Tensor):
+        return value
+    # An optimizer's own counts are on the device only where its kernels read them there.
+    read_there = group.get("capturable") or (key == "step" and group.get("fused"))
+    counts = value.dim() == 0 and (key.startswith(PREFIX) or not read_there)
+    return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """An optimizer's parameters in the order in which its checkpoints number them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

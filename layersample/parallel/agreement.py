@@ -1,0 +1,71 @@
+"""What ranks say to each other, which is one thing: that they train the same layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import distributed as dist
+
+from layersample.errors import ConfigError
+
+_DETAIL_BYTES = 4096
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that talk to each other."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_agreement(
+    active: Sequence[str],
+    *,
+    round: int,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Make sure that all ranks train the same layers in a period. Does nothing in a single process.
+
+    Ranks draw the same set without a word, from the seed and the period. Where they don't (another seed or
+    number of steps on one of them, a sampler that measured other data), gradients of different layers would
+    be averaged, or the ranks would wait for each other without end.
+
+    Args:
+        active: Names of the layers that train on this rank.
+        round: Number of the period on this rank.
+        device: Where the group's gradients are: NCCL needs a CUDA device, gloo takes the CPU.
+        group: The ranks that must agree; all of them by default.
+
+    Raises:
+        ConfigError: On every rank, if they don't agree. It names the sets and who drew them.
+    """
+    if not is_distributed():
+        return
+    said = f"period {round}: {', '.join(active) or 'no layer'}".encode()
+    digest = hashlib.sha256(said).digest()[:8]
+    if len(set(_gather(digest, device, group))) == 1:
+        return
+    # All ranks see that the digests differ, so all of them come here.
+    told = _gather(said[:_DETAIL_BYTES].ljust(_DETAIL_BYTES), device, group)
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    ranks_by_set: dict[str, list[int]] = {}
+    for rank, text in zip(members, told, strict=True):
+        ranks_by_set.setdefault(text.decode(errors="replace").rstrip(), []).append(rank)
+    sets = "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {drawn}"
+        for drawn, ranks in ranks_by_set.items()
+    )
+    raise ConfigError(
+        f"All ranks must train the same layers, but they drew different ones ({sets}). Give every rank the same "
+        f"seed, period and options, call step() equally often on each, and give samplers that measure the "
+        f"same batches on every rank."
+    )
+
+
+def _gather(message: bytes, device: torch.device | str, group: dist.ProcessGroup | None) -> list[bytes]:
+    """The messages of all ranks, which are of the same length."""
+    own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return [part.cpu().numpy().tobytes() for part in parts]

@@ -1,0 +1,133 @@
+"""Which layers a run may train at once: the sets that hold most, and the one that a sampler typically draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from layersample.config import TrainConfig
+from layersample.errors import ConfigError
+from layersample.layers.costs import LayerCosts, layer_costs
+from layersample.layers.find import find_layers
+from layersample.layers.rules import arrange
+from layersample.planning.simulation import fake_model
+from layersample.registry import create_sampler
+from layersample.sampling.sampler import LayerSampler, LayerStatistics, SamplingContext, draw
+
+_DRAWS = 101
+_UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."
+
+
+@dataclass(frozen=True)
+class ActiveSets:
+    """The layers of a model, their sizes, and the sets to plan for.
+
+    Args:
+        names: All that is sampled, from the input to the output.
+        sizes: Parameters of each.
+        always: Parameters that always train.
+        outside: Parameters outside of the layers.
+        largest_layer: Parameters of the largest layer.
+        parameters: Of the whole model.
+        worst: Sets, one of which holds most: the lowest layers, whose backward is longest; these, but for one at
+            the top; and the largest.
+        typical: The median of many draws, by the depth of the lowest layer.
+        notes: What had to be assumed.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    always: int
+    outside: int
+    largest_layer: int
+    parameters: int
+    worst: tuple[tuple[int, ...], ...]
+    typical: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are to sample from."""
+        return len(self.names)
+
+    def trainable(self, active: Sequence[int]) -> int:
+        """Parameters that train with a set of layers."""
+        return self.always + sum(self.sizes[index] for index in active)
+
+    def largest_trained(self, active: Sequence[int]) -> int:
+        """Parameters of the largest unit that trains with a set of layers."""
+        return max([self.always, *(self.sizes[index] for index in active)])
+
+
+def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets:
+    """Find the sets of layers to plan for.
+
+    Args:
+        shape: Configuration of the model.
+        config: How it is trained.
+
+    Raises:
+        ConfigError: If there are fewer layers than ``num_active``, or no layers at all.
+    """
+    with fake_model(shape, config.precision) as model:
+        try:
+            layers = find_layers(model, config.layers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        rules = {name: getattr(config, name) for name in layers.groups}
+        units = arrange(model, layers, rules)
+        size = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        costs = layer_costs(model, units)
+    sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
+    if config.num_active > len(sizes):
+        raise ConfigError(
+            f"num_active must be between 1 and the {len(sizes)} layers to sample from, "
+            f"but got num_active={config.num_active}."
+        )
+    names = tuple(unit.name for unit in units.sampled)
+    sampler = create_sampler(config.sampler, config.sampler_options)
+    draws, notes = _draw(sampler, names, config, units.always_trains_something, costs)
+    count = max(map(len, draws))
+    lowest = tuple(range(count))
+    largest = tuple(sorted(sorted(lowest + tuple(range(count, len(sizes))), key=lambda i: -sizes[i])[:count]))
+    # The top one trains while all that backward will need further down is still there.
+    widest = (*lowest[:-1], len(sizes) - 1) if count > 1 else lowest
+    by_depth = sorted(draws, key=lambda active: (-min(active, default=len(sizes)), active))
+    by_layer = [sum(size[name] for name in layer.parameters) for layer in layers.layers]
+    return ActiveSets(
+        names=names,
+        sizes=sizes,
+        always=sum(size[name] for group in units.always for name in group.parameters),
+        outside=sum(size.values()) - sum(by_layer),
+        largest_layer=max(by_layer),
+        parameters=sum(size.values()),
+        worst=tuple(dict.fromkeys((lowest, largest, widest))),
+        typical=by_depth[len(by_depth) // 2],
+        notes=notes,
+    )
+
+
+def _draw(
+    sampler: LayerSampler, names: tuple[str, ...], config: TrainConfig, allow_empty: bool, costs: LayerCosts
+) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    contexts = [
+        SamplingContext(
+            layers=names,
+            num_active=config.num_active,
+            round=round,
+            step=round * config.period,
+            seed=config.seed,
+            statistics=LayerStatistics((0,) * len(names), (None,) * len(names)),
+            allow_empty=allow_empty,
+            costs=costs,
+        )
+        for round in range(_DRAWS)
+    ]
+    try:
+        return [tuple(sorted(draw(sampler, context))) for context in contexts], ()
+    except ValueError:  # it has nothing to weigh layers by: fake tensors can't be measured
+        uniform = [torch.randperm(len(names), generator=c.generator)[: c.num_active] for c in contexts]
+        return [tuple(sorted(drawn.tolist())) for drawn in uniform], (_UNMEASURED,)

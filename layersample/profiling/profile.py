@@ -1,0 +1,342 @@
+"""Profile a model: what its weights say of each layer, and how often each sampler would train it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layersample.errors import ConfigError, some
+from layersample.layers.costs import layer_costs
+from layersample.layers.find import ModelLayers, find_layers
+from layersample.layers.rules import Units
+from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
+from layersample.registry import create_sampler
+from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.sampling.weighted import WeightedSampler
+from layersample.scheduling.scheduler import Batches
+from layersample.unwrapping import unwrap
+
+SamplerChoice = str | tuple[str, Mapping[str, Any]]
+Progress = Callable[[str, int, int | None], None]
+_SPECTRAL = ("alpha", "hill", "stable_rank")
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What was measured on one layer; ``None`` where there is no value, for a reason in the notes.
+
+    Args:
+        name: Path of the layer in the model.
+        num_parameters: Its parameters, a tied weight once.
+        alpha: Mean power-law exponent α of its matrices.
+        hill: Mean PL_Alpha_Hill of its matrices.
+        stable_rank: Mean stable rank of its matrices.
+        outlier_percent: Percent of its weights whose |W|·‖X‖₂ is above the threshold times the layer's mean.
+        lora_ratio: ‖s·BA‖_F / ‖W‖_F of the adapter.
+        probabilities: By sampler, the layer's share of the draws.
+        inclusion: By sampler, the chance that the layer trains in the first period.
+    """
+
+    name: str
+    num_parameters: int
+    alpha: float | None
+    hill: float | None
+    stable_rank: float | None
+    outlier_percent: float | None
+    lora_ratio: float | None
+    probabilities: dict[str, float | None]
+    inclusion: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured on a model.
+
+    Args:
+        layers: One entry a layer, from the input to the output.
+        samplers: The samplers' names, with their options.
+        num_active: Layers that train at a time.
+        threshold: M of the outliers.
+        notes: Why values are missing, and what a sampler warned of.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    samplers: tuple[str, ...]
+    num_active: int
+    threshold: float
+    notes: tuple[str, ...]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One flat row a layer, of JSON types, with the same keys in all of them.
+
+        A sampler's columns are ``probability:SAMPLER`` and ``inclusion:SAMPLER``.
+        """
+        return [
+            {
+                "index": index,
+                "layer": layer.name,
+                "parameters": layer.num_parameters,
+                **{metric: getattr(layer, metric) for metric in _SPECTRAL},
+                "outlier_percent": layer.outlier_percent,
+                "lora_ratio": layer.lora_ratio,
+                **{f"probability:{name}": value for name, value in layer.probabilities.items()},
+                **{f"inclusion:{name}": value for name, value in layer.inclusion.items()},
+            }
+            for index, layer in enumerate(self.layers)
+        ]
+
+
+def profile(
+    model: nn.Module,
+    *,
+    samplers: Sequence[SamplerChoice] = (),
+    num_active: int = 2,
+    batches: Batches | None = None,
+    threshold: float = 5.0,
+    adapter: str | Path | nn.Module | None = None,
+    layers: str | Sequence[str | nn.Module] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure each layer of a model, and what each sampler would make of it. The model isn't changed.
+
+    A value that can't be measured is ``None`` with the reason in the notes; only wrong arguments raise.
+
+    Args:
+        model: Any model that ``find_layers`` works on.
+        samplers: Names of samplers, or pairs of a name and its options. They see the model as at the start
+            of a run, with seed 0.
+        num_active: Layers that train at a time (γ), between 1 and the number of layers.
+        batches: Calibration batches, for outliers and for samplers that measure with data: mappings of the
+            model's arguments, in an iterable that can be read more than once, or a function that gives one.
+        threshold: M of the outliers, above 0.
+        adapter: Folder of a LoRA adapter of this model, or a live PeftModel.
+        layers: Where the layers are, if they can't be found: see ``find_layers``.
+        cache: Whether to keep the spectral metrics on disk and take them from there. A sampler decides for
+            itself.
+        progress: Called with (what is measured, how much of it is done, all of it or ``None``).
+
+    Raises:
+        ConfigError: If no layers are found, a sampler or an option of one is unknown, a number is out of
+            bounds, or the adapter can't be read or belongs to another model.
+
+    References:
+        weightwatcher 0.7.7 (α); TempBalance, arXiv 2312.00359 (Hill); OWL, arXiv 2310.05175 (outliers);
+        LISA, arXiv 2403.17919 (LoRA norms).
+    """
+    model = unwrap(model)
+    try:
+        found = find_layers(model, layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    count = len(found.layers)
+    if not 1 <= num_active <= count:
+        raise ConfigError(
+            f"num_active must be between 1 and the {count} layers, but got num_active={num_active}."
+        )
+    if not (math.isfinite(threshold) and threshold > 0):
+        raise ConfigError(f"threshold must be finite and above 0, but got {threshold}.")
+    # What the user may have got wrong comes first, what takes long last.
+    made = _create_all(samplers)
+    report = progress or _ignore
+    notes: list[str] = []
+    lora = _lora_ratios(model, found, adapter, notes)
+    spectra = _spectra(model, found, cache, report, notes)
+    outliers = _outliers(model, found, batches, threshold, report, notes)
+    chances = _ask_all(made, _measurement(model, found, num_active, batches), report, notes)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    profiles = tuple(
+        LayerProfile(
+            name=layer.name,
+            num_parameters=sum(sizes[name] for name in layer.parameters),
+            **{metric: values.get(layer.name) for metric, values in spectra.items()},
+            outlier_percent=outliers.get(layer.name),
+            lora_ratio=lora.get(layer.name),
+            probabilities={name: chance[0][index] for name, chance in chances.items()},
+            inclusion={name: chance[1][index] for name, chance in chances.items()},
+        )
+        for index, layer in enumerate(found.layers)
+    )
+    return Profile(profiles, tuple(made), num_active, threshold, tuple(dict.fromkeys(notes)))
+
+
+def _create_all(choices: Sequence[SamplerChoice]) -> dict[str, LayerSampler]:
+    """The samplers by a label that tells two of one name apart."""
+    made: dict[str, LayerSampler] = {}
+    for choice in choices:
+        name, options = (choice, {}) if isinstance(choice, str) else choice
+        label = ",".join(f"{key}={value}" for key, value in options.items())
+        made[f"{name}:{label}" if label else name] = create_sampler(name, options)
+    return made
+
+
+def _lora_ratios(
+    model: nn.Module, layers: ModelLayers, adapter: str | Path | nn.Module | None, notes: list[str]
+) -> dict[str, float]:
+    if adapter is None:
+        return {}
+    norms = lora_norms(adapter, model, layers)
+    ratios = {layer.name: norms[layer.name].ratio for layer in layers.layers}
+    bad = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
+    if bad:
+        notes.append(f"No LoRA ratio of {some(bad)}: the adapter's weights or the model's aren't finite.")
+    return {name: ratio for name, ratio in ratios.items() if name not in bad}
+
+
+def _spectra(
+    model: nn.Module, layers: ModelLayers, cache: bool, report: Progress, notes: list[str]
+) -> dict[str, dict[str, float]]:
+    """By metric, the mean over each layer's matrices; a layer without any that it is defined for is left out."""
+    try:
+        with _quiet("layersample.metrics.model"):  # the notes below say the same
+            measured = layer_metrics(
+                model, layers, _SPECTRAL, cache=cache, progress=lambda n, total: report("spectra", n, total)
+            )
+    except ConfigError as error:
+        notes.append(f"No spectra: {error}")
+        return {metric: {} for metric in _SPECTRAL}
+    lacking: dict[tuple[str, str], list[str]] = {}
+    means: dict[str, dict[str, float]] = {}
+    for metric in _SPECTRAL:
+        values: dict[str, list[float]] = {}
+        for matrix in measured.matrices:
+            if metric in matrix.values:
+                values.setdefault(matrix.layer, []).append(matrix.values[metric])
+            else:
+                lacking.setdefault((metric, matrix.problems[metric]), []).append(matrix.name)
+        means[metric] = {layer: sum(found) / len(found) for layer, found in values.items()}
+    notes += [f"No {metric} of {some(names)}: {reason}" for (metric, reason), names in lacking.items()]
+    seen = {matrix.layer for matrix in measured.matrices}
+    if without := [layer.name for layer in layers.layers if layer.name not in seen]:
+        notes.append(f"No spectra of {some(without)}: there is no weight matrix in it.")
+    return means
+
+
+def _outliers(
+    model: nn.Module,
+    layers: ModelLayers,
+    batches: Batches | None,
+    threshold: float,
+    report: Progress,
+    notes: list[str],
+) -> dict[str, float]:
+    if batches is None:
+        notes.append("No outliers: they need calibration data, and none was given.")
+        return {}
+    given = batches() if callable(batches) else batches
+    try:
+        ratios = outlier_ratios(model, _counted(given, report), layers, (threshold,))
+    except Exception as error:  # whatever the model's forward says to these batches
+        notes.append(f"No outliers: {_describe(error)}")
+        return {}
+    return {name: by_threshold[threshold] for name, by_threshold in ratios.items()}
+
+
+def _counted(batches: Iterable[Any], report: Progress) -> Iterator[Any]:
+    total = len(batches) if isinstance(batches, Sequence) else None
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        report("outliers", done, total)  # only now has the model run on it
+
+
+def _measurement(
+    model: nn.Module, layers: ModelLayers, num_active: int, batches: Batches | None
+) -> Measurement:
+    names = tuple(layer.name for layer in layers.layers)
+    give = batches if batches is None or callable(batches) else lambda: batches
+    return Measurement(model, layers, names, num_active, changed=names, batches=give)
+
+
+_Chances = tuple[Sequence[float | None], Sequence[float | None]]
+
+
+def _ask_all(
+    samplers: Mapping[str, LayerSampler], measurement: Measurement, report: Progress, notes: list[str]
+) -> dict[str, _Chances]:
+    """By sampler, the probability and the inclusion probability of each layer."""
+    count, layers = len(measurement.layers), measurement.model_layers
+    # The default rules of a run: everything outside of the layers trains. A frozen model may be profiled too.
+    trainable = {name: parameter.requires_grad for name, parameter in measurement.model.named_parameters()}
+    units = Units(layers.layers, tuple(layers.groups.values()), trainable)
+    context = SamplingContext(
+        measurement.layers,
+        measurement.num_active,
+        statistics=LayerStatistics((0,) * count, (None,) * count),
+        allow_empty=any(group.parameters for group in layers.groups.values()),
+        costs=layer_costs(measurement.model, units),
+    )
+    chances: dict[str, _Chances] = {}
+    for done, (label, sampler) in enumerate(samplers.items(), 1):
+        try:
+            with _noting(label, notes), _quiet("layersample.metrics.model"):
+                sampler.measure(measurement)
+                chances[label] = _ask(sampler, context)
+        except Exception as error:  # a sampler may be a user's own and raise anything
+            notes.append(f"No probabilities of {label}: {_describe(error)}")
+            chances[label] = [None] * count, [None] * count
+        report("samplers", done, len(samplers))
+    return chances
+
+
+def _ask(sampler: LayerSampler, context: SamplingContext) -> _Chances:
+    inclusion = sampler.inclusion_probabilities(context)
+    if isinstance(sampler, WeightedSampler):
+        probabilities: Sequence[float] = sampler.probabilities(context)
+    elif inclusion is None:
+        raise ValueError(f"{type(sampler).__name__} doesn't say how likely it is to draw each layer.")
+    else:  # no single draw to speak of: the layer's share of the set
+        probabilities = [chance / sum(inclusion) for chance in inclusion]
+    inclusion = [None] * context.num_layers if inclusion is None else inclusion  # type: ignore[list-item]
+    for what, values in (("probabilities", probabilities), ("inclusion probabilities", inclusion)):
+        if len(values) != context.num_layers or any(v is not None and not math.isfinite(v) for v in values):
+            raise ValueError(f"{what} must be {context.num_layers} finite numbers, but are {list(values)}.")
+    return probabilities, inclusion
+
+
+class _Notes(logging.Handler):
+    """Notes down what is logged."""
+
+    def __init__(self, label: str, notes: list[str]) -> None:
+        super().__init__(level=logging.WARNING)
+        self._label, self._notes = label, notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.append(f"{self._label}: {record.getMessage()}")
+
+
+@contextmanager
+def _noting(label: str, notes: list[str]) -> Iterator[None]:
+    """Note down what a sampler warns of: that it chose another threshold belongs beside its figures."""
+    handler = _Notes(label, notes)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Drop what one logger says."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _describe(error: Exception) -> str:
+    text = str(error).strip()
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+
+
+def _ignore(what: str, done: int, total: int | None) -> None:
+    pass

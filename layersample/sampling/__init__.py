@@ -1,0 +1,1 @@
+"""What a sampler is, and what samplers share."""

@@ -1,0 +1,150 @@
+"""What a sampler is: one method that picks the layers of a period, from a context that holds all it may use."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from layersample.layers.costs import LayerCosts
+from layersample.layers.find import ModelLayers
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What is known of each layer from the run so far.
+
+    Args:
+        visits: Number of earlier periods in which each layer trained, one number a layer.
+        last_active: The last period in which each layer trained; ``None`` where it hasn't yet.
+    """
+
+    visits: tuple[int, ...]
+    last_active: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class SamplingContext:
+    """All that a sampler may look at when it picks the layers of one period.
+
+    Args:
+        layers: Names of the layers to pick from, from the input to the output.
+        num_active: How many layers the user asked for.
+        round: Number of this period, from 0.
+        step: Optimizer steps done so far.
+        seed: The user's seed; every rank has the same.
+        statistics: What is known of each layer from the run so far.
+        allow_empty: Whether a period without any layer still trains something (embeddings, head, norm).
+        costs: What it costs to train each layer; ``None`` where there is no model to count it on.
+    """
+
+    layers: tuple[str, ...]
+    num_active: int
+    round: int = 0
+    step: int = 0
+    seed: int = 0
+    statistics: LayerStatistics = field(default=LayerStatistics((), ()))
+    allow_empty: bool = False
+    costs: LayerCosts | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers to pick from."""
+        return len(self.layers)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """The only randomness allowed: fresh for each period, from the seed and the period alone."""
+        return self.generator_at(self.round)
+
+    def generator_at(self, round: int) -> torch.Generator:
+        """The generator of another period, for plans that reach over several (one order for an epoch)."""
+        digest = hashlib.sha256(f"layersample:{self.seed}:{round}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that a sampler may look at when it measures the model.
+
+    Args:
+        model: The model. It must be left as it was.
+        model_layers: Its layers and groups.
+        layers: Names of the layers to pick from, as in the context.
+        num_active: How many layers the user asked for.
+        changed: Names of the layers that have trained since the last measurement; all of them at the first.
+        batches: Gives the calibration batches anew at each call, each a mapping of the model's arguments;
+            ``None`` where the user gave none.
+    """
+
+    model: nn.Module
+    model_layers: ModelLayers
+    layers: tuple[str, ...]
+    num_active: int
+    changed: tuple[str, ...]
+    batches: Callable[[], Iterable[Mapping[str, Any]]] | None = None
+
+
+class LayerSampler(ABC):
+    """Picks the layers that train in a period. Subclass it, write :meth:`sample`, and ``@register`` a name.
+
+    Options are keyword-only constructor arguments with annotations; their bounds, defaults and units go into
+    the docstring's ``Args``, which ``layersample list NAME`` prints.
+    """
+
+    source: ClassVar[str] = ""
+    """Where the rule comes from: an arXiv id or a repository."""
+
+    fixed_size: bool = False
+    """Whether every draw holds exactly ``num_active`` layers."""
+
+    measure_every: int | None = None
+    """Periods between two calls of :meth:`measure`; ``None`` measures once."""
+
+    @abstractmethod
+    def sample(self, context: SamplingContext) -> Iterable[int]:
+        """Return the indices into ``context.layers`` that train in period ``context.round``."""
+
+    def measure(self, measurement: Measurement) -> None:  # noqa: B027
+        """Look at the model: before the first draw, and again every :attr:`measure_every` periods."""
+
+    def inclusion_probabilities(self, context: SamplingContext) -> Sequence[float] | None:
+        """The chance of each layer to be in this period's set, over all seeds; ``None`` if it isn't known."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that a resumed run needs, of JSON types; none for a sampler that only uses its context."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what :meth:`state_dict` gave."""
+
+
+def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
+    """Let a sampler choose the layers of a period, and make sure that it chose some that exist.
+
+    Returns:
+        Indices, ascending.
+
+    Raises:
+        ValueError: If they aren't distinct indices of layers, or there are none where nothing else trains.
+    """
+    name, chosen = type(sampler).__name__, list(sampler.sample(context))
+    if len(set(chosen)) != len(chosen) or not all(
+        isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
+    ):
+        raise ValueError(
+            f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
+            f"but returned {chosen} in period {context.round}."
+        )
+    if not chosen and not context.allow_empty:
+        raise ValueError(
+            f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
+        )
+    return tuple(sorted(chosen))

@@ -1,0 +1,1 @@
+"""The scheduler, which switches layers, and all that a switch touches."""

@@ -1,0 +1,375 @@
+"""LayerScheduler: every `period` optimizer steps, freeze what trained and let the sampler's next layers train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layersample.errors import ConfigError
+from layersample.layers.costs import layer_costs
+from layersample.layers.find import GroupName, find_layers
+from layersample.layers.rules import Rule, arrange
+from layersample.optim.frozen_state import StatePolicyName
+from layersample.optim.stand_ins import check_unviewed
+from layersample.optim.step_in_backward import StepInBackward
+from layersample.parallel.find import find_engine
+from layersample.projection.projection import Projection
+from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampling.history import LayerHistory
+from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw
+from layersample.scheduling.identity import RunIdentity
+from layersample.scheduling.switch import Switch
+
+logger = logging.getLogger(__name__)
+
+Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
+
+
+class LayerScheduler:
+    """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
+
+    The first set of layers is active once the scheduler is made; :meth:`step`, called after each
+    ``optimizer.step()``, draws the next one every ``period`` steps, before any of its gradients exist.
+    Sampling flips ``requires_grad`` and edits ``optimizer.state``; ``param_groups`` stay as they are. So the
+    optimizer must hold all parameters, and be made while they all require a gradient. A parameter that
+    doesn't require one when the scheduler is made stays frozen.
+
+    Args:
+        model: The model, wrapped by DDP or sharded by FSDP already, if it will be. A tied weight counts once.
+        optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
+        sampler: Name of a registered sampler, or a sampler.
+        num_active: Layers that train at a time (γ), between 1 and the number of layers.
+        period: Optimizer steps between draws (K), at least 1.
+        seed: Seed of the draws. They depend on it and on the period's number alone.
+        sampler_options: Options of a sampler given by name.
+        layers: Where the layers are, if they can't be found: see :func:`layersample.find_layers`.
+        embeddings: What happens to the embeddings: ``"train"`` always, as LISA does; ``"freeze"`` always;
+            ``"sample"`` them as one more layer. A tied head is the same weight: the stricter rule of the two
+            (freeze, then sample) holds for it.
+        head: The same for the output head.
+        norm: The same for the final norm.
+        other: The same for every parameter outside of these and the layers.
+        state: Optimizer state of frozen layers: ``"drop"`` frees it, ``"keep"`` leaves it, ``"offload"``
+            moves it to CPU memory until the layer trains again.
+        projection: Name of a registered projection, or a projection: the gradients of active matrices are
+            projected to a low rank, in which the optimizer keeps its state. ``None`` trains at full rank.
+        projection_options: Options of a projection given by name: rank, scale, update_gap, targets, ...
+        master_weights: Whether bf16 weights train on fp32 masters, so that no update is lost in rounding. While a
+            layer is frozen, what its weights lack of fp32 (2 bytes a parameter) is kept in CPU memory. A weight
+            that is changed between steps (``load_state_dict``, a clamp, an average swapped in) wins over its master.
+            But torch keeps no count of what is written through ``.data``: where the layer trains, a step undoes it.
+        step_in_backward: Update each parameter in the backward pass, as soon as its gradient is whole, and free the
+            gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``None`` leaves it to the loop.
+        batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
+            in an iterable that can be read more than once, or a function that gives one.
+        state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
+            measuring and drawing a first set in vain.
+        allow_changes: Whether a state of another sampler, seed, period, number of active layers or projection may
+            be loaded. Layers that are active stay so until their period ends.
+        check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
+            did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
+
+    Raises:
+        ConfigError: If an argument is out of bounds or a name unknown; if the model has no layers, or layers
+            without a trainable parameter; if the optimizer lacks sampled parameters, or has another
+            ``LayerScheduler`` that isn't closed. Nothing then stays on the model or the optimizer.
+
+    References:
+        LISA, arXiv 2403.17919.
+
+    Example:
+        >>> scheduler = LayerScheduler(model, optimizer, "lisa", num_active=2, period=20)  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sampler: str | LayerSampler,
+        *,
+        num_active: int = 2,
+        period: int = 20,
+        seed: int = 0,
+        sampler_options: Mapping[str, Any] | None = None,
+        layers: str | Sequence[str | nn.Module] | None = None,
+        embeddings: Rule = "train",
+        head: Rule = "train",
+        norm: Rule = "train",
+        other: Rule = "train",
+        state: StatePolicyName = "drop",
+        projection: str | Projection | None = None,
+        projection_options: Mapping[str, Any] | None = None,
+        master_weights: bool = True,
+        step_in_backward: StepInBackward | None = None,
+        batches: Batches | None = None,
+        state_dict: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
+        check: bool = False,
+    ) -> None:
+        if period < 1:
+            raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
+        self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
+        self.projection: Projection | None
+        self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        check_unviewed(optimizer)  # before its frozen layers are taken for the user's
+        engine = find_engine(model, optimizer)
+        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
+        self.num_active, self.period, self.seed = num_active, period, seed
+        rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
+        try:
+            self.model_layers = find_layers(self._model, layers)
+            self._units = arrange(self._model, self.model_layers, rules)
+            if not 1 <= num_active <= len(self._units.sampled):
+                raise ConfigError(
+                    f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
+                    f"but got num_active={num_active}."
+                )
+            self._costs = layer_costs(self._model, self._units)
+            self._switch = Switch(
+                engine,
+                optimizer,
+                self.model_layers,
+                self._units,
+                state=state,
+                projection=self.projection,
+                master_weights=master_weights,
+                seed=seed,
+                step_in_backward=step_in_backward,
+                check=check,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._state_is_placed, self._round, self._steps = False, 0, 0
+        self._active: tuple[int, ...] = ()
+        self._inclusion: Sequence[float] | None = None
+        self._history = LayerHistory(len(self._units.sampled))
+        self._batches = batches if batches is None or callable(batches) else lambda: batches
+        self._allow_changes = allow_changes
+        self._identity = RunIdentity(
+            sampler=self._sampler_name,
+            sampler_options=sampler_options,
+            projection=projection_name,
+            projection_options=projection_options,
+            num_active=num_active,
+            period=period,
+            seed=seed,
+            layers=self.layers,
+        )
+        try:
+            if state_dict is None:
+                self._start_round()
+            else:
+                self.load_state_dict(state_dict)
+        except BaseException:
+            self._switch.close()  # no one else could, and another try must find the optimizer as this one did
+            raise
+
+    # What is active
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all that is sampled, from the input to the output."""
+        return tuple(unit.name for unit in self._units.sampled)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices into :attr:`layers` of those that train now, ascending."""
+        return self._active
+
+    @property
+    def active_layers(self) -> tuple[str, ...]:
+        """Names of the sampled layers that train now."""
+        return tuple(self._units.sampled[i].name for i in self._active)
+
+    @property
+    def projected(self) -> frozenset[str]:
+        """Names of the weights whose gradients are projected when they train."""
+        return self._switch.projected
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """With ``step_in_backward``: norm of all gradients of the last step, before clipping."""
+        return None if self._switch.stepper is None else self._switch.stepper.norm
+
+    @property
+    def largest_gradient(self) -> int:
+        """With ``step_in_backward``: most bytes of gradients that stood side by side."""
+        return 0 if self._switch.stepper is None else self._switch.stepper.largest_gradient
+
+    @property
+    def round(self) -> int:
+        """Number of the current period, from 0."""
+        return self._round
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self._steps
+
+    @property
+    def inclusion_probabilities(self) -> list[float] | None:
+        """The chance that each of :attr:`layers` had to be active now, computed; ``None`` if not known."""
+        return None if self._inclusion is None else list(self._inclusion)
+
+    @property
+    def coverage(self) -> float:
+        """Share of :attr:`layers` that have trained so far, those that train now included."""
+        return self._history.coverage(self._active)
+
+    @property
+    def staleness(self) -> list[int]:
+        """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
+        return self._history.staleness(self._round, self._active)
+
+    def step(self) -> None:
+        """Count one optimizer step; at the end of a period, switch to the next set of layers.
+
+        Call it after ``optimizer.step()``. Under accelerate's gradient accumulation a call in between two
+        optimizer steps doesn't count.
+        """
+        gradient_state = getattr(self._optimizer, "gradient_state", None)
+        if gradient_state is not None and not gradient_state.sync_gradients:
+            return
+        self.advance_to(self._steps + 1)
+
+    def advance_to(self, steps: int) -> None:
+        """Count optimizer steps up to a number, for a loop that keeps count itself.
+
+        Args:
+            steps: Optimizer steps done since training began; nothing happens if they are counted already.
+        """
+        while self._steps < steps:
+            if not self._state_is_placed:
+                # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
+                # load_state_dict which layers its state belongs to.
+                self._switch.place_state()
+                self._state_is_placed = True
+            self._steps += 1
+            if self._steps % self.period == 0:
+                self._history.record(self._round, self._active)
+                self._switch.check(self._active)
+                self._round += 1
+                self._start_round()
+                self._switch.place_state()
+
+    def close(self, *, check: bool = True) -> None:
+        """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
+
+        Args:
+            check: Whether a self-check looks at the current period, cut short; not where a step was interrupted.
+
+        Raises:
+            SelfCheckError: If that check fails.
+        """
+        if check:
+            self._switch.check(self._active)
+        self._switch.close()
+
+    def __enter__(self) -> LayerScheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(check=error is None)
+
+    def fp32_state_dict(self) -> dict[str, Tensor]:
+        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them.
+
+        Rounded to bf16 they are the model's weights, also where those have been changed since the last step.
+        """
+        return self._switch.fp32_weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, of JSON types."""
+        return {
+            **self._identity.state_dict(),
+            "round": self._round,
+            "steps": self._steps,
+            "active": list(self._active),
+            **self._history.state_dict(),
+            "inclusion": self.inclusion_probabilities,
+            "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
+            "sampler_state": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, in the middle of a period too.
+
+        Load the model and the optimizer first. Where the sampler or its options are others than then, it measures
+        the model now, if it measures at all, and draws from the next period on.
+
+        Raises:
+            ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
+                number of active layers or projection, unless the scheduler was made with ``allow_changes``; if
+                another sampler can't measure the model.
+        """
+        changed = self._identity.changes(state, allow=self._allow_changes)
+        if changed & {"projection", "projection_options"}:
+            self._switch.view.forget()
+        self._round, self._steps = state["round"], state["steps"]
+        self._history.load_state_dict(state)
+        if changed & {"sampler", "sampler_options"}:
+            # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
+            self._history.changed = set(range(len(self.layers)))
+            with self._naming_the_sampler():
+                self._measure()
+        else:
+            self.sampler.load_state_dict(state["sampler_state"])
+        self._inclusion = state["inclusion"]
+        self._active = tuple(state["active"])
+        if self._switch.stepper is not None and state.get("backward"):
+            self._switch.stepper.load_state_dict(state["backward"])
+        self._switch.apply(self._active, self._round)
+        self._switch.place_state()
+        self._state_is_placed = True
+
+    def _start_round(self) -> None:
+        context = SamplingContext(
+            layers=self.layers,
+            num_active=self.num_active,
+            round=self._round,
+            step=self._steps,
+            seed=self.seed,
+            statistics=self._history.statistics,
+            allow_empty=self._units.always_trains_something,
+            costs=self._costs,
+        )
+        with self._naming_the_sampler():
+            every = self.sampler.measure_every
+            if self._round == 0 or (every is not None and self._round % every == 0):
+                self._measure()
+            self._inclusion = self.sampler.inclusion_probabilities(context)
+            self._active = draw(self.sampler, context)
+        logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
+        self._switch.apply(self._active, self._round)
+
+    @contextmanager
+    def _naming_the_sampler(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
+
+    def _measure(self) -> None:
+        if not self._engine.must_measure(self.sampler):
+            return
+        measurement = Measurement(
+            model=self._model,
+            model_layers=self.model_layers,
+            layers=self.layers,
+            num_active=self.num_active,
+            changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
+            batches=self._batches,
+        )
+        self.sampler.measure(measurement)
+        self._history.changed.clear()

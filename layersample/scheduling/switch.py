@@ -1,0 +1,152 @@
+"""A switch of layers: which parameters require a gradient, and everything that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
+from layersample.layers.find import ModelLayers
+from layersample.layers.rules import Units, check_optimizer
+from layersample.optim.frozen_state import StatePolicyName, create_policy
+from layersample.optim.masters import MASTER, combine, follow
+from layersample.optim.stand_ins import OptimizerView
+from layersample.optim.step_in_backward import BackwardStepper, StepInBackward
+from layersample.parallel.base import Engine
+from layersample.projection.projection import Projection
+from layersample.projection.targets import find_targets
+from layersample.scheduling.self_check import SelfCheck
+
+
+class Switch:
+    """Lets some layers of a model train, and freezes the others. All arguments mean what they do in LayerScheduler.
+
+    Args:
+        engine: What the model runs in.
+        optimizer: Its optimizer.
+        model_layers: The model's layers.
+        units: What is sampled of them, and what always trains.
+        state: What happens to the optimizer's state of frozen layers.
+        projection: The low-rank projection, if any.
+        master_weights: Whether bf16 weights train on fp32 masters.
+        seed: Seed of the projection.
+        step_in_backward: How to step in the backward pass, if so.
+        check: Whether to check each period.
+
+    Raises:
+        ConfigError: If the optimizer can't train the model this way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        model_layers: ModelLayers,
+        units: Units,
+        *,
+        state: StatePolicyName,
+        projection: Projection | None,
+        master_weights: bool,
+        seed: int,
+        step_in_backward: StepInBackward | None,
+        check: bool,
+    ) -> None:
+        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
+        self._layers, self._units = model_layers, units
+        check_optimizer(self._model, optimizer, units)
+        self._policy = create_policy(state)
+        self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks)
+        self.projected = find_targets(self._model, model_layers, projection)
+        if step_in_backward is not None:
+            engine.check_step_in_backward()
+        self.stepper: BackwardStepper | None = None
+        self._self_check: SelfCheck | None = None
+        with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
+            if step_in_backward is not None:
+                # In front of the view: what the loop steps itself is clipped before it is projected.
+                self.stepper = BackwardStepper(optimizer, step_in_backward)
+                made.callback(self.stepper.close)
+            self.view = OptimizerView(
+                optimizer, projection=projection, master_weights=master_weights, seed=seed
+            )
+            made.callback(self.view.close)
+            if check:
+                self._self_check = SelfCheck(optimizer, state)
+                made.callback(self._self_check.close)
+            engine.prepare()
+            made.pop_all()
+
+    def apply(self, active: Sequence[int], round: int) -> None:
+        """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects.
+
+        Args:
+            active: Indices of the sampled layers that train from now on.
+            round: Number of the period.
+        """
+        names = {name for own in self._units.training(active).values() for name in own}
+        training = {}
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in names)
+            if name in names:
+                training[name] = parameter
+            else:
+                parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        self.view.project({name: p for name, p in training.items() if name in self.projected})
+        if self.stepper is not None:
+            self.stepper.watch(training.values())
+        units = [self._units.sampled[i] for i in active]
+        in_stack = [unit for unit in units if unit in self._layers.layers]
+        self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
+        self._engine.switched([unit.name for unit in units], round)
+        if self._self_check is not None:
+            self._self_check.begin(dict(self._model.named_parameters()))
+
+    def place_state(self) -> None:
+        """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
+        parameters = list(self._model.parameters())
+        frozen = [p for p in parameters if not p.requires_grad]
+        self.view.freeze(frozen)
+        self._policy.freeze(self._optimizer, frozen)
+        self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
+
+    def check(self, active: Sequence[int]) -> None:
+        """Check a period at its end, where that is asked for.
+
+        Raises:
+            SelfCheckError: If it fails.
+        """
+        if self._self_check is not None:
+            self._self_check.end(dict(self._model.named_parameters()), self._units.training(active))
+
+    def fp32_weights(self) -> dict[str, Tensor]:
+        """The model's state in fp32: bf16 weights with what their masters hold beyond them.
+
+        A weight that was changed behind its master, by whatever means, wins where the two disagree.
+        """
+        return {
+            name: self._exact(value) if value.dtype == torch.bfloat16 else value.detach()
+            for name, value in self._model.state_dict(keep_vars=True).items()
+        }
+
+    def _exact(self, weight: Tensor) -> Tensor:
+        state = self._optimizer.state.get(weight, {})
+        exact = combine(weight, state)
+        return follow(exact.clone(), weight) if MASTER in state else exact
+
+    def close(self) -> None:
+        """Every parameter requires a gradient again as it did before. Safe to call twice."""
+        if self._self_check is not None:
+            self._self_check.close()
+            self._self_check = None
+        if self.stepper is not None:
+            self.stepper.close()
+        self._checkpointing.close()
+        self.view.close()
+        parameters = dict(self._model.named_parameters())
+        for name, trainable in self._units.trainable.items():
+            parameters[name].requires_grad_(trainable)
+        self._engine.close()

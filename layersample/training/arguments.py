@@ -1,0 +1,70 @@
+"""The arguments of the scheduler and of the Trainer in a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from layersample.config import TrainConfig
+from layersample.errors import ConfigError, unknown
+
+
+def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of a ``LayerScheduler`` in a configuration."""
+    names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
+    rules = ("embeddings", "head", "norm", "other")
+    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
+    arguments |= {"step_in_backward": config.backward_stepping, "recompute": config.recompute}
+    return {**arguments, "projection_options": config.projection_arguments}
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+    """The Trainer's arguments in a configuration; it uses one GPU, however many there are.
+
+    Args:
+        config: The configuration.
+        checkpoints: Folder of the checkpoints.
+
+    Raises:
+        ConfigError: If an option of ``trainer`` is unknown, or they don't go together.
+    """
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for key in config.trainer:
+        if key not in known:
+            raise ConfigError(f"trainer: {unknown('option of SFTConfig', key, known)}")
+    arguments: dict[str, Any] = {
+        "max_steps": config.steps if config.epochs is None else -1,
+        "num_train_epochs": config.epochs or 1,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 0.0 if config.step_in_backward else config.clip,
+        "max_length": config.max_length,
+        "bf16": config.precision == "bf16-mixed",
+        "fp16": config.precision == "fp16-mixed",
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        made = SFTConfig(**{**arguments, **config.trainer, "output_dir": str(checkpoints)})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The training options don't go together: {error}") from error
+    # Of several GPUs in one process the Trainer would make nn.DataParallel.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made

@@ -1,0 +1,89 @@
+"""The summary of a run: its figures, for summary.json and the command line, and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from layersample.config import TrainConfig
+from layersample.environment import environment
+from layersample.plots import plot_active_layers, plot_loss
+from layersample.training.recording import RunRecorder, peak_device_bytes, peak_process_bytes
+
+FILES = ("config.yaml", "metrics.jsonl", "summary.json", "layers.png", "loss.png", "model")
+
+
+def summarize(
+    folder: Path,
+    config: TrainConfig,
+    recorder: RunRecorder,
+    *,
+    layers: Sequence[str],
+    parameters: int,
+    examples: dict[str, int],
+) -> dict[str, Any]:
+    """Gather what a run measured.
+
+    Args:
+        folder: Where it is written.
+        config: Its options.
+        recorder: Its steps and peaks.
+        layers: Names of all layers that it sampled from.
+        parameters: Number of the model's parameters; tied ones once.
+        examples: Numbers of examples, by what they are.
+    """
+    steps = [record for record in recorder.records if "loss" in record]
+    held_out = [record for record in recorder.records if "held_out_loss" in record]
+    trainable = [record["trainable_parameters"] for record in steps]
+    rounds = [record for record in steps if "inclusion_probabilities" in record]
+    last_round = {index: record["round"] for record in steps for index in record["active"]}
+    return {
+        "output": str(folder),
+        "files": list(FILES),
+        "sampler": config.sampler,
+        "model": config.model,
+        "data": config.data,
+        "steps": len(steps),
+        "held_out_loss": {"before": held_out[0]["held_out_loss"], "after": held_out[-1]["held_out_loss"]},
+        "examples": examples,
+        "parameters": parameters,
+        "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
+        "layers": list(layers),
+        "layers_trained": len(last_round),
+        # Periods since each layer last trained, at the end; and its mean chance to be drawn, computed.
+        "staleness": [steps[-1]["round"] - last_round.get(index, -1) for index in range(len(layers))],
+        "inclusion_probabilities": _mean([record["inclusion_probabilities"] for record in rounds]),
+        "peak_bytes": {
+            "process": peak_process_bytes(),
+            "device": peak_device_bytes(),
+            **asdict(recorder.peak),
+        },
+        "seconds": {"training": sum(record["seconds"] for record in steps)},
+        "environment": environment(),
+    }
+
+
+def _mean(rows: list[list[float] | None]) -> list[float] | None:
+    known = [row for row in rows if row is not None]
+    return [sum(column) / len(column) for column in zip(*known, strict=True)] if known else None
+
+
+def write_pictures(folder: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write ``layers.png`` and ``loss.png`` of a run."""
+    steps = [record for record in records if "loss" in record]
+    held_out = [record for record in records if "held_out_loss" in record]
+    name = f"{summary['sampler']} on {summary['model']}, {summary['data']}"
+    plot_active_layers(
+        folder / "layers.png",
+        summary["layers"],
+        [(record["step"], record["active"]) for record in steps],
+        f"Layers that trained: {name}",
+    )
+    plot_loss(
+        folder / "loss.png",
+        [(record["step"], record["loss"]) for record in steps],
+        [(record["step"], record["held_out_loss"]) for record in held_out],
+        f"Loss: {name}",
+    )

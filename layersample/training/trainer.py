@@ -1,0 +1,133 @@
+"""TRL's SFTTrainer, which counts what it cuts, and stops at a loss that is no number or at a signal."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from layersample.activations.chunked_loss import ChunkedLoss
+from layersample.checkpoints.whole import find_last
+from layersample.errors import ConfigError
+
+_NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message says at which step, and which checkpoint is good."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved a checkpoint.
+
+    Args:
+        signal_number: The signal.
+        checkpoint: The checkpoint to resume from.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by signal {signal_number}; saved {checkpoint}")
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+
+
+class CheckedTrainer(SFTTrainer):
+    """SFTTrainer that counts what it cuts, and stops at a loss that is no number."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.too_long: dict[str, int] = {}
+        self._chunks_loss = False
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        # Tokenized without a limit first: SFTTrainer takes tokenized data as it is and then cuts it.
+        limit, args.max_length = args.max_length, None
+        try:
+            whole = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, name)
+        finally:
+            args.max_length = limit
+        if limit is not None and not packing:
+            self.too_long[_NAMES.get(name, name)] = sum(len(ids) > limit for ids in whole["input_ids"])
+        ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
+        if not len(ready):
+            raise ConfigError(
+                f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill "
+                f"max_length={limit} tokens: raise it."
+            )
+        return ready
+
+    def chunk_loss(self, positions: int) -> None:
+        """Compute the training loss from the logits of some positions at a time."""
+        assert self.model is not None
+        ChunkedLoss(self.model, chunk_size=positions)
+        self._chunks_loss = True
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The chunked loss in training, where it is on; else SFTTrainer's own.
+
+        Raises:
+            NonFiniteLossError: In training, if the loss is no number; before backward, which may already step.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
+        compute = partial(Trainer.compute_loss, self) if self._chunks_loss else super().compute_loss
+        loss: Any = compute(model, inputs, *args, **kwargs)
+        if not math.isfinite(loss.item()):
+            saved = find_last(Path(str(self.args.output_dir)))
+            good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
+            raise NonFiniteLossError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}, so training stops before this "
+                f"step changes any weight. {good} A lower learning rate or float32 may help."
+            )
+        return loss
+
+
+class _StopOnSignal(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:  # asked twice: at once, without a checkpoint
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[_StopOnSignal]:
+    """A callback that ends training at SIGINT or SIGTERM, whose handlers are back as they were afterwards."""
+    stop = _StopOnSignal()
+    try:
+        before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,41 @@
+"""What is inside of wrappers: the model, the optimizer, and this rank's part of a tensor."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside of ``torch.compile``'s and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            logger.warning(
+                "torch.compile of a whole model compiles one graph for every set of active layers and gives up "
+                "after 8; compile each layer instead: for layer in model.model.layers: layer.compile()."
+            )
+            model = inner
+        else:
+            return model
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of accelerate's wrapper."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank holds: of a DTensor its shard, of any other all of it."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor
+    part: torch.Tensor = to_local()
+    return part

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Given, make_batch, make_llama, on_meta, weights_of
+
+from layersample import LayerScheduler
+
+
+def run(
+    checkpointing: bool | None, active: tuple[int, ...], embeddings: Any = "freeze"
+) -> tuple[Any, list[int]]:
+    """Gradients, and how often each layer ran: checkpointing None is off, else whether it is reentrant."""
+    model = make_llama()
+    model.train()
+    if checkpointing is not None:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": checkpointing}
+        )
+    forwards = [0] * 4
+    for i, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, i=i: forwards.__setitem__(i, forwards[i] + 1))
+    optimizer = torch.optim.SGD(model.parameters())
+    with LayerScheduler(model, optimizer, Given(active), num_active=1, embeddings=embeddings):
+        model(**make_batch(), use_cache=False).loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return gradients, forwards
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # below the lowest active layer
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("active", [(0,), (2,), (1, 3), (3,)])
+def test_gradients_are_the_same_and_backward_still_ends_at_the_lowest_layer(
+    reentrant: bool, active: tuple[int, ...]
+) -> None:
+    plain, _ = run(None, active)
+    checkpointed, forwards = run(reentrant, active)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    assert forwards == [1 if i < min(active) else 2 for i in range(4)]  # 2: computed again in backward
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_trained_embedding_gets_its_gradient(reentrant: bool) -> None:
+    plain, _ = run(None, (2,), "train")
+    checkpointed, _ = run(reentrant, (2,), "train")
+    assert "model.embed_tokens.weight" in checkpointed
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_trains_alike_over_several_periods(reentrant: bool) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = make_llama()
+        model.train()
+        if checkpointing:
+            kwargs = {"use_reentrant": reentrant}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = LayerScheduler(model, optimizer, "lisa", period=1, embeddings="sample", check=True)
+        for step in range(6):
+            model(**make_batch(step), use_cache=False).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        results.append(weights_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_everything_is_put_back_at_the_end() -> None:
+    model = make_llama()
+    model.activation_checkpointing_enable()
+    assert model.get_input_embeddings()._forward_hooks
+    scheduler = LayerScheduler(model, torch.optim.SGD(model.parameters()), "lisa")
+    assert not model.get_input_embeddings()._forward_hooks
+    scheduler.close()
+    assert model.get_input_embeddings()._forward_hooks
+
+
+def test_reentrant_checkpointing_of_an_encoder_decoder_is_refused() -> None:
+    model = on_meta("t5", "T5ForConditionalGeneration")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="must be non-reentrant on an encoder-decoder"):
+        LayerScheduler(model, torch.optim.SGD(model.parameters()), "lisa")

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.suite import Suite
+
+
+@pytest.fixture
+def lines(made_up: Callable[..., dict[str, Any]]) -> Callable[..., list[dict[str, Any]]]:
+    """Lines of final runs: pairs of a method and its losses, one a seed."""
+
+    def make(suite: Suite, losses: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "method": entry.name,
+                "stage": job.stage,
+                "seed": job.seed,
+                "learning_rate": job.learning_rate,
+                **made_up(job, losses[entry.name][job.seed], **more),
+            }
+            for entry in suite.entries
+            for job in suite.final_jobs(entry, 1e-3)[: len(losses[entry.name])]
+        ]
+
+    return make
+
+
+def test_estimates_and_the_front(lines: Callable[..., Any]) -> None:
+    """Made-up memory grows with the loss, so the method with the lowest loss is the whole front."""
+    suite = Suite(methods=["full", "lisa", "lora"], seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    analysis = analyze(suite, lines(suite, {"full": [1.0, 1.2], "lisa": [0.5, 0.6], "lora": [2.0]}))
+    full, lisa, lora = analysis.rows
+    assert full.loss is not None and full.loss.mean == pytest.approx(1.1) and full.difference is None
+    assert lisa.difference is not None and lisa.difference.mean == pytest.approx(-0.55)
+    assert lora.difference is not None and lora.difference.verdict == "not tested"
+    assert analysis.front == ("lisa",)
+    assert [row.name for row in analysis.finished] == ["lisa", "full", "lora"]
+    assert (analysis.done, analysis.planned) == (5, 6)
+    assert [(step, e.mean) for step, e in full.curve] == [(0, pytest.approx(2.1)), (4, pytest.approx(1.1))]
+    assert full.forgotten is not None and full.forgotten.mean == pytest.approx(0.1)
+
+
+def test_shares_and_probabilities(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full"], seeds=[0, 1], steps=8, learning_rates=[1e-3])
+    row = analyze(suite, lines(suite, {"full": [1.0, 1.0]})).rows[0]
+    assert row.shares == pytest.approx([0.25, 0.75, 0.75])  # steps 1-2 and 3-8
+    assert row.probabilities == [0.5, 0.5, 0.5]
+    unknown = analyze(suite, lines(suite, {"full": [1.0, 1.0]}, inclusion_probabilities=None)).rows[0]
+    assert unknown.probabilities is None
+    assert row.seconds("cpu") == pytest.approx(3.51) and row.seconds("cpu", "backward") == 2.0
+    assert row.tensor_bytes() == 200 and row.tensor_bytes("gradients") == 20
+
+
+def test_rates_that_were_tried(lines: Callable[..., Any], made_up: Callable[..., Any]) -> None:
+    suite = Suite(methods=["lisa"], seeds=[0], learning_rates=[1e-4, 1e-3, 1e-2])
+    job = suite.search_job(suite.entries[0], 1e-3)
+    measured = {1e-4: {"error": "nan"}, 1e-3: made_up(job, 2.0), 1e-2: {"error": "nan"}}
+    searches = [
+        {"key": f"{rate}", "method": "lisa", "stage": "search", "seed": 0, "learning_rate": rate, **result}
+        for rate, result in measured.items()
+    ]
+    row = analyze(suite, [*searches, *lines(suite, {"lisa": [1.0]})]).rows[0]
+    assert [(trial.rate, trial.loss) for trial in row.trials] == [(1e-4, None), (1e-3, 2.0), (1e-2, None)]
+    assert row.rate == 1e-3 and not row.at_edge
+    assert [error for _, error in row.errors] == ["nan", "nan"]
+
+
+def test_final_runs_of_another_rate_than_the_best_do_not_count(
+    lines: Callable[..., Any], made_up: Callable[..., Any]
+) -> None:
+    suite = Suite(methods=["lisa"], seeds=[0], learning_rates=[1e-3, 1e-2])
+    searches = [
+        {"method": "lisa", "stage": "search", "seed": 0, "learning_rate": rate}
+        | made_up(suite.search_job(suite.entries[0], rate), loss)
+        for rate, loss in ((1e-3, 2.0), (1e-2, 1.0))
+    ]
+    finals = lines(suite, {"lisa": [1.0]})  # of 1e-3
+    assert analyze(suite, [*searches, *finals]).done == 0
+    one_rate = suite.model_copy(update={"learning_rates": [1e-3]})
+    assert analyze(one_rate, [*searches, *finals]).done == 1, "that rate was asked for"
+
+
+def test_seeds_that_are_no_longer_asked_for_do_not_count(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["lisa", "lora"], seeds=[0, 1, 2], learning_rates=[1e-3])
+    stored = lines(suite, {"lisa": [1.0, 1.1, 5.0], "lora": [1.0, 1.2]})
+    analysis = analyze(suite.model_copy(update={"seeds": [0, 1]}), stored)
+    assert (analysis.done, analysis.planned) == (4, 4)
+    assert analysis.rows[0].loss is not None and analysis.rows[0].loss.mean == pytest.approx(1.05)

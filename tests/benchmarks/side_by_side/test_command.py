@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from layersample import ConfigError
+from layersample.cli import app as cli
+from layersample_benchmarks.side_by_side import command
+from layersample_benchmarks.side_by_side.results import Results
+from layersample_benchmarks.side_by_side.suite import Job, Suite
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Suite, Path, int]]:
+    """What the command would run."""
+    seen: list[tuple[Suite, Path, int]] = []
+    monkeypatch.setattr(command, "_run", lambda *arguments: seen.append(arguments))
+    return seen
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(cli.app, ["benchmark", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_without_options_it_is_the_default_suite(given: list[Any]) -> None:
+    invoke()
+    suite, output, jobs = given[0]
+    assert (suite.task, suite.seeds, suite.steps, suite.reference) == ("gsm_symbolic", [0, 1, 2], 60, "full")
+    assert suite.options["precision"] == "bf16"
+    assert (output, jobs) == (Path("runs/benchmark"), 1)
+
+
+def test_flags(given: list[Any], tmp_path: Path) -> None:
+    invoke(
+        *("--methods", "lisa, owlore+galore,mine", "--plugin", "mine.py", "--seeds", "2", "--steps", "100"),
+        *("--output", "results/mine", "--lr-grid", "1e-4,1e-3", "--jobs", "3", "--baseline", "lisa"),
+        *("--option", "period=7", "--option", "state=keep", "--set", "test_size=8"),
+    )
+    suite, output, jobs = given[0]
+    assert suite.methods == ["lisa", "owlore+galore", "mine"]
+    assert (suite.plugin, suite.seeds, suite.steps, suite.baseline) == (Path("mine.py"), [0, 1], 100, "lisa")
+    assert suite.learning_rates == [1e-4, 1e-3] and suite.test_size == 8
+    assert suite.options == {"precision": "bf16", "num_active": 2, "period": 7, "state": "keep"}
+    assert (output, jobs) == (Path("results/mine"), 3)
+
+
+def test_a_row_of_the_suite_is_a_method_by_its_name(given: list[Any]) -> None:
+    """The runs of one row can be asked for, with the options that the suite gives it."""
+    invoke("--methods", "prior-increasing,lisa")
+    prior, lisa = given[0][0].entries
+    assert (prior.method, prior.options) == ("prior", {"sampler_options": {"weights": "increase"}})
+    assert (lisa.name, lisa.options) == ("lisa", {})
+
+
+def test_a_grid_is_for_every_row(given: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"methods": [{"name": "lisa", "learning_rates": [1.0]}, "lora"]}))
+    invoke("--suite", str(path), "--lr-grid", "1e-4,1e-3")
+    assert [given[0][0].rates(entry) for entry in given[0][0].entries] == [[1e-4, 1e-3]] * 2
+
+
+def test_a_suite_file_and_seeds_by_number(given: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"methods": ["lisa"], "steps": 5}))
+    invoke("--suite", str(path), "--seeds", "4,9")
+    assert (given[0][0].steps, given[0][0].seeds, given[0][0].options) == (5, [4, 9], {})
+
+
+def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path) -> None:
+    Results(tmp_path, Suite(methods=["lisa"], steps=5)).open()
+    invoke("--output", str(tmp_path))
+    assert (given[0][0].entries[0].name, given[0][0].steps) == ("lisa", 5)
+    invoke("--output", str(tmp_path), "--suite", "default")  # asked for, it is that one
+    assert given[1][0].steps == 60 and len(given[1][0].entries) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "defualt"], "Unknown suite 'defualt'. Did you mean 'default'.*A YAML file will do too"),
+        (["--suite", "no.yaml"], "no.yaml: a configuration file must be readable"),
+        (["--seeds", "two"], "seeds must be a number or numbers with commas, but got 'two'"),
+        (["--seeds", "0"], "seeds must be at least 1, but got 0"),
+        (["--steps", "0"], "command line: steps: .* but got 0"),
+        (["--option", "period"], "must be given as KEY=VALUE, but got 'period'"),
+        (["--set", "sets=1"], "command line: Unknown key of a suite 'sets'. Did you mean 'steps'"),
+        (["--lr-grid", "fast"], "command line: learning_rates.0: .* but got 'fast'"),
+        (["report", "no-such-folder"], "must be that of a benchmark, but no-such-folder holds no suite.yaml"),
+    ],
+)
+def test_errors_of_the_user_s_making(given: list[Any], arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        invoke(*arguments)
+
+
+def test_runs_and_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made_up: Callable[..., dict[str, Any]]
+) -> None:
+    """The whole command, with made-up runs; stopped once, and gone on with."""
+
+    def measure(self: Any, job: Any) -> dict[str, Any]:
+        if job.key == stop_at:
+            raise KeyboardInterrupt
+        return {"error": "no [good]"} if job.row == "lora" else made_up(job, 1.0 + job.seed / 10)
+
+    monkeypatch.setattr("layersample_benchmarks.side_by_side.runner._Pool._measure", measure)
+    arguments = [
+        "--methods",
+        "lisa,lora",
+        "--seeds",
+        "2",
+        "--lr-grid",
+        "1e-3",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    stop_at = "final/lora/seed-0"
+    stopped = runner.invoke(cli.app, ["benchmark", *arguments])
+    assert stopped.exit_code == 130
+    assert "Written to" in invoke("report", str(tmp_path / "out")), "of what is done"
+    stop_at = ""
+    output = invoke(*arguments)
+    assert "of 4 runs are there already" in output
+    assert "final/lora/seed-0: failed: no [good]" in output
+    assert "final/lisa/seed-1: held-out loss 1.1000" in stopped.output + output
+    assert "report.html, report.md" in output
+    page = tmp_path / "out" / "report.md"
+    assert "no [good]" in page.read_text() and "difference to **lisa**" in page.read_text()
+    invoke("report", str(tmp_path / "out"), "--baseline", "lora")
+    assert "difference to **lora**" in page.read_text()
+    with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'lara'"):
+        invoke("report", str(tmp_path / "out"), "--baseline", "lara")
+
+
+def test_baselines_that_are_not_installed_are_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made_up: Callable[..., dict[str, Any]]
+) -> None:
+    monkeypatch.setattr("layersample_benchmarks.methods.method.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "layersample_benchmarks.side_by_side.runner._Pool._measure",
+        lambda self, job: made_up(job, 1.0 + job.seed / 10),
+    )
+    output = invoke("--seeds", "1", "--lr-grid", "1e-3", "--output", str(tmp_path / "out"))
+    assert 'Left out: badam, which needs badam: pip install "layersample[baselines]"' in output
+    assert "final/badam" not in output and "final/lisa-published/seed-0" in output
+    with pytest.raises(ConfigError, match=r"'badam' needs the package badam.*layersample\[baselines\]"):
+        invoke("--methods", "badam", "--output", str(tmp_path / "other"))
+
+
+def test_the_bars_on_a_terminal() -> None:
+    """One for all runs, and one for each that goes on, which goes with its end."""
+    screen = Console(force_terminal=True, file=io.StringIO(), width=100)
+    live = command.LiveBenchmark(screen)
+    first, second = (Job(row, "final", 0, 1e-3, 4) for row in ("lisa", "lora"))
+    live.begin(6, 2)
+    live.step(first, 1, 4, 1.25)
+    live.step(second, 2, 4, 1.5)
+    assert [(task.description, task.completed, task.total) for task in live._bar.tasks] == [
+        ("all runs", 2, 6),
+        ("final/lisa/seed-0", 1, 4),
+        ("final/lora/seed-0", 2, 4),
+    ]
+    live.end_run(first, {"error": "no [good]"})
+    live.end()
+    assert [task.description for task in live._bar.tasks] == ["all runs", "final/lora/seed-0"]
+    assert live._bar.tasks[0].completed == 3
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 6 runs are there already." in text and "no [good]" in text and "loss 1.500" in text

@@ -1,0 +1,121 @@
+"""The statistics of the benchmark, on simulated results whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from layersample_benchmarks.side_by_side.comparison import compare, estimate, pareto_front
+
+
+def simulate(
+    generator: np.random.Generator, methods: int, seeds: int, effect: float = 0.0
+) -> dict[str, dict[int, float]]:
+    """Losses that share each seed's luck, as runs on the same data order do; the last method is better."""
+    luck = generator.normal(0, 0.05, seeds)
+    own = generator.normal(0, 0.02, (methods, seeds))
+    values = {f"m{i}": dict(enumerate(1 + luck + own[i])) for i in range(methods)}
+    values[f"m{methods - 1}"] = {seed: value - effect for seed, value in values[f"m{methods - 1}"].items()}
+    return values
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(2, 3), (2, 5), (9, 3)])
+def test_copies_of_one_method_are_called_different_at_the_stated_rate_at_most(
+    methods: int, seeds: int
+) -> None:
+    """Over many trials; all of the comparisons of a trial together."""
+    generator = np.random.default_rng(0)
+    trials = 1500
+    wrong = sum(
+        any(
+            d.verdict in ("lower", "higher")
+            for d in compare(simulate(generator, methods, seeds), "m0").values()
+        )
+        for _ in range(trials)
+    )
+    # At most 5% and, for a single comparison, exactly that; within what 1500 trials can tell (99.9%).
+    limit = stats.binom.ppf(0.9995, trials, 0.05)
+    assert wrong <= limit
+    if methods == 2:
+        assert wrong >= stats.binom.ppf(0.0005, trials, 0.05)
+
+
+def test_a_better_method_is_called_better() -> None:
+    generator = np.random.default_rng(1)
+    calls = [compare(simulate(generator, 5, 5, effect=0.5), "m0")["m4"].verdict for _ in range(200)]
+    assert calls.count("lower") >= 198
+
+
+def test_the_interval_and_the_p_value_say_the_same() -> None:
+    generator = np.random.default_rng(2)
+    seen = set()
+    for _ in range(300):
+        for difference in compare(simulate(generator, 4, 4, effect=0.08), "m0").values():
+            assert difference.low is not None and difference.high is not None and difference.p is not None
+            outside = difference.low > 0 or difference.high < 0
+            assert outside == (difference.verdict != "no difference shown") == (difference.p < 0.05)
+            seen.add(difference.verdict)
+    assert seen >= {"lower", "no difference shown"}
+
+
+def test_one_comparison_is_scipys_paired_test() -> None:
+    ours, theirs = [1.0, 1.2, 0.9, 1.1], [1.3, 1.4, 1.0, 1.5]
+    difference = compare({"a": dict(enumerate(ours)), "b": dict(enumerate(theirs))}, "b")["a"]
+    reference = stats.ttest_rel(ours, theirs)
+    interval = reference.confidence_interval(0.95)
+    assert difference.p == pytest.approx(reference.pvalue)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_holms_correction_by_hand() -> None:
+    """p-values of .01, .02 and .2 of three comparisons become .03, .04 and .2."""
+    base = dict.fromkeys(range(6), 0.0)
+    values = {"base": base}
+    shape = np.array([-1.0, 1, -1, 1, -1, 1])
+    for name, p in (("a", 0.01), ("b", 0.02), ("c", 0.2)):
+        t = stats.t.ppf(1 - p / 2, 5)
+        values[name] = dict(enumerate(shape + t * stats.sem(shape)))
+    assert {n: d.p for n, d in compare(values, "base").items()} == pytest.approx(
+        {"a": 0.03, "b": 0.04, "c": 0.2}
+    )
+
+
+def test_seeds_are_paired_by_their_number() -> None:
+    values = {"a": {0: 1.0, 1: 2.0, 2: 3.5}, "b": {2: 3.0, 1: 1.0, 7: 100.0}}
+    difference = compare(values, "b")["a"]
+    assert difference.mean == pytest.approx(0.75) and difference.count == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ({0: 1.0}, "not tested"),
+        ({}, "not tested"),
+        ({0: 2.0, 1: 2.0}, "not tested"),
+        ({0: 1.0, 1: 1.0}, "no difference shown"),
+    ],
+)
+def test_too_little_to_test(ours: dict[int, float], verdict: str) -> None:
+    """One seed, no common seed, and differences without any spread."""
+    difference = compare({"a": ours, "b": {0: 1.0, 1: 1.0}}, "b")["a"]
+    assert difference.verdict == verdict and difference.p is None and difference.low is None
+
+
+def test_estimate() -> None:
+    assert estimate([2.0]).half_width is None
+    three = estimate([1.0, 2.0, 3.0])
+    assert three.mean == 2 and three.half_width == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+    assert three.half_width > estimate([1.0, 2.0, 3.0], 0.9).half_width
+
+
+def test_pareto_front() -> None:
+    points = {
+        "cheap": (1.0, 5.0),
+        "bad": (2.0, 6.0),
+        "middle": (2.0, 3.0),
+        "tied": (2.0, 3.5),
+        "best": (9.0, 1.0),
+    }
+    assert pareto_front(points) == ["cheap", "middle", "best"]
+    assert pareto_front({}) == []

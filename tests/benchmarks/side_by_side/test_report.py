@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layersample import ConfigError
+from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.report import findings, signed, write_report
+from layersample_benchmarks.side_by_side.results import Results
+from layersample_benchmarks.side_by_side.suite import Suite
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Losses by method and seed: one clearly better, one that can't be told, one that failed.
+LOSSES = {
+    "full": [1.00, 1.02, 0.98, 1.01],
+    "lisa": [0.50, 0.521, 0.479, 0.511],
+    "lora": [1.03, 1.00, 0.99, 1.02],
+    "cyclic": [1.50, 1.519, 1.481, 1.513],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> Path:
+    """A finished benchmark, with a method that failed."""
+    suite = Suite(methods=[*LOSSES, "owlore"], seeds=[0, 1, 2, 3], learning_rates=[1e-3, 1e-2], steps=6)
+    results = Results(tmp_path / "results", suite).open("layersample benchmark --output results")
+    for entry in suite.entries:
+        for rate in suite.rates(entry):
+            job = suite.search_job(entry, rate)
+            failed = {"error": "NonFiniteLossError: the loss is <nan> | at step 3"}
+            results.add(job, failed if entry.name == "owlore" else made_up(job, 1 + job.learning_rate))
+        for job in suite.final_jobs(entry, 1e-3):
+            if entry.name in LOSSES:
+                loss = LOSSES[entry.name][job.seed]
+                right = 0.25 if entry.name == "lora" else 0.5
+                results.add(job, made_up(job, loss, right=right + 0.01 * job.seed))
+    return results.folder
+
+
+class Page(HTMLParser):
+    """Text of the cells of each table, and everything that a page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self._table = ""
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        for key in ("src", "href", "xlink:href"):
+            if key in given and not str(given[key]).startswith("#"):
+                self.loads.append(str(given[key]))
+        if tag == "table":
+            self._table = str(given["id"])
+            self.tables[self._table] = []
+        elif tag == "tr":
+            self.tables[self._table].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.tables[self._table][-1][-1] += data
+
+
+@pytest.fixture
+def page(folder: Path) -> Page:
+    write_report(folder)
+    return Page((folder / "report.html").read_text())
+
+
+def test_the_page_needs_nothing_else(page: Page, folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    assert page.loads == [] and "script" not in page.tags
+    assert "@import" not in text and "url(http" not in text
+    assert page.tags.count("svg") == 3 + 3 * len(LOSSES)
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    assert used <= set(page.ids), "every clip path and marker is there"
+
+
+def test_words_follow_the_numbers(page: Page) -> None:
+    head, *rows = page.tables["quality"]
+    by_name = {row[0].split(". ")[1]: dict(zip(head, row, strict=True)) for row in rows}
+    # The second column of that name is that of the answers, which differ by the same in every seed, or not at all.
+    answers = {name: row["against full"] for name, row in by_name.items()}
+    same = "no difference shown"
+    assert answers == {"full": "baseline", "lisa": same, "lora": "not tested", "cyclic": same}
+    assert [row[0] for row in rows] == ["1. lisa", "2. full", "3. lora", "4. cyclic"], "from the lowest loss"
+    assert [row[5] for row in rows] == ["better", "baseline", "no difference shown", "worse"]
+    assert by_name["lisa"]["difference"] == signed(-0.5)
+    assert by_name["full"]["loss"] == "1.002 ± 0.027"
+    low, high = (float(x.replace("\N{MINUS SIGN}", "-")) for x in by_name["lora"]["interval"].split(" to "))
+    assert low < 0 < high
+    assert by_name["full"]["right answers"].startswith("51.5 ±")
+
+
+def test_failures_rates_and_costs_are_rows(page: Page) -> None:
+    assert page.tables["failures"][1] == [
+        "search/owlore/rate-0.001",
+        "NonFiniteLossError: the loss is <nan> | at step 3",
+    ]
+    rates = {row[0]: row[1:] for row in page.tables["rates"][1:]}
+    assert rates["lisa"] == ["0.001: 1.001; 0.01: 1.010", "0.001"]
+    assert rates["owlore"] == ["0.001: failed; 0.01: failed", "none"]
+    cost = dict(zip(*page.tables["cost"][:2], strict=True))
+    assert (cost["CPU s"], cost["forward"], cost["trainable"], cost["coverage"]) == (
+        "3.51",
+        "1.00",
+        "50.0%",
+        "100%",
+    )
+
+
+def test_the_same_as_markdown(page: Page, folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    for row in page.tables["quality"][1:]:
+        assert f"| {row[0]} | {row[1]} | {row[2]} | {row[3]} |" in text
+    assert "the loss is <nan> \\| at step 3" in text
+    assert "    layersample benchmark --output results\n" in text
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (folder / picture).read_text().startswith("<svg")
+    # Behind an empty line, as Markdown wants it.
+    tables = re.findall(r"\n\n((?:^\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_findings_say_no_more_than_the_numbers(folder: Path) -> None:
+    from layersample_benchmarks.side_by_side.results import read_results
+
+    said = findings(analyze(*read_results(folder)))
+    assert said[0] == f"Lower held-out loss than full: lisa ({signed(-0.5)})."
+    assert said[1] == f"Higher held-out loss than full: cyclic ({signed(0.501)})."
+    assert "No difference to full shown: lora. With 4 seeds that means that these runs can't tell" in said[2]
+    assert "Best at the lowest or highest rate tried" in " ".join(said)
+    assert said[-1] == "4 of 20 runs are not there (failed, or not run yet)."
+
+
+def test_one_seed_is_not_tested(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=[7], learning_rates=[1e-3], steps=6)
+    results = Results(tmp_path, suite).open()
+    for entry, loss in zip(suite.entries, (1.0, 0.1), strict=True):
+        job = suite.final_jobs(entry, 1e-3)[0]
+        results.add(job, made_up(job, loss, inclusion_probabilities=None))
+    write_report(tmp_path)
+    rows = Page((tmp_path / "report.html").read_text()).tables["quality"][1:]
+    assert rows[0][1:6] == ["0.100", signed(-0.9), "–", "–", "not tested"]
+
+
+def test_a_report_of_an_unfinished_benchmark(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
+    suite = Suite(methods=["full", "lisa"], learning_rates=[1e-3, 1e-2])
+    results = Results(tmp_path, suite).open()
+    with pytest.raises(ConfigError, match="At least one run must have ended"):
+        write_report(tmp_path)
+    job = suite.search_job(suite.entries[1], 1e-3)
+    results.add(job, made_up(job, 1.0, other_loss=None))
+    write_report(tmp_path)
+    assert "6 of 6 runs are not there" in (tmp_path / "report.md").read_text()
+    job = suite.final_jobs(suite.entries[1], 1e-3)[0]
+    results.add(job, made_up(job, 1.0))  # and nothing of the baseline
+    write_report(tmp_path)
+    assert "1. lisa" in (tmp_path / "report.md").read_text()
+
+
+def test_the_same_results_give_the_same_report(folder: Path) -> None:
+    names = write_report(folder)
+    first = [(folder / name).read_bytes() for name in names]
+    write_report(folder)
+    assert first == [(folder / name).read_bytes() for name in names]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_is_no_wider_than_a_phone(page: Page, folder: Path, tmp_path: Path) -> None:
+    """In a frame of 360 pixels; only tables may be wider, inside of what scrolls."""
+    assert CHROMIUM is not None
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        f'<iframe id="f" src="file://{folder}/report.html" style="width: 360px; height: 800px"></iframe>'
+        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
+        "document.title = `width ${d.scrollWidth} of ${d.clientWidth}`; }</script>"
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        f"file://{probe}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>width (\d+) of (\d+)</title>", done.stdout)
+    assert found, done.stderr
+    assert int(found[1]) <= int(found[2])

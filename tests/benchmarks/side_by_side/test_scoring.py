@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from layersample import ConfigError
+from layersample_benchmarks.side_by_side.scoring import mean_loss, share_right
+from layersample_benchmarks.side_by_side.tasks import Task, get_task
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+class Parrot(torch.nn.Module):
+    """Says the same text after every prompt, and ends."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        self.sides: list[torch.Tensor] = []
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.sides.append(attention_mask[:, -1])
+        return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
+
+
+def test_answers_are_read_from_what_is_generated(tokenizer: Any) -> None:
+    rows = [{"prompt": f"{'x' * n}?", "completion": f"so\n#### {n}"} for n in range(1, 5)]
+    model = Parrot(tokenizer, "hm\n#### 3")
+    before = tokenizer.padding_side
+    assert share_right(model, tokenizer, get_task("gsm_symbolic"), rows, 10) == 0.25
+    assert all(side.all() for side in model.sides), "padded on the left"
+    assert tokenizer.padding_side == before
+    assert share_right(Parrot(tokenizer, "no idea"), tokenizer, get_task("gsm_symbolic"), rows, 10) == 0
+
+
+def test_a_real_model_generates_no_more_than_it_may(tiny_model: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    rows = [{"prompt": "1+1=", "completion": "#### 2"}, {"prompt": "10+10=", "completion": "#### 20"}]
+    assert 0 <= share_right(model, tokenizer, get_task("gsm_symbolic"), rows, 4) <= 1
+    assert model.training, "left as it was"
+
+
+class Sure(torch.nn.Module):
+    """Finds "y" likely where the prompt has two question marks."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.yes, self.mark = (tokenizer(c)["input_ids"][0] for c in "y?")
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Any:
+        logits = torch.zeros(*input_ids.shape, 260)
+        logits[..., self.yes] = torch.where((input_ids == self.mark).sum(1) > 1, 1.0, -1.0)[:, None]
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_the_likelier_choice_is_taken(tokenizer: Any) -> None:
+    task = Task("t", "t", choices=("n", "y"))
+    rows = [{"prompt": p, "completion": c} for p, c in (("a?", "n"), ("b??", "y"), ("c?", "y"))]
+    assert math.isclose(share_right(Sure(tokenizer), tokenizer, task, rows, 1), 2 / 3)
+    with pytest.raises(ConfigError, match="must begin with different tokens"):
+        share_right(Sure(tokenizer), tokenizer, Task("t", "t", choices=("na", "nb")), rows, 1)
+
+
+def test_data_without_prompts(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match='only in data with "prompt" and "completion"'):
+        share_right(None, tokenizer, get_task("gsm_symbolic"), [{"text": "x"}], 4)
+
+
+def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    ids = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 4 + [0] * 3])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :3] = labels[1, :1] = -100
+    labels[2] = -100  # an example of which nothing counts
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    trainer: Any = SimpleNamespace(
+        model=model,
+        get_eval_dataloader=lambda name: [batch] if name == "held_out" else [],
+        _prepare_inputs=lambda given: given,
+    )
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+    naive = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    assert math.isclose(mean_loss(trainer, "held_out"), float(naive), rel_tol=1e-6)
+    assert model.training, "left as it was"

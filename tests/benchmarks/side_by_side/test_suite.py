@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layersample import ConfigError
+from layersample_benchmarks.side_by_side.suite import (
+    Suite,
+    builtin_suites,
+    fingerprint,
+    make_suite,
+    read_builtin,
+)
+
+
+@pytest.mark.parametrize("name", ["default", "sarcasm", "quick"])
+def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersample_benchmarks.methods.method.Method.check_installed", lambda self: None)
+    assert name in builtin_suites()
+    suite = make_suite((name, read_builtin(name)))
+    suite.check()
+    assert suite.reference == "full"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["lisa", "liza"]}, "Unknown method 'liza'"),
+        ({"methods": ["lisa owlore"]}, "Unknown method 'lisa owlore'"),
+        ({"learning_rates": [1e-3, 1e-3]}, "must all be different .* 'lora' are 0.001, 0.001"),
+        ({"learning_rates": [0, 1e-3]}, "where there are several, above 0"),
+        ({"options": {"trainer": {"logging_steps": 10}}}, "must leave out logging_steps"),
+        ({"options": {"trainer": 5}}, "suite: trainer: .* but got 5"),
+        ({"options": {"trainer": {"learning_rate": 5.0}}}, "must leave out learning_rate"),
+        ({"seeds": [0, 3, 3]}, "seeds must all be different, but 3 comes twice"),
+        ({"seeds": [-1]}, "seeds must be at least 0, but got -1"),
+        ({"methods": ["lora", "lisa", "lora"]}, "methods must all be different, but lora comes twice"),
+        ({"options": {"perod": 3}}, "suite: Unknown option 'perod'. Did you mean 'period'"),
+        ({"options": {"steps": 3}}, "options of 'lora' must leave out steps, which the suite sets"),
+        ({"options": {"period": 0}}, "suite: period: .* but got 0"),
+        ({"methods": [{"name": "lora", "options": {"warmup": -1}}]}, "method lora: warmup: .* but got -1"),
+        (
+            {"methods": [{"name": "lora", "options": {"sampler_options": {"x": 1}}}]},
+            "Unknown option of sampler 'lisa' 'x'",
+        ),
+        (
+            {"methods": [{"name": "a", "method": "lisa+galore", "options": {"rank": 0}}]},
+            "method a: rank: .* but got 0",
+        ),
+        ({"answer_marker": "####", "task": "gsm_symbolic"}, "answer_marker is for data of your own"),
+        ({"plugin": "no.py"}, "plug-in file must exist"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    suite = make_suite(("suite.yaml", {"methods": ["lora", "lisa"], **change}))
+    with pytest.raises(ConfigError, match=message):
+        suite.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 3}, "suite.yaml: Unknown key of a suite 'step'. Did you mean 'steps'"),
+        ({"steps": 0}, "suite.yaml: steps: .* but got 0"),
+        ({"seeds": []}, "suite.yaml: seeds: .* at least 1"),
+        ({"methods": [{"name": "a", "rates": [1]}]}, "suite.yaml: methods.0.rates: Extra inputs"),
+        ({"methods": [{"name": "a/b"}]}, "suite.yaml: methods.0.name: String should match"),
+    ],
+)
+def test_bad_keys_name_their_source(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_suite(("default", {"steps": 4}), ("suite.yaml", change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "typo.jsonl"}, "typo.jsonl"),
+        ({"other_text": "nonsense"}, "nonsense"),
+        ({"test_size": 10**6}, "Lower validation_size or test_size"),
+        ({"answer_marker": "####", "answers": 4}, "Every completion must hold an answer behind its marker"),
+    ],
+)
+def test_data_is_read_before_any_work(
+    make_tiny: Callable[..., Suite], change: dict[str, Any], message: str
+) -> None:
+    make_tiny(["lisa"]).check_data()
+    with pytest.raises(ConfigError, match=message):
+        make_tiny(["lisa"], **change).check_data()
+
+
+def test_a_baseline_that_is_no_row() -> None:
+    with pytest.raises(
+        ConfigError, match="baseline: Unknown method of this suite 'loora'. Did you mean 'lora'"
+    ):
+        Suite(methods=["lora", "lisa"], baseline="loora").check_baseline()
+
+
+def test_rates_of_a_method() -> None:
+    suite = Suite(methods=["lisa", "lora", {"name": "own", "method": "lora", "learning_rates": [1.0]}])  # type: ignore[list-item]
+    lisa, lora, own = suite.entries
+    assert suite.rates(lisa) == [1e-4, 3e-4, 1e-3]
+    assert suite.rates(lora) == pytest.approx([5e-4, 1.5e-3, 5e-3])
+    assert suite.rates(own) == [1.0]
+    assert suite.model_copy(update={"learning_rates": [0.5]}).rates(lora) == [0.5]
+
+
+def test_a_method_of_ones_own_is_compared_with_the_first_where_full_is_not_there() -> None:
+    assert Suite(methods=["lisa", "lora"]).reference == "lisa"
+    assert Suite(methods=["lisa", "full"]).reference == "full"
+    assert Suite(methods=["lisa", "full"], baseline="lisa").reference == "lisa"
+
+
+def test_options_of_a_row_win_over_those_of_the_suite_and_of_the_method() -> None:
+    suite = Suite(
+        options={"period": 7, "state": "offload"},
+        methods=[{"name": "a", "method": "lisa-published", "options": {"period": 9}}],  # type: ignore[list-item]
+    )
+    config = suite.config(suite.final_jobs(suite.entries[0], 0.5)[0])
+    assert (config.period, config.state, config.learning_rate, config.seed) == (9, "keep", 0.5, 0)
+
+
+def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
+    def of(**keys: Any) -> str:
+        suite = Suite(**{"methods": ["lisa"], **keys})
+        return fingerprint(suite, suite.entries[0])
+
+    assert of() == of(seeds=[0, 1, 2, 3]) == of(baseline="lisa") == of(methods=["lisa", "lora"])
+    assert of() == of(learning_rates=[1.0]) == of(search_extensions=0), "each run says its own rate"
+    assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1])}) == 4
+
+
+def test_a_plugin_brings_methods(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from layersample import LayerSampler, register\n"
+        "@register('mine')\n"
+        "class Mine(LayerSampler):\n"
+        "    'Train the first layer.'\n"
+        "    def sample(self, context):\n"
+        "        return [0]\n"
+    )
+    suite = Suite(methods=["lisa", "mine"], plugin=path)
+    suite.check()
+    before = [fingerprint(suite, entry) for entry in suite.entries]
+    path.write_text(path.read_text().replace("[0]", "[1]"))
+    after = [fingerprint(suite, entry) for entry in suite.entries]
+    assert before[0] == after[0], "lisa is as it was"
+    assert before[1] != after[1], "results of the edited sampler can't be taken for those of before"

@@ -1,0 +1,229 @@
+"""Runs of every kind of method on a tiny model, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layersample import ConfigError, create_sampler, list_samplers
+from layersample_benchmarks.methods.catalog import default_methods, get_method
+from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.suite import Job, Stage, Suite
+from layersample_benchmarks.side_by_side.training import run_job
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:BAdam expect", "ignore:.*deprecated")
+
+LAYER = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16  # parameters of a layer of the tiny model
+EMBEDDING = 260 * 16
+ALL = 4 * LAYER + 2 * EMBEDDING + 16
+
+
+def run(
+    suite: Suite, row: int = 0, seed: int = 0, stage: Stage = "final", rate: float = 1e-2
+) -> dict[str, Any]:
+    steps = suite.steps if stage == "final" else suite.search_steps
+    return run_job(suite, Job(suite.entries[row].name, stage, seed, rate, steps), lambda step: None)
+
+
+@pytest.mark.parametrize("name", default_methods())
+def test_every_method_runs_and_is_measured(name: str, make_tiny: Callable[..., Suite]) -> None:
+    """Each lowers the loss, and everything that the report shows is there."""
+    measured = run(make_tiny([name]))
+    assert measured["loss"]["steps"] == [0, 2, 4]
+    assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
+    assert len(measured["training_loss"]) == 4
+    for kind in ("cpu", "wall"):
+        assert all(
+            measured["seconds"][kind][phase] > 0 for phase in ("forward", "backward", "optimizer", "sampling")
+        )
+    assert measured["tokens_per_second"] > 0
+    assert measured["peak_bytes"]["process"] > 10**8
+    tensors = measured["peak_bytes"]["tensors"]
+    assert tensors["total"] == sum(tensors["at_peak"].values())
+    assert measured["coverage"] > 0 and measured["staleness"] >= 0
+    assert [span[0] for span in measured["active"]][0] == 1 and measured["active"][-1][1] == 4
+    assert measured["environment"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", ["lisa", "owlore+galore", "lora", "lora-fa-peft", "badam"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_runs_of_one_method_and_seed_give_the_same_losses(
+    name: str, precision: str, make_tiny: Callable[..., Suite]
+) -> None:
+    """To the bit, and whether memory is traced or not."""
+    options = {"period": 2, "precision": precision}
+    first, second = (run(make_tiny([name], trace_every=every, options=options)) for every in (1, 0))
+    for key in ("training_loss", "loss", "other_loss", "active"):
+        assert first[key] == second[key]
+    other = run(make_tiny([name], options=options), seed=1)
+    assert other["training_loss"] != first["training_loss"]
+
+
+def test_every_method_has_the_same_problems_in_the_same_order(make_tiny: Callable[..., Suite]) -> None:
+    """At a learning rate of 0 all of them see the same losses."""
+    suite = make_tiny(["full", "lora_norm", "owlore", "cyclic+galore", "lora", "badam"])
+    runs = [run(suite, row, rate=0.0) for row in range(6)]
+    for measured in runs[1:]:
+        assert measured["training_loss"] == pytest.approx(runs[0]["training_loss"], rel=1e-5)
+        assert measured["loss"]["held_out"] == pytest.approx(runs[0]["loss"]["held_out"], rel=1e-5)
+    assert runs[0]["loss"]["held_out"][0] == runs[0]["loss"]["held_out"][-1]
+    assert runs[0]["other_loss"]["before"] == runs[0]["other_loss"]["after"]
+
+
+def test_peak_bytes_are_those_of_the_arithmetic(make_tiny: Callable[..., Suite]) -> None:
+    """fp32 weights, two fp32 moments and a step counter for each tensor that trains."""
+    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze", "num_active": 1, "period": 2}
+    rows = [
+        "full",
+        {"name": "lisa", "options": frozen},
+        {"name": "kept", "method": "lisa-published", "options": {**frozen, "period": 1}},
+        "badam",
+    ]
+    suite = make_tiny(rows, options={"period": 2}, trace_every=1)
+    full, lisa, kept, badam = (run(suite, row) for row in range(4))
+    for measured, trained, gradients, state in (
+        (full, ALL, ALL, 2 * 4 * ALL + 39 * 4),
+        (lisa, LAYER, LAYER, 2 * 4 * LAYER + 9 * 4),
+        (kept, LAYER, LAYER, 2 * 4 * LAYER * len(seen(kept)) + 9 * 4 * len(seen(kept))),
+        # Its fp32 copies of the active layer, the copies' gradients, and their moments.
+        (badam, LAYER, LAYER, 3 * 4 * LAYER + 9 * 4),
+    ):
+        assert measured["trainable_parameters"] == trained
+        assert measured["peak_bytes"]["gradients"] == 4 * gradients
+        assert measured["peak_bytes"]["optimizer_state"] == state
+        largest = measured["peak_bytes"]["tensors"]["largest"]
+        assert largest["optimizer_state"] >= state
+        assert largest["gradients"] == 4 * gradients
+        # RoPE's frequencies are the only buffers, 4 numbers twice.
+        assert largest["weights"] == 4 * (ALL + 2 * 4)
+
+
+def test_a_budget_is_kept_by_rows_that_sample_and_refused_by_the_others(
+    make_tiny: Callable[..., Suite],
+) -> None:
+    suite = make_tiny(["cyclic", "lora"], options={"budget": "0.2", "embeddings": "freeze", "head": "freeze"})
+    assert run(suite)["trainable_parameters"] == LAYER + 16, "a layer and the norm; two layers are .265"
+    with pytest.raises(ConfigError, match="budget is for methods that sample layers, which 'lora' doesn't"):
+        run(suite, row=1)
+
+
+def test_tokens_of_all_batches_of_a_step_count(make_tiny: Callable[..., Suite]) -> None:
+    """Half a batch twice is as many tokens as one batch."""
+
+    def tokens(accumulation: int, size: int) -> list[int]:
+        kept: list[int] = []
+        suite = make_tiny(["lisa"], batch_size=size, options={"gradient_accumulation": accumulation})
+        run_job(suite, Job("lisa", "final", 0, 1e-2, 4), lambda step: kept.append(step["tokens"]))
+        return kept
+
+    assert tokens(1, 4) == tokens(2, 2) and min(tokens(1, 4)) > 0
+
+
+def seen(measured: dict[str, Any]) -> set[int]:
+    return {index for _, _, active in measured["active"] for index in active}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_in_backward": True, "clip_by": "running"},
+        {"state": "offload", "gradient_accumulation": 2},
+        {"projection": "apollo", "embeddings": "freeze", "gradient_checkpointing": True},
+    ],
+)
+def test_options_of_train_are_options_of_a_row(
+    options: dict[str, Any], make_tiny: Callable[..., Suite]
+) -> None:
+    suite = make_tiny([{"name": "own", "method": "lisa", "options": options}], options={"precision": "bf16"})
+    suite.check()
+    measured = run(suite)
+    assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
+    assert options.items() <= measured["options"].items()
+    tensors = measured["peak_bytes"]["tensors"]
+    assert tensors["total"] == sum(tensors["at_peak"].values())
+
+
+def test_layers_coverage_and_staleness(make_tiny: Callable[..., Suite]) -> None:
+    suite = make_tiny(
+        [{"name": "cyclic", "options": {"num_active": 1, "period": 1}}, "lora"], steps=3, trace_every=0
+    )
+    measured = run(suite)
+    assert measured["active"] == [[1, 1, [0]], [2, 2, [1]], [3, 3, [2]]]
+    assert measured["coverage"] == 0.75
+    assert measured["staleness"] == (2 + 1 + 0 + 3) / 4
+    assert measured["inclusion_probabilities"] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert measured["peak_bytes"]["tensors"] is None
+    adapter = run(suite, 1)
+    assert adapter["inclusion_probabilities"] is None and adapter["coverage"] == 1
+
+
+def test_a_rate_is_searched_on_the_validation_split(make_tiny: Callable[..., Suite]) -> None:
+    suite = make_tiny(["lisa"])
+    search, final = run(suite, stage="search"), run(suite, rate=0.0)
+    assert search["loss"]["steps"] == [2] and search["right"] is None
+    unchanged = run(suite, stage="search", rate=0.0)
+    assert unchanged["loss"]["held_out"][0] != final["loss"]["held_out"][0], "other problems than the test's"
+
+
+def test_answers_must_be_readable(make_tiny: Callable[..., Suite]) -> None:
+    suite = make_tiny(["lisa"], answer_marker="=", answers=3, answer_tokens=3)
+    # The completions of the sums hold no marker.
+    with pytest.raises(ConfigError, match="must hold an answer behind its marker"):
+        run(suite)
+
+
+def test_a_planted_better_method_is_called_better(make_tiny: Callable[..., Suite]) -> None:
+    """Full fine-tuning at a sane rate against the same at a rate of 0; two rows of one method are no different."""
+    rows = [
+        {"name": "still", "method": "full", "learning_rates": [0.0]},
+        {"name": "trained", "method": "full", "learning_rates": [1e-2]},
+        {"name": "again", "method": "full", "learning_rates": [0.0]},
+    ]
+    suite = make_tiny(rows, learning_rates=None, baseline="still", seeds=[0, 1, 2], trace_every=0, steps=6)
+    lines = [
+        {
+            "method": entry.name,
+            "stage": "final",
+            "seed": seed,
+            "learning_rate": suite.rates(entry)[0],
+            **run(suite, row, seed, rate=suite.rates(entry)[0]),
+        }
+        for row, entry in enumerate(suite.entries)
+        for seed in suite.seeds
+    ]
+    analysis = analyze(suite, lines)
+    verdicts = {row.name: row.difference.verdict for row in analysis.rows if row.difference}
+    assert verdicts == {"trained": "lower", "again": "no difference shown"}
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
+    """The default suite's task, model and precision, for two steps."""
+    suite = Suite(
+        methods=["lisa+galore"],
+        seeds=[0],
+        steps=2,
+        test_size=2,
+        validation_size=2,
+        other_size=1,
+        answers=2,
+        answer_tokens=8,
+        evaluations=1,
+        trace_every=2,
+        options={"precision": "bf16", "embeddings": "freeze", "period": 2},
+    )
+    measured = run(suite, rate=1e-3)
+    assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
+    assert measured["right"] == 0.0, "no answer has as few as 8 tokens"
+    assert measured["peak_bytes"]["tensors"]["at_peak"]["weights"] > 2 * 134_000_000
+    assert measured["parameters"] == 134_515_008
+
+
+def test_samplers_left_out_need_an_option() -> None:
+    for name in set(list_samplers()) - set(default_methods()):
+        with pytest.raises(ConfigError, match="Field required"):
+            create_sampler(name)
+    assert get_method("full").summary

@@ -1,0 +1,342 @@
+"""Checkpoints: whole or not there, refused where they can't be used, and exact however a run was killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pkgutil
+import random
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import make_batch, make_llama
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from layersample import (
+    Checkpoints,
+    ConfigError,
+    LayerSamplingCallback,
+    LayerScheduler,
+    list_projections,
+    list_samplers,
+)
+from layersample.checkpoints.whole import CheckpointError, check, find_last, seal
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
+
+STEPS, PERIOD, SAVE = 8, 3, 2
+KILLS = ("in a step", "at a switch", "while saving", "before the rename")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora_norm": {"probe_steps": 1, "probe_rank": 2},
+    "owlore": {"metric": "hill"},
+    "prior": {"weights": "increase"},
+}
+
+
+def cells() -> list[tuple[str, str, str | None, str, str]]:
+    """Every sampler, state policy, projection and precision beside every kind of kill, each pair at least once."""
+    samplers = [name for name, cls in list_samplers().items() if cls.__module__.startswith("layersample_")]
+    projections = [
+        None,
+        *(n for n, c in list_projections().items() if c.__module__.startswith("layersample_")),
+    ]
+    policies = itertools.cycle(("drop", "keep", "offload"))
+    chosen = []
+    for i, sampler in enumerate(samplers):
+        for j, kill in enumerate(KILLS):
+            projection = projections[(i + j) % len(projections)]
+            chosen.append((sampler, next(policies), projection, ("fp32", "bf16")[(i + j // 2) % 2], kill))
+    return chosen
+
+
+def arguments(sampler: str, state: str, projection: str | None) -> dict[str, Any]:
+    return {
+        "num_active": 2,
+        "period": PERIOD,
+        "seed": 1,
+        "state": state,
+        "sampler_options": OPTIONS.get(sampler),
+        "projection": projection,
+        "projection_options": projection and {"rank": 4, "update_gap": 2},
+    }
+
+
+def build(precision: str) -> nn.Module:
+    torch.manual_seed(0)
+    return make_llama(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def run_plain(
+    folder: Path, sampler: str, state: str, projection: str | None, precision: str
+) -> dict[str, Tensor]:
+    model = build(precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+    scheduler = LayerScheduler(
+        model,
+        optimizer,
+        sampler,
+        batches=[make_batch(90)],
+        check=True,
+        **arguments(sampler, state, projection),
+    )
+    kept = {"model": model, "optimizer": optimizer, "schedule": schedule, "scheduler": scheduler}
+    checkpoints = Checkpoints(folder, kept)
+    for step in range(checkpoints.load_last(), STEPS):
+        batch = make_batch(random.randrange(100) + int(torch.randint(100, ())))  # both generators matter
+        model(**batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if (step + 1) % SAVE == 0:
+            checkpoints.save(step + 1)
+    return scheduler.fp32_state_dict()
+
+
+def trainer_arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "save_steps": SAVE,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def train(
+    trainer: Trainer, folder: Path, sampler: str, state: str, projection: str | None
+) -> dict[str, Tensor]:
+    callback = LayerSamplingCallback(sampler, check=True, **arguments(sampler, state, projection))
+    callback.attach(trainer)
+    last = find_last(folder)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return callback.scheduler.fp32_state_dict()
+
+
+def run_trainer(
+    folder: Path, sampler: str, state: str, projection: str | None, precision: str
+) -> dict[str, Tensor]:
+    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(12)]
+    options = TrainingArguments(**trainer_arguments(folder))
+    trainer = Trainer(model=build(precision), args=options, train_dataset=Dataset.from_list(rows))
+    return train(trainer, folder, sampler, state, projection)
+
+
+def run_sft(
+    folder: Path, sampler: str, state: str, projection: str | None, precision: str, tokenizer: Path
+) -> dict[str, Tensor]:
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(12)]
+    trainer = SFTTrainer(
+        model=build(precision),
+        args=SFTConfig(**trainer_arguments(folder), max_length=16, bf16=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer),
+    )
+    return train(trainer, folder, sampler, state, projection)
+
+
+@contextmanager
+def dies(kill: str) -> Iterator[None]:
+    """Kill this process at a moment of a run, hard."""
+    count = 0
+
+    def die(at: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    target, at = {
+        "in a step": ("torch.optim.adamw.AdamW._init_group", 5),
+        "at a switch": ("layersample.scheduling.switch.Switch.place_state", 3),
+        "while saving": ("torch.save", 6),
+        "before the rename": ("os.fsync", 12),
+    }[kill]
+    with mock.patch(target, die(at, pkgutil.resolve_name(target))):
+        yield
+
+
+def killed(kill: str, run: Callable[[], Any]) -> None:
+    """Run in a copy of this process that is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with dies(kill):
+                run()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # it should have been killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("loop", "sampler", "state", "projection", "precision", "kill"),
+    [
+        (loop, *cell)
+        for loop, every in (("plain", 1), ("trainer", 2), ("sft", 3))
+        for cell in cells()[::every]
+    ],
+)
+def test_a_killed_run_ends_as_one_that_was_not(
+    loop: str,
+    sampler: str,
+    state: str,
+    projection: str | None,
+    precision: str,
+    kill: str,
+    tmp_path: Path,
+    tiny_model: Path,
+) -> None:
+    def run(folder: Path) -> dict[str, Tensor]:
+        random.seed(0)
+        torch.manual_seed(0)
+        more = (tiny_model,) if loop == "sft" else ()
+        return {"plain": run_plain, "trainer": run_trainer, "sft": run_sft}[loop](
+            folder, sampler, state, projection, precision, *more
+        )  # type: ignore[operator]
+
+    killed(kill, lambda: run(tmp_path / "killed"))
+    for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):
+        check(checkpoint)  # none is there in part
+    resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not list((tmp_path / "killed").glob(".saving-*"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path, {"model": nn.Linear(2, 2)})
+    checkpoints.save(5)
+    checkpoints.save(10)
+    return checkpoints
+
+
+def test_the_last_ones_are_kept(two: Checkpoints) -> None:
+    two.save(15)
+    assert sorted(p.name for p in two.folder.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+    assert two.load_last() == 15
+
+
+def test_a_new_run_begins_at_zero(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", {"model": nn.Linear(2, 2)}).load_last() == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: os.truncate(p / "model.pt", 100), r"its file model.pt is damaged: it must have \d+ bytes, but has 100"),
+        (lambda p: (p / "model.pt").unlink(), "its file model.pt is missing"),
+        (lambda p: (p / "layersample.json").unlink(), "wasn't saved by layersample"),
+        (lambda p: (p / "layersample.json").write_text("{"), "layersample.json is damaged"),
+        (lambda p: (p / "layersample.json").write_text('{"version": 9, "files": {}}'), "it is of version 9"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_says_so_and_the_one_before_is_offered(
+    two: Checkpoints, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(two.folder / "checkpoint-10")
+    with pytest.raises(CheckpointError, match=message + ".*last whole checkpoint is .*checkpoint-5"):
+        two.load_last()
+    assert two.load(two.folder / "checkpoint-5") == 5
+
+
+def test_other_objects_are_refused(two: Checkpoints) -> None:
+    other = Checkpoints(two.folder, {"model": nn.Linear(2, 2), "optimizer": nn.Linear(1, 1)})
+    with pytest.raises(CheckpointError, match="must hold model, optimizer, but holds model"):
+        other.load_last()
+
+
+def test_a_missing_checkpoint_is_named(two: Checkpoints) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        two.load(two.folder / "checkpoint-7")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keep must be at least 1"):
+        Checkpoints(tmp_path, {}, keep=0)
+    with pytest.raises(ConfigError, match="'step' .int. hasn't"):
+        Checkpoints(tmp_path, {"step": 3})  # type: ignore[dict-item]
+
+
+def test_the_trainer_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
+    run_trainer(tmp_path, "lisa", "drop", None, "fp32")
+    os.truncate(tmp_path / "checkpoint-8" / "optimizer.pt", 64)
+    with pytest.raises(
+        CheckpointError, match="optimizer.pt is damaged.*last whole checkpoint is .*checkpoint-6"
+    ):
+        run_trainer(tmp_path, "lisa", "drop", None, "fp32")
+
+
+def test_the_best_checkpoint_is_kept_and_found(tmp_path: Path) -> None:
+    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(12)]
+    options = TrainingArguments(
+        **{**trainer_arguments(tmp_path), "learning_rate": 1.0, "save_total_limit": 1},
+        eval_strategy="steps",
+        eval_steps=SAVE,
+        load_best_model_at_end=True,
+    )
+    data = Dataset.from_list(rows)
+    trainer = Trainer(model=build("fp32"), args=options, train_dataset=data, eval_dataset=data)
+    LayerSamplingCallback("lisa").attach(trainer)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.is_dir() and best.parent == tmp_path
+    saved = json.loads((find_last(tmp_path) / "trainer_state.json").read_text())  # type: ignore[operator]
+    assert saved["best_model_checkpoint"] == str(best)
+    seal(best)
+
+
+def test_changes_are_refused_with_both_values_or_allowed(tmp_path: Path) -> None:
+    def resume(**changes: Any) -> LayerScheduler:
+        model = build("fp32")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {**arguments("lisa", "keep", "galore"), "sampler": "lisa", **changes}
+        scheduler = LayerScheduler(model, optimizer, **options)
+        kept = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        checkpoints = Checkpoints(tmp_path, kept)
+        for step in range(checkpoints.load_last(), checkpoints.load_last() + 4):
+            model(**make_batch(step)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        checkpoints.save(step + 1)
+        return scheduler
+
+    resume()
+    for key, value, message in (
+        ("num_active", 1, "it was 2, but is 1 now"),
+        ("sampler", "cyclic", "it was 'lisa', but is 'cyclic' now"),
+        ("seed", 7, "it was 1, but is 7 now"),
+        ("period", 4, "it was 3, but is 4 now"),
+        ("projection", None, "it was 'galore', but is None now"),
+        ("projection_options", {"rank": 2}, "'rank': 2"),
+    ):
+        changes = {key: value, **({"projection_options": None} if key == "projection" else {})}
+        with pytest.raises(ConfigError, match=f"with the .*{message}"):
+            resume(**changes)
+        assert resume(**changes, allow_changes=True).steps >= 4
+        resume(allow_changes=True)  # and back again

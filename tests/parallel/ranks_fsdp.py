@@ -1,0 +1,397 @@
+"""What must hold under FSDP2 (fully_shard); run by ranks.py on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_batch, make_llama
+from ranks import NUM_LAYERS, alone, assert_close, own_rows, train
+from ranks_ddp import trainer
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers.distributed import DistributedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+
+from layersample import (
+    ChunkedLoss,
+    ConfigError,
+    LayerSamplingCallback,
+    LayerScheduler,
+    create_projection,
+    create_sampler,
+    measure_memory,
+)
+from layersample.checkpoints.sharded import load_distributed, optimizer_of, save_distributed
+from layersample.unwrapping import local_part
+
+
+def sharded(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    model = model or make_llama(NUM_LAYERS, dtype=torch.float64)
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def run(
+    model: nn.Module,
+    steps: range = range(8),
+    *,
+    accumulate: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> LayerScheduler:
+    optimizer = optimizer or adamw(model)
+    scheduler = LayerScheduler(model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options})
+
+    class Unsynced:
+        def __init__(self, last: bool) -> None:
+            self.last = last
+
+        def __enter__(self) -> None:
+            assert isinstance(model, FSDPModule)
+            model.set_requires_gradient_sync(self.last)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    train(model, optimizer, scheduler, steps, accumulate=accumulate, part=own_rows(), unsynced=Unsynced)
+    return scheduler
+
+
+def check_exact(folder: Path) -> None:
+    for options in (
+        {"accumulate": 3},
+        {"embeddings": "freeze", "num_active": 1, "state": "offload"},
+        {"embeddings": "sample", "state": "keep"},
+    ):
+        model = sharded()
+        run(model, **options).close()
+        assert_close(model, alone(**options))
+    reference = alone()
+    model = make_llama(NUM_LAYERS, dtype=torch.float64)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for each in (
+        sharded(model),
+        sharded(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))),
+        sharded(reshard_after_forward=False),
+    ):
+        run(each).close()
+        assert_close(each, reference)
+
+
+def check_the_chunked_loss(folder: Path) -> None:
+    """With the head in the root's unit, and in one of its own, whose weight is a shard again when it is used."""
+    whole = make_llama(NUM_LAYERS, dtype=torch.float64)
+    ChunkedLoss(whole, chunk_size=5)
+    reference = alone(model=whole)
+    for unit in (False, True):
+        model = make_llama(NUM_LAYERS, dtype=torch.float64)
+        if unit:
+            fully_shard(model.lm_head)
+        sharded(model)
+        with ChunkedLoss(model, chunk_size=5):
+            run(model).close()
+        assert_close(model, reference)
+
+
+def masked(model: nn.Module, active: Sequence[Sequence[int]], period: int) -> None:
+    """The naive way: compute all gradients, and forget those of layers that aren't active."""
+    optimizer = adamw(model)
+    model.train()
+    for step in range(8):
+        layers = active[step // period]
+        model(
+            **{k: v[own_rows()] for k, v in make_batch(100 * step, 4).items()}, use_cache=False
+        ).loss.backward()
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and int(name.split(".")[2]) not in layers:
+                parameter.grad = None
+                optimizer.state.pop(parameter, None)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_mixed_precision_is_the_naive_run_to_the_bit(folder: Path) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(make_llama(), mp_policy=policy)
+    optimizer = adamw(model)
+    scheduler = LayerScheduler(model, optimizer, "lisa", period=2, seed=1, check=True)
+    active = []
+    for step in range(0, 8, 2):
+        active.append(scheduler.active)
+        train(model, optimizer, scheduler, range(step, step + 2), part=own_rows())
+    assert len(set(active)) > 2
+    naive = sharded(make_llama(), mp_policy=policy)
+    masked(naive, active, 2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.to_local(), naive.get_parameter(name).to_local()), name
+
+
+def check_frozen_layers_skip_reduce_scatter(folder: Path) -> None:
+    model = sharded()
+    optimizer = adamw(model)
+    scatters = []
+    for embeddings in ("train", "freeze"):
+        with LayerScheduler(model, optimizer, "lisa", num_active=1, embeddings=embeddings):
+            with CommDebugMode() as counted:
+                train(model, optimizer, None, range(1), part=own_rows())
+            scatters.append(
+                sum(n for op, n in counted.get_comm_counts().items() if "reduce_scatter" in str(op))
+            )
+    assert scatters == [2, 2]  # one layer, and what is outside of the layers
+    with CommDebugMode() as counted:
+        train(model, optimizer, None, range(1), part=own_rows())
+    assert (
+        sum(n for op, n in counted.get_comm_counts().items() if "reduce_scatter" in str(op)) == NUM_LAYERS + 1
+    )
+
+
+def check_state_and_memory_are_of_the_shards(folder: Path) -> None:
+    whole = make_llama(NUM_LAYERS, dtype=torch.float64)
+    held = {}
+    for name, model in (("whole", whole), ("sharded", sharded())):
+        optimizer = adamw(model)
+        with LayerScheduler(model, optimizer, "lisa", num_active=1, period=4, seed=1) as scheduler:
+            train(model, optimizer, None, range(1))
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            assert frozen and not any(p in optimizer.state or p.grad is not None for p in frozen)
+            held[name] = measure_memory(model, optimizer)
+            assert scheduler.round == 0
+        if name == "sharded":
+            moments = [s["exp_avg"] for s in optimizer.state.values()]
+            assert all(isinstance(moment, DTensor) for moment in moments)
+    assert 0.45 < held["sharded"].weights / held["whole"].weights < 0.6
+    assert 0.45 < held["sharded"].optimizer_state / held["whole"].optimizer_state < 0.6
+
+
+def check_offloaded_state_goes_and_comes_back(folder: Path) -> None:
+    """DTensors move like tensors; the meta device stands in for a second one."""
+    model = sharded()
+    optimizer = adamw(model)
+    train(model, optimizer, None, range(1), part=own_rows())
+    moment = next(iter(optimizer.state.values()))["exp_avg"]
+    away = moment.to("meta")
+    assert away.device.type == "meta" and isinstance(away, DTensor) and away.placements == moment.placements
+    assert moment.cpu().device == next(model.parameters()).device
+
+
+def check_samplers_measure_before_sharding(folder: Path) -> None:
+    batches = [make_batch(i) for i in range(2)]
+    with pytest.raises(ConfigError, match="must measure the model once"):
+        model = sharded(make_llama())
+        LayerScheduler(model, adamw(model), "owlore", batches=batches)
+    model = make_llama()
+    sampler = create_sampler("owlore", {"threshold": 2.0})
+    LayerScheduler(model, adamw(model), sampler, batches=batches).close()
+    model = sharded(model)
+    optimizer = adamw(model)
+    scores = dict(sampler.state_dict()["scores"])
+    with LayerScheduler(model, optimizer, sampler, period=1) as scheduler:
+        train(model, optimizer, scheduler, range(3), part=own_rows())
+    assert scores and sampler.state_dict()["scores"] == scores
+
+
+def check_made_before_sharding_is_refused(folder: Path) -> None:
+    model = make_llama()
+    scheduler = LayerScheduler(model, adamw(model), "lisa")
+    sharded(model)
+    with pytest.raises(ConfigError, match="fully_shard"):
+        model(**make_batch())
+    scheduler._engine.close()
+
+
+def fsdp1(model: nn.Module, use_orig_params: bool = True, **options: Any) -> FullyShardedDataParallel:
+    return FullyShardedDataParallel(
+        model,
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+        auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        **options,
+    )
+
+
+def check_fsdp1_is_exact_with_its_original_parameters(folder: Path) -> None:
+    for options in ({}, {"embeddings": "freeze", "num_active": 1, "state": "offload"}):
+        model = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+        optimizer = adamw(model)
+        scheduler = LayerScheduler(
+            model, optimizer, "lisa", **{"period": 2, "seed": 1, "check": True, **options}
+        )
+        train(model, optimizer, scheduler, range(8), part=own_rows())
+        scheduler.close()
+        with FullyShardedDataParallel.summon_full_params(model):
+            reference = dict(alone(**options).named_parameters())
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(parameter, reference[name], rtol=0, atol=1e-9)
+
+
+def check_fsdp1_with_flat_parameters_is_refused(folder: Path) -> None:
+    model = fsdp1(make_llama(), use_orig_params=False)
+    with pytest.raises(ConfigError, match="use_orig_params=True"):
+        LayerScheduler(model, adamw(model), "lisa")
+
+
+def check_fsdp1_checkpoints(folder: Path) -> None:
+    whole = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+    optimizer = adamw(whole)
+    scheduler = LayerScheduler(whole, optimizer, "lisa", period=2, seed=1)
+    train(whole, optimizer, scheduler, range(3), part=own_rows())
+    save_distributed(folder / "fsdp1", whole, optimizer, scheduler.state_dict())
+    train(whole, optimizer, scheduler, range(3, 6), part=own_rows())
+    part = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
+    loaded = adamw(part)
+    state = load_distributed(folder / "fsdp1", part, loaded)
+    resumed = LayerScheduler(part, loaded, "lisa", period=2, seed=1, state_dict=state)
+    train(part, loaded, resumed, range(3, 6), part=own_rows())
+    for name, parameter in part.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
+    # Right after a switch, and in mid-period.
+    for state, at in (("drop", 4), ("drop", 5), ("keep", 5), ("offload", 5)):
+        place = folder / f"{state}-{at}"
+        whole = sharded()
+        optimizer = adamw(whole)
+        scheduler = run(whole, range(at), optimizer=optimizer, state=state)
+        save_distributed(place, whole, optimizer, scheduler.state_dict())
+        train(whole, optimizer, scheduler, range(at, 8), part=own_rows())
+
+        part = sharded()
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.zero_()
+        loaded = adamw(part)
+        resumed = run(
+            part,
+            range(at, 8),
+            optimizer=loaded,
+            state=state,
+            state_dict=load_distributed(place, part, loaded),
+        )
+        assert resumed.state_dict() == scheduler.state_dict()
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+        resumed.close()
+        scheduler.close()
+        assert all(p.requires_grad for p in part.parameters())
+        if dist.get_rank() == 0:
+            assert not list(folder.glob(".*.new"))
+        weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
+        if dist.get_rank() == 0:
+            torch.save(weights, folder / f"{state}-after.pt")
+
+
+class Accelerator:
+    """As much of accelerate's as its functions for checkpoints of FSDP2 use; on the CPU it would take DDP."""
+
+    distributed_type = None
+    process_index = property(lambda self: dist.get_rank())
+    num_processes = property(lambda self: dist.get_world_size())
+    is_main_process = property(lambda self: dist.get_rank() == 0)
+    is_fsdp2 = True
+
+    def wait_for_everyone(self) -> None:
+        dist.barrier()
+
+
+def check_accelerate_s_optimizer_checkpoints(folder: Path) -> None:
+    """What the Trainer does under FSDP2, which LayerSamplingCallback.attach reaches into."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
+
+    PartialState(cpu=True)  # its functions log through it
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+        whole = sharded()
+        optimizer = adamw(whole)
+        scheduler = run(whole, range(3), optimizer=optimizer, num_active=1)
+        save_fsdp_optimizer(plugin, Accelerator(), optimizer, whole, str(folder / kind))
+        scheduler.close()
+        part = sharded()
+        loaded = adamw(part)
+        with optimizer_of(str(folder / kind), part):
+            load_fsdp_optimizer(plugin, Accelerator(), loaded, part, str(folder / kind))
+        assert all(p.requires_grad for p in part.parameters())
+        held = {name: loaded.state.get(p) for name, p in part.named_parameters()}
+        for name, parameter in whole.named_parameters():
+            assert bool(held[name]) == (parameter in optimizer.state), name
+            for key, value in optimizer.state.get(parameter, {}).items():
+                assert torch.equal(local_part(value), local_part(held[name][key])), (name, key)
+
+
+def check_the_trainer(folder: Path) -> None:
+    """With a model that transformers shards as it loads it, which the Trainer takes as it is."""
+    if dist.get_rank() == 0:
+        make_llama(NUM_LAYERS, dtype=torch.float64).save_pretrained(folder / "whole")
+    dist.barrier()
+    model = LlamaForCausalLM.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float64
+    )
+    run = trainer(folder / "trainer", model=model, gradient_accumulation_steps=2)
+    LayerSamplingCallback("lisa", period=2, seed=1, check=True).attach(run)
+    run.train()
+    assert run.model is model and any(isinstance(p, DTensor) for p in model.parameters())
+    weights = {
+        n: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+        for n, p in model.named_parameters()
+    }
+    if dist.get_rank() == 0:
+        torch.save(weights, folder / "trainer.pt")
+
+
+def check_projection_on_shards(folder: Path) -> None:
+    """GaLore on shards is GaLore on whole gradients; its low-rank state is spread over the ranks."""
+    for name, options in (
+        ("galore", {"rank": 4, "basis": "svd", "update_gap": 3}),
+        ("galore", {"rank": 4, "side": "reverse_std", "rotate_moments": True}),
+        ("fira", {"rank": 4}),
+        ("apollo", {"rank": 4}),
+    ):
+        more = {"projection": name, "projection_options": options, "state": "keep"}
+        model = sharded()
+        scheduler = run(model, **more)
+        state = next(s for s in scheduler._optimizer.state.values() if "projection_basis" in s)
+        assert local_part(state["exp_avg"]).numel() * 2 == state["exp_avg"].numel()
+        scheduler.close()
+        assert_close(model, alone(**more), 1e-7)
+
+
+def check_checkpoints_hold_the_projection(folder: Path) -> None:
+    for kept in ({"state": "drop"}, {"state": "keep", "rotate_moments": True}):
+        galore = {"rank": 4, "update_gap": 3, **{k: v for k, v in kept.items() if k != "state"}}
+        more = {"projection": create_projection("galore", galore), "state": kept["state"]}
+        whole = sharded()
+        run(whole, range(7), **more)
+        first = sharded()
+        optimizer = adamw(first)
+        scheduler = run(first, range(3), optimizer=optimizer, **more)
+        save_distributed(folder / "projected", first, optimizer, scheduler.state_dict())
+        second = sharded()
+        optimizer = adamw(second)
+        with pytest.raises(ConfigError, match="the rank was 4, but is none now"):
+            load_distributed(folder / "projected", second, optimizer)
+        state = load_distributed(folder / "projected", second, optimizer, more["projection"])
+        run(second, range(3, 7), optimizer=optimizer, state_dict=state, **more)
+        for name, parameter in second.named_parameters():
+            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+
+
+def check_masters_of_shards_are_refused(folder: Path) -> None:
+    model = sharded(make_llama(NUM_LAYERS, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match="shard the model in float32 with"):
+        LayerScheduler(model, adamw(model), "lisa")
+    LayerScheduler(model, adamw(model), "lisa", master_weights=False).close()

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_batch, make_llama
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from layersample import ChunkedLoss, ConfigError, LayerSampler, LayerScheduler, SelectiveRecompute
+from layersample.cli import app as cli
+from layersample.config import TrainConfig
+from layersample.planning.active_sets import find_active_sets
+from layersample.planning.live_memory import LiveMemory
+from layersample.planning.planner import HEADROOM, choose_num_active, parse_budget, plan, shard
+from layersample.planning.shapes import list_shapes, load_shape
+from layersample.planning.simulation import fake_model, simulate_step
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TINY = make_llama().config
+LAYER = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16  # parameters of one
+GROUP = 260 * 16  # of the embedding, and of the head
+
+
+def config(**options: Any) -> TrainConfig:
+    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    return TrainConfig(**{"batch_size": 2, "max_length": 12, "num_active": 1, **frozen, **options})
+
+
+def test_weights_gradients_and_state_are_counted_exactly() -> None:
+    memory = simulate_step(TINY, config(), (2,))
+    parts = memory.moments["optimizer"]
+    rotary = 4 * 2 * 4  # inverse frequencies, twice
+    assert parts["weights"] == 4 * (4 * LAYER + 2 * GROUP + 16) + rotary
+    assert parts["gradients"] == 4 * LAYER
+    assert parts["optimizer_state"] == 2 * 4 * LAYER + 9 * 4
+    assert parts["masters"] == 0
+    half = simulate_step(TINY, config(precision="bf16"), (2,)).moments["optimizer"]
+    assert half["gradients"] == 2 * LAYER
+    assert half["masters"] == 4 * LAYER and half["optimizer_state"] == 2 * 4 * LAYER + 9 * 4
+    plain = simulate_step(TINY, config(precision="bf16", master_weights=False), (2,)).moments["optimizer"]
+    assert plain["masters"] == 0 and plain["optimizer_state"] == 2 * 2 * LAYER + 9 * 4
+
+
+def test_kept_state_is_that_of_every_layer() -> None:
+    kept = simulate_step(TINY, config(state="keep"), (2,)).moments["optimizer"]
+    assert kept["optimizer_state"] == 4 * (2 * 4 * LAYER + 9 * 4)
+
+
+def test_what_makes_a_step_smaller_makes_the_plan_smaller() -> None:
+    lean = config(batch_size=4, max_length=64, loss_chunk=8)
+
+    def peak(active: tuple[int, ...] = (0,), **options: Any) -> int:
+        return simulate_step(TINY, lean.model_copy(update=options), active).peak_bytes
+
+    assert peak((3,)) < peak((1,)) < peak((0,))
+    assert peak() < peak(loss_chunk=0)
+    assert peak() < peak(recompute=False)
+    assert peak(gradient_checkpointing=True) < peak()
+    assert peak() < peak(embeddings="train", head="train")
+    assert peak() < peak(gradient_accumulation=2)  # the second forward finds gradients
+    stepping = simulate_step(TINY, lean.model_copy(update={"step_in_backward": True}), (0, 1))
+    assert stepping.moments["optimizer"]["gradients"] == 0
+    projected = simulate_step(TINY, lean.model_copy(update={"projection": "galore", "rank": 2}), (0,))
+    assert projected.parts["optimizer_state"] < simulate_step(TINY, lean, (0,)).parts["optimizer_state"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_hold_what_real_ones_hold(precision: str, checkpointing: bool) -> None:
+    options = config(precision=precision, gradient_checkpointing=checkpointing, clip=1.0)
+    planned = simulate_step(TINY, options, (1, 3))
+    model = make_llama(dtype=torch.bfloat16 if precision == "bf16" else torch.float32).train()
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    live = LiveMemory(vocabulary=260)
+    live.label([*model.parameters(), *model.buffers()], "weights")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    batch = make_batch()
+    batch["shift_labels"] = batch["labels"]  # a plan counts a label for the last position too
+    with (
+        LayerScheduler(model, optimizer, Both(), num_active=1, period=9, **frozen),
+        ChunkedLoss(model),
+        SelectiveRecompute(model),
+        live,
+    ):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                with live.moment("forward"):
+                    loss = model(**batch, use_cache=False).loss
+            with live.moment("backward"):
+                loss.backward()
+            del loss
+            with live.moment("optimizer"):
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+    for name, parts in planned.moments.items():
+        assert sum(live.moments[name].values()) == pytest.approx(sum(parts.values()), rel=2e-3)
+
+
+class Both(LayerSampler):
+    def sample(self, context: Any) -> tuple[int, ...]:
+        return (1, 3)
+
+
+def test_shapes_have_the_published_numbers_of_parameters() -> None:
+    assert {"gpt2", "llama-2-7b", "llama-2-70b", "qwen2.5-7b", "gemma-2-9b"} <= set(list_shapes())
+    for name in list_shapes():
+        stored = json.loads((files("layersample.planning.shapes") / f"{name}.json").read_text())["parameters"]
+        with fake_model(load_shape(name), "bf16") as model:
+            assert sum(p.numel() for p in model.parameters()) == stored, name
+
+
+def test_worst_and_typical_sets() -> None:
+    planned = plan(TINY, config(num_active=2), baselines=False)
+    assert planned.worst.layers[0] == "model.layers.0"
+    sets = find_active_sets(TINY, config(num_active=2))
+    assert sets.worst == ((0, 1), (0, 3))
+    assert planned.worst.trainable == 2 * LAYER
+    assert planned.typical.memory.peak_bytes <= planned.peak_bytes
+    sampled = plan(TINY, config(embeddings="sample"), baselines=False)
+    assert sampled.worst.layers == ("embeddings",)
+    every = plan(TINY, config(sampler="full"), baselines=False)
+    assert len(every.worst.layers) == len(every.typical.layers) == 4
+
+
+def test_samplers_that_must_measure_are_drawn_uniformly_and_it_is_said() -> None:
+    sets = find_active_sets(TINY, config(sampler="owlore", num_active=2))
+    assert len(sets.typical) == 2 and "drawn uniformly" in sets.notes[0]
+    assert find_active_sets(TINY, config()).notes == ()
+
+
+def test_json_holds_the_peak_and_its_parts() -> None:
+    planned = plan(TINY, config())
+    content = json.loads(json.dumps(planned.to_json()))
+    assert content["peak_bytes"] == sum(content["parts"].values()) == planned.peak_bytes
+    peaks = {name: part["peak_bytes"] for name, part in content["baselines"].items()}
+    assert list(peaks) == ["full fine-tuning", "LISA as published", "GaLore, rank 128", "LoRA, rank 16"]
+    assert peaks["full fine-tuning"] > peaks["LISA as published"]
+    assert content["fits"]["16 GB"] and content["headroom_bytes"] == HEADROOM
+
+
+def test_shards_hold_their_part_and_what_is_gathered() -> None:
+    sets = find_active_sets(TINY, config())
+    whole = simulate_step(TINY, config(), (0,))
+    assert shard(whole, sets, 1, (0,)) is whole
+    half = shard(whole, sets, 2, (0,))
+    before, after = whole.moments["optimizer"], half.moments["optimizer"]
+    for kind in ("weights", "gradients", "optimizer_state"):
+        assert after[kind] == -(-before[kind] // 2)
+    assert half.moments["forward"]["activations"] == whole.moments["forward"]["activations"]
+    assert half.moments["forward"]["weights"] > whole.moments["forward"]["weights"] / 2
+    assert plan(TINY, config(), gpus=2, baselines=False).peak_bytes == half.peak_bytes
+
+
+def test_a_budget_chooses_how_many_layers_train() -> None:
+    parameters = 4 * LAYER + 2 * GROUP + 16
+    assert choose_num_active(TINY, config(), 2.5 * LAYER / parameters) == 2
+    assert choose_num_active(TINY, config(), "0.5GB") == 4
+    assert plan(TINY, config(budget="0.9"), baselines=False).config.num_active == 4
+    two = simulate_step(TINY, config(num_active=2), (0, 1))
+    bytes_of_two = two.peak_bytes - two.parts["weights"]
+    assert choose_num_active(TINY, config(), f"{bytes_of_two / 1000}kB") == 2
+    with pytest.raises(ConfigError, match="must suffice for one layer, which takes .*, but got budget='1kB'"):
+        choose_num_active(TINY, config(), "1kB")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2GiB", 2**31), ("1.5 MB", 1_500_000), ("0.05", 0.05), (0.05, 0.05), ("1", 1.0)]
+)
+def test_budgets_are_sizes_or_parts(text: Any, value: float) -> None:
+    assert parse_budget(text) == value and type(parse_budget(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "two", "0", "-1GiB", "1.5", "2 GiBs", "3TB", "5%"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="budget must be a size such as '2GiB'"):
+        parse_budget(text)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ConfigError, match="Unknown model 'llama-2-8b'. Did you mean 'llama-.*gpt2"):
+        plan("llama-2-8b")
+    with pytest.raises(
+        ConfigError, match="max_length must be at most the model's 128 positions, but got 129"
+    ):
+        plan(TINY, config(max_length=129))
+    with pytest.raises(ConfigError, match="between 1 and the 4 layers to sample from, but got num_active=5"):
+        plan(TINY, config(num_active=5))
+    with pytest.raises(ConfigError, match="gpus must be at least 1, but got gpus=0"):
+        plan(TINY, config(), gpus=0)
+    with pytest.raises(ConfigError, match="Unknown sampler 'liza'"):
+        plan(TINY, config(sampler="liza"))
+    with pytest.raises(ConfigError, match="Without a network there are: gemma-2-9b, gpt2"):
+        plan("nobody/no-such-model")
+
+
+def test_a_folder_needs_its_configuration_alone(tmp_path: Path) -> None:
+    TINY.save_pretrained(tmp_path)
+    assert plan(str(tmp_path), config(), baselines=False).parameters == 4 * LAYER + 2 * GROUP + 16
+    assert plan(make_llama(), config(), baselines=False).model == "LlamaForCausalLM"
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    TINY.save_pretrained(tmp_path / "model")
+    arguments = ["plan", str(tmp_path / "model"), "--num-active", "1", "--batch", "2", "--length", "16"]
+    arguments += ["--dtype", "bf16", "--projection", "galore", "--rank", "2", "--gpus", "2"]
+    environment = {"COLUMNS": "80", "NO_COLOR": "1"}
+    shown = CliRunner().invoke(
+        cli.app, [*arguments, "--picture", str(tmp_path / "plan.png")], env=environment
+    )
+    assert shown.exit_code == 0, shown.output
+    for words in ("worst set", "typical set", "GaLore, rank 128", "sharded over 2 GPUs", "1.00 GiB to spare"):
+        assert words in shown.output
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    printed = CliRunner().invoke(cli.app, [*arguments, "--json", "--no-baselines"])
+    content = json.loads(printed.output)
+    assert content["peak_bytes"] > 0 and content["gpus"] == 2 and content["baselines"] == {}
+    assert content["config"]["projection"] == "galore"
+
+
+def test_models_of_other_kinds_can_be_planned() -> None:
+    gpt2 = load_shape("gpt2")
+    gpt2.update({"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 99})
+    tied = LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": True})
+    for shape in (gpt2, tied):
+        assert plan(shape, config(), baselines=False).peak_bytes > 0
+
+
+def test_without_peft_all_but_lora_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from layersample.planning import planner
+
+    config = TrainConfig(batch_size=1, max_length=16)
+    whole = planner.plan("smollm2-135m", config).baselines
+    monkeypatch.setattr(planner, "find_spec", lambda name: None)
+    without = planner.plan("smollm2-135m", config).baselines
+    assert [name for name in whole if name not in without] == ["LoRA, rank 16"]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layersample.scheduling.self_check import SelfCheck, SelfCheckError
+
+
+def prepare(
+    state: Any = "drop", lr: float = 0.1
+) -> tuple[nn.Module, torch.optim.Optimizer, SelfCheck, dict[str, Any]]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    model[0].requires_grad_(False)
+    check = SelfCheck(optimizer, state)
+    parameters = dict(model.named_parameters())
+    check.begin(parameters)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer, check, parameters
+
+
+ACTIVE = {"1": ("1.weight", "1.bias")}
+
+
+def test_a_good_period_passes() -> None:
+    _, _, check, parameters = prepare()
+    check.end(parameters, ACTIVE)
+
+
+def test_a_single_flipped_bit_is_seen() -> None:
+    model, _, check, parameters = prepare()
+    bits = model[0].weight.data.view(torch.int32)
+    bits[2, 1] ^= 1
+    with pytest.raises(SelfCheckError, match="0.weight was frozen in this period, but its weights changed"):
+        check.end(parameters, ACTIVE)
+
+
+def test_an_active_layer_that_did_not_move_is_named() -> None:
+    model, optimizer, check, parameters = prepare()
+    check.begin(parameters)
+    optimizer.zero_grad()
+    optimizer.step()
+    with pytest.raises(SelfCheckError, match="1 was active in this period, but none of its weights changed"):
+        check.end(parameters, ACTIVE)
+
+
+def test_a_learning_rate_of_zero_moves_nothing_and_rightly() -> None:
+    _, _, check, parameters = prepare(lr=0.0)
+    check.end(parameters, ACTIVE)
+
+
+def test_a_gradient_on_a_frozen_parameter_is_seen() -> None:
+    model, _, check, parameters = prepare()
+    model[0].bias.grad = torch.zeros(3)
+    with pytest.raises(SelfCheckError, match="0.bias is frozen, but holds a gradient"):
+        check.end(parameters, ACTIVE)
+
+
+def test_state_of_a_frozen_parameter_is_seen_under_drop_alone() -> None:
+    for state, fails in (("drop", True), ("keep", False), ("offload", False)):
+        model, optimizer, check, parameters = prepare(state)
+        optimizer.state[model[0].bias] = {"exp_avg": torch.zeros(3)}
+        if fails:
+            with pytest.raises(SelfCheckError, match="0.bias is frozen, but the optimizer holds state"):
+                check.end(parameters, ACTIVE)
+        else:
+            check.end(parameters, ACTIVE)
+
+
+def test_watches_the_optimizer_until_it_is_closed() -> None:
+    _, optimizer, check, _ = prepare()
+    check.close()
+    assert not optimizer._optimizer_step_pre_hooks

@@ -1,0 +1,23 @@
+"""Presets reach what their comments promise: peaks of plans, in GiB, for the worst set of layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from layersample.config import make_config, read_preset
+from layersample.planning.planner import plan
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("model", "preset", "most"),
+    [
+        ("llama-2-7b", "lisa-7b", 16.0),
+        ("llama-2-7b", "owlore-16gb", 14.8),
+        ("llama-2-7b", "smallest", 13.2),
+        ("llama-2-70b", "lisa-70b", 134.0),
+    ],
+)
+def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
+    config = make_config((preset, read_preset(preset)))
+    assert plan(model, config, baselines=False).peak_bytes <= most * 2**30
