@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from layersample import registry
+from tests.helpers import make_llama
 
 # rich takes the width of a console once, and pytest-xdist sets one for its processes; tests set their own.
 os.environ.pop("COLUMNS", None)

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from layersample import ConfigError
-from layersample.config import TrainConfig, make_config, read_yaml, write_yaml
+from layersample.config import TrainConfig, make_config, write_yaml
+from layersample.option_files import read_yaml
 
 
 def test_later_sources_win() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from ranks import environment, free_port
+
+from tests.parallel.ranks import environment, free_port
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")

@@ -10,12 +10,12 @@ import pytest
 import torch
 import typer
 from datasets import Dataset
-from helpers import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from layersample import LayerScheduler, list_projections, list_samplers
 from layersample.cli import app as cli
+from tests.helpers import make_batch, make_llama
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

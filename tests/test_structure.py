@@ -22,7 +22,7 @@ PACKAGES = {
 ROOMS = (
     *("cli", "training", "integrations", "planning", "profiling", "testing", "config", "scheduling"),
     *("checkpoints", "parallel", "optim", "activations", "metrics", "registry", "projection", "sampling"),
-    *("layers", "plots", "unwrapping", "environment", "files", "plugins", "errors"),
+    *("layers", "plots", "unwrapping", "environment", "option_files", "files", "plugins", "errors"),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MAY_IMPORT = {

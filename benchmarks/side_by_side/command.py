@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from layersample.cli.display import make_bar, plain
-from layersample.config import read_yaml
 from layersample.errors import ConfigError
+from layersample.option_files import read_yaml
 
 from ..methods.catalog import list_baselines
 from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin

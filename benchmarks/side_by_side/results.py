@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from layersample.config import read_yaml
 from layersample.errors import ConfigError
 from layersample.files import write_text
+from layersample.option_files import read_yaml
 
 from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
 

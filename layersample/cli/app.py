@@ -18,13 +18,9 @@ from rich.table import Table
 
 from layersample.cli.display import plain
 from layersample.cli.options import own_option, with_options
-from layersample.config import (
-    TrainConfig,
-    make_config,
-    read_preset,
-    read_yaml,
-)
+from layersample.config import TrainConfig, make_config, read_preset
 from layersample.errors import NEEDS_TRAIN, ConfigError, unknown
+from layersample.option_files import read_yaml
 from layersample.plugins import COMMANDS, load_group, settings_files
 from layersample.registry import (
     SAMPLERS,

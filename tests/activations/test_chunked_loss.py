@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import causal_lm, make_batch, make_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from layersample import ChunkedLoss, ConfigError, LayerSamplingCallback, LayerScheduler
+from tests.helpers import causal_lm, make_batch, make_llama
 
 
 def masked_batch(size: int = 2, length: int = 12) -> dict[str, torch.Tensor]:

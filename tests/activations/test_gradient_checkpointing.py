@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Given, make_batch, make_llama, on_meta, weights_of
 
 from layersample import LayerScheduler
+from tests.helpers import Given, make_batch, make_llama, on_meta, weights_of
 
 
 def run(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import causal_lm, make_batch, make_llama
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from layersample.activations.recompute import SelectiveRecompute
+from tests.helpers import causal_lm, make_batch, make_llama
 
 
 def gradients(model: nn.Module, recompute: bool) -> dict[str, torch.Tensor]:

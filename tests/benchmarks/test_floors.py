@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
@@ -11,6 +10,7 @@ from layersample.planning.shapes import load_shape
 from layersample.planning.simulation import simulate_step
 from layersample_benchmarks.floor_check import CHUNKS, OURS
 from layersample_benchmarks.floors import flop_floor, memory_floor
+from tests.helpers import make_llama
 
 CONFIG = make_llama(6, tie=True).config
 

@@ -18,7 +18,6 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from helpers import make_batch, make_llama
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +31,7 @@ from layersample import (
     list_samplers,
 )
 from layersample.checkpoints.whole import CheckpointError, check, find_last, seal
+from tests.helpers import make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
 

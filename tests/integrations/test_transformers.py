@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import Given, make_batch, make_llama, weights_of
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
 from layersample import ConfigError, LayerSamplingCallback, StepInBackward
+from tests.helpers import Given, make_batch, make_llama, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

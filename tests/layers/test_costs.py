@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 
 from layersample import ConfigError, LayerScheduler, SamplingContext, create_sampler, find_layers, layer_costs
 from layersample.layers.rules import arrange
+from tests.helpers import make_batch, make_llama
 
 LAYER = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16
 OUTPUTS = 16 * 2 + 8 * 2 + 32 * 2 + 16

@@ -3,10 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers import make_llama, on_meta
 from torch import nn
 
 from layersample import find_layers
+from tests.helpers import make_llama, on_meta
 
 # model type, class, path of the first and the last layer, and of what must be frozen
 MODELS: list[tuple[str, str, str, str, str]] = [

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 
 from layersample import ConfigError, find_layers
 from layersample.metrics import has_lora, probe_lora
+from tests.helpers import make_batch, make_llama
 
 
 def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -16,6 +15,7 @@ from layersample import LayerScheduler, create_projection, measure_memory
 from layersample.checkpoints.sharded import load_distributed, save_distributed
 from layersample.optim.masters import EXCEPTIONS, MASTER, REMAINDER, combine, split
 from layersample.optim.stand_ins import _placed
+from tests.helpers import make_batch, make_llama
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=False),

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import torch
-from helpers import make_llama
 from torch import nn
 
 from layersample import measure_memory
 from layersample.optim.memory_use import count_bytes
+from tests.helpers import make_llama
 
 
 def test_counts_a_known_model_exactly() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import make_batch, make_llama
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from layersample import Checkpoints, ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
+from tests.helpers import make_batch, make_llama
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import make_batch, make_llama
 from torch import distributed as dist
 from torch import nn
 
 from layersample import LayerScheduler
+from tests.helpers import make_batch, make_llama
 
 SECONDS = 150  # for all checks of a module
 NUM_LAYERS = 4
@@ -39,7 +39,7 @@ def environment(**more: str) -> dict[str, str]:
     """Two ranks on this machine alone, one thread each."""
     return {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),  # for helpers
+        "PYTHONPATH": str(Path(__file__).parents[2]),  # for tests.helpers
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",

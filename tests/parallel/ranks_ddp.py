@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import make_batch, make_llama
-from ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -18,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
+from tests.helpers import make_batch, make_llama
+from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 
 
 def wrapped(model: nn.Module | None = None, **options: Any) -> DistributedDataParallel:

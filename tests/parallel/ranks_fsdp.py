@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
-from ranks import NUM_LAYERS, alone, assert_close, own_rows, train
-from ranks_ddp import trainer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +29,9 @@ from layersample import (
 )
 from layersample.checkpoints.sharded import load_distributed, optimizer_of, save_distributed
 from layersample.unwrapping import local_part
+from tests.helpers import make_batch, make_llama
+from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
+from tests.parallel.ranks_ddp import trainer
 
 
 def sharded(model: nn.Module | None = None, **options: Any) -> nn.Module:

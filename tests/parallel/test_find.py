@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from torch.optim import Optimizer
 
 from layersample import ConfigError, LayerScheduler
 from layersample.parallel.base import Engine
 from layersample.parallel.find import find_engine
+from tests.helpers import make_batch, make_llama
 
 # What DeepSpeed's classes look like from outside; the package itself isn't needed.
 ZeroOptimizer: Any = type(

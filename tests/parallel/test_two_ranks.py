@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_llama
-from ranks import NUM_LAYERS, assert_close, checks_of, launch, train
 
 from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
 from layersample.checkpoints.sharded import load_distributed, save_distributed, stored_state
 from layersample.parallel.agreement import check_agreement, is_distributed
 from layersample.unwrapping import local_part
+from tests.helpers import make_llama
+from tests.parallel.ranks import NUM_LAYERS, assert_close, checks_of, launch, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 Launched = tuple[set[str], str, Path]
@@ -49,7 +49,7 @@ def test_fsdp2_on_two_ranks(check: str, fsdp: Launched) -> None:
 def test_the_trainer_on_two_ranks_is_the_trainer_on_one(
     engine: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    from ranks_ddp import trainer
+    from tests.parallel.ranks_ddp import trainer
 
     folder = request.getfixturevalue(engine)[2]
     alone = trainer(tmp_path, gradient_accumulation_steps={"ddp": 1, "fsdp": 2}[engine])

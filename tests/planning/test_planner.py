@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from layersample.planning.live_memory import LiveMemory
 from layersample.planning.planner import HEADROOM, choose_num_active, parse_budget, plan, shard
 from layersample.planning.shapes import list_shapes, load_shape
 from layersample.planning.simulation import fake_model, simulate_step
+from tests.helpers import make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TINY = make_llama().config

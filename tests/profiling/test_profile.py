@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -39,6 +38,7 @@ from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.plots import plot_profile
 from layersample.profiling.profile import profile
 from layersample.training.models import load_any_model
+from tests.helpers import make_batch, make_llama
 
 SAMPLERS = ("lisa", ("owlore", {"metric": "alpha"}))
 ALPHA = "owlore:metric=alpha"

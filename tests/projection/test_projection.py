@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from torch import Tensor, nn
 
 from layersample import (
@@ -21,6 +20,7 @@ from layersample import (
     register_projection,
 )
 from layersample.projection.low_rank import NonFiniteGradientError
+from tests.helpers import make_batch, make_llama
 
 RANK = 4
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Given, make_batch, make_llama, weights_of
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from layersample import (
 )
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.scheduling.self_check import SelfCheckError
+from tests.helpers import Given, make_batch, make_llama, weights_of
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from scipy import stats
 from torch import nn
 
 from layersample import LayerSampler, SamplingContext, create_sampler, list_samplers
 from layersample.sampling.sampler import LayerStatistics
 from layersample.testing import SamplerContract
+from tests.helpers import make_batch, make_llama
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),

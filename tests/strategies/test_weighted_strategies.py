@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from layersample import ConfigError, LayerScheduler, Measurement, SamplingContext, create_sampler, find_layers
 from layersample.files import cache_folder
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios, random_hill
+from tests.helpers import make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
 
