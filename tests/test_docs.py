@@ -1,0 +1,208 @@
+"""What README and docs/ say holds: code runs, commands exist, figures are those stored, messages are in the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import tomllib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
+
+import layersample
+from layersample import LayerSampler, LayerScheduler, register
+from layersample.cli import app as cli
+from layersample.config import make_config
+from layersample.training.data import load_data
+from layersample_benchmarks.side_by_side.suite import Suite
+from tests.documents import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    name_of,
+    prose,
+    tables_of,
+    tables_with_source,
+    text_of,
+)
+from tests.helpers import make_batch, make_llama
+
+PYTHON = blocks("python")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("block", [b for b in PYTHON if not b.reason], ids=str)
+def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(8)]
+    names: dict[str, Any] = {
+        "__name__": "readme",
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "loader": [make_batch(i) for i in range(3)],
+        "torch": torch,
+        "Trainer": Trainer,
+        "args": TrainingArguments(
+            str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
+        ),
+        "data": Dataset.from_list(rows),
+        "calibration_batches": [make_batch(i) for i in range(2)],
+    }
+    if "scheduler" in block.code and "LayerScheduler" not in block.code:
+        names["scheduler"] = LayerScheduler(model, names["optimizer"], "lisa")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.code, str(block), "exec"), names)
+
+
+def test_few_blocks_are_not_run_and_each_says_why() -> None:
+    left_out = [block for block in PYTHON if block.reason]
+    assert len(left_out) <= 3 and all(len(block.reason) > 10 for block in left_out)
+    assert len(PYTHON) >= 20
+
+
+def leave(*args: Any, **kwargs: Any) -> None:
+    raise typer.Exit()
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), commands("layersample "), ids=[f"{p}: {c}" for p, c in commands("layersample ")]
+)
+def test_commands_are_understood(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda config: None)
+    monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda suite, output, jobs: None)
+    monkeypatch.setattr(
+        "layersample_benchmarks.side_by_side.report.write_report", lambda folder, baseline: ["report.html"]
+    )
+    monkeypatch.setattr("layersample.training.models.load_any_model", lambda name, report: make_llama())
+    for name in ("run.yaml", "suite.yaml"):
+        (tmp_path / name).write_text("steps: 3\n")
+    for name in ("my_sampler.py", "mine.py"):  # the block on its page is run by another test
+        (tmp_path / name).write_text("")
+    for name in ("alternate", "mine"):
+        register(name)(type(name.title(), (LayerSampler,), {"sample": lambda self, context: [0]}))
+    monkeypatch.setattr("layersample.planning.planner.plan", leave)  # what it prints is tested with it
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_modules_and_scripts_that_pages_name_exist() -> None:
+    modules, scripts = set(), set()
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", text_of(page))
+        modules |= set(re.findall(r"python -m (layersample[\w.]+)", text))
+        scripts |= set(re.findall(r"\bexamples/[\w/]+\.\w+", text))
+    assert len(modules) >= 8 and len(scripts) >= 3
+    assert [name for name in modules if find_spec(name.rstrip(".")) is None] == []
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_links_exist(page: Path) -> None:
+    text = prose(page)
+    paths = re.findall(
+        r"`((?:benchmarks|docs|examples|layersample|strategies|tests|\.github|\.ci)/[\w./-]*)`", text
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [link for link in links if link and not re.match(r"\w+:", link)]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_yaml_blocks_are_options(block: Block) -> None:
+    options = yaml.safe_load(block.code)
+    if block.code.startswith("# suite.yaml"):
+        Suite(**options)
+    else:
+        assert block.code.startswith("# run.yaml"), "the first line says which file it is"
+        make_config(("run.yaml", options))
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_toml_blocks_name_a_group_that_is_read(block: Block) -> None:
+    from layersample import plugins
+
+    groups = tomllib.loads(block.code)["project"]["entry-points"]
+    assert set(groups) <= {plugins.SAMPLERS, plugins.COMMANDS, plugins.SETTINGS}
+
+
+@pytest.mark.parametrize("block", blocks("jsonl", "csv"), ids=str)
+def test_samples_of_data_are_read(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / f"data.{block.language}"
+    path.write_text(block.code, encoding="utf-8")
+    headings = int(block.language == "csv")
+    assert len(load_data(str(path))) == len(block.code.splitlines()) - headings
+
+
+TABLES = [(name_of(page), *found) for page in PAGES for found in tables_with_source(page)]
+
+
+@pytest.mark.parametrize(("page", "source", "rows"), TABLES, ids=[f"{t[0]}: {t[1]}" for t in TABLES])
+def test_figures_are_those_stored(page: str, source: str, rows: list[list[str]]) -> None:
+    """Each row is (a part of) a stored row; or its figures are those that several tables have of that one name."""
+    tables = [[pieces(row) for row in table] for table in tables_of(ROOT / source)]
+    for row in rows:
+        cells, known = {cell for cell in row if cell}, set()
+        for table in tables:
+            same = [stored for stored in table if row[0] in stored]
+            if len(same) == 1 or any(cells <= stored for stored in same):
+                known |= next((stored for stored in same if cells <= stored), same[0])
+        assert cells <= known, f"{row[0]}: {source} hasn't {cells - known}"
+
+
+def pieces(row: list[str]) -> set[str]:
+    """The cells of a stored row, and what they are made of: "1. full", "0.497 ± 0.121", "0.001: 1.008; 0.0033: 1.097"."""
+    return {*row, *(piece.strip() for cell in row for piece in re.split(r"[;:±]|^\d+\. ", cell))}
+
+
+def test_most_tables_of_figures_say_where_they_come_from() -> None:
+    assert len(TABLES) >= 8
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every text in the library's source, with … for what is put into it."""
+    found = []
+    for path in (ROOT / "layersample").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("block", blocks("text"), ids=str)
+def test_quoted_messages_are_in_the_source(block: Block) -> None:
+    quoted = " ".join(block.code.split())
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in quoted.split("…")), re.DOTALL)
+    assert any(pattern.search(message) for message in messages()), quoted
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = text_of(ROOT / "docs" / "reference" / "python.md")
+    public = [name for name in layersample.__all__ if name not in ("metrics", "__version__")]
+    shown = set(re.findall(r"^::: layersample\.(\w+)$|^\| `(\w+)` \|", text, re.MULTILINE))
+    assert set(public) <= {name for names in shown for name in names}
+
+
+def test_pictures_of_the_stored_benchmark_are_the_stored_ones() -> None:
+    for name in ("differences", "memory"):
+        shown = ROOT / "docs" / "images" / f"default-{name}.svg"
+        assert shown.read_bytes() == (ROOT / "benchmarks/results/default" / f"{name}.svg").read_bytes()
