@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from layersample.errors import ConfigError, unknown
 from layersample.layers.rules import Rule
 from layersample.optim.frozen_state import StatePolicyName
 from layersample.optim.step_in_backward import ClipBy, StepInBackward
-from layersample.option_files import merge_sources, read_yaml
+from layersample.option_files import Options, make_options, read_yaml
 from layersample.plugins import settings_files
 
 if TYPE_CHECKING:  # seconds to import, and the command line reads this file first
@@ -21,27 +21,24 @@ if TYPE_CHECKING:  # seconds to import, and the command line reads this file fir
 
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"
+_MOST = 10**9  # of whatever is counted: a product of two such counts is still a size that torch takes
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, strict=False)
-
-
-class SamplingOptions(_Options):
+class SamplingOptions(Options):
     """Which layers train, and when."""
 
     sampler: str = Field("lisa", description="Name of the sampler; `layersample list` shows them.")
     sampler_options: dict[str, Any] = Field(
         {}, description="Options of the sampler: `layersample list NAME`."
     )
-    num_active: int = Field(2, ge=1, description="Layers that train at a time (γ).")
+    num_active: int = Field(2, ge=1, le=_MOST, description="Layers that train at a time (γ).")
     budget: str | None = Field(
         None,
         coerce_numbers_to_str=True,  # YAML reads 0.05 as a number
         description="In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
         "parameters that may train at a time (0.05).",
     )
-    period: int = Field(5, ge=1, description="Optimizer steps between draws (K).")
+    period: int = Field(5, ge=1, le=_MOST, description="Optimizer steps between draws (K).")
     layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
     embeddings: Rule = Field("train", description="Embeddings: train always, freeze, or sample as a layer.")
     head: Rule = Field("train", description="Output head: train, freeze or sample.")
@@ -52,13 +49,15 @@ class SamplingOptions(_Options):
     plugin: Path | None = Field(None, description="Python file that registers samplers of your own.")
 
 
-class ProjectionOptions(_Options):
+class ProjectionOptions(Options):
     """Low-rank projection of the gradients."""
 
     projection: str | None = Field(
         None, description="Name of the projection; `layersample list` shows them. Default: full rank."
     )
-    rank: int | None = Field(None, ge=1, description="Rank of the projection; default: the projection's own.")
+    rank: int | None = Field(
+        None, ge=1, le=_MOST, description="Rank of the projection; default: the projection's own."
+    )
     projection_options: dict[str, Any] = Field(
         {}, description="Options of the projection: `layersample list NAME`."
     )
@@ -69,7 +68,7 @@ class ProjectionOptions(_Options):
         return self.projection_options | ({} if self.rank is None else {"rank": self.rank})
 
 
-class ModelOptions(_Options):
+class ModelOptions(Options):
     """The model."""
 
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
@@ -88,11 +87,14 @@ class ModelOptions(_Options):
         True, description="Compute cheap activations again in backward: the same to the bit, in less memory."
     )
     loss_chunk: int = Field(
-        128, ge=0, description="Positions whose logits exist at a time; 0: TRL's loss, which holds more."
+        128,
+        ge=0,
+        le=_MOST,
+        description="Positions whose logits exist at a time; 0: TRL's loss, which holds more.",
     )
 
 
-class DataOptions(_Options):
+class DataOptions(Options):
     """The data."""
 
     data: str = Field(
@@ -101,21 +103,25 @@ class DataOptions(_Options):
         "format; or hub id.",
     )
     eval_data: str | None = Field(None, description="Held-out data; default: a part of the data.")
-    eval_size: int = Field(32, ge=1, description="Held-out problems, at most.")
-    max_length: int = Field(256, ge=8, description="Tokens of an example, at most; longer ones are cut.")
+    eval_size: int = Field(32, ge=1, le=_MOST, description="Held-out problems, at most.")
+    max_length: int = Field(
+        256, ge=8, le=_MOST, description="Tokens of an example, at most; longer ones are cut."
+    )
 
 
-class OptimizationOptions(_Options):
+class OptimizationOptions(Options):
     """How it trains."""
 
-    steps: int = Field(40, ge=1, description="Optimizer steps.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the data, in place of steps.")
-    batch_size: int = Field(4, ge=1, description="Examples of a forward pass, on each device.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes of an optimizer step.")
-    learning_rate: float = Field(3e-4, ge=0, description="Peak learning rate.")
+    steps: int = Field(40, ge=1, le=_MOST, description="Optimizer steps.")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the data, in place of steps.")
+    batch_size: int = Field(4, ge=1, le=1_000_000, description="Examples of a forward pass, on each device.")
+    gradient_accumulation: int = Field(
+        1, ge=1, le=1_000_000, description="Forward passes of an optimizer step."
+    )
+    learning_rate: float = Field(3e-4, ge=0, le=1e3, description="Peak learning rate.")
     schedule: str = Field("linear", description="Learning-rate schedule, as transformers names it.")
-    warmup: float = Field(0.0, ge=0, description="Warm-up: steps, or a part of all steps below 1.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    warmup: float = Field(0.0, ge=0, le=_MOST, description="Warm-up: steps, or a part of all steps below 1.")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="Weight decay.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
     clip_by: Literal["all", "running", "parameter"] = Field(
         "all",
@@ -125,15 +131,15 @@ class OptimizationOptions(_Options):
     step_in_backward: bool = Field(
         False, description="Update each parameter in the backward pass, as soon as its gradient is whole."
     )
-    seed: int = Field(0, ge=0, description="Seed of data order, dropout and draws.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of data order, dropout and draws.")
 
 
-class OutputOptions(_Options):
+class OutputOptions(Options):
     """What is written, and where."""
 
     output: Path | None = Field(None, description="Folder of the run; default: runs/SAMPLER-DATE-TIME.")
     save_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps between checkpoints; default: none."
+        None, ge=1, le=_MOST, description="Optimizer steps between checkpoints; default: none."
     )
     resume: bool = Field(False, description="Continue the run in the output folder.")
     allow_changes: bool = Field(False, description="Resume though other options have changed.")
@@ -223,7 +229,7 @@ def check_length(config: TrainConfig, model: PretrainedConfig) -> None:
         )
 
 
-SECTIONS: tuple[type[_Options], ...] = (
+SECTIONS: tuple[type[Options], ...] = (
     SamplingOptions,
     ProjectionOptions,
     ModelOptions,
@@ -243,11 +249,7 @@ def make_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
         ConfigError: If a key is unknown or a value has the wrong type or is out of bounds; it names the
             source and the key.
     """
-    merged, source_of = merge_sources(layers, "option", TrainConfig.model_fields)
-    try:
-        return TrainConfig(**merged)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source_of) for e in error.errors())) from error
+    return make_options(TrainConfig, layers, "option")
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -266,11 +268,3 @@ def read_preset(name: str) -> dict[str, Any]:
 def write_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``--config`` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _explain(error: Any, source_of: Mapping[str, str]) -> str:
-    key = ".".join(map(str, error["loc"]))
-    if not key:
-        return f"{error['msg'].removeprefix('Value error, ')}."
-    source = source_of.get(str(error["loc"][0]), "default")
-    return f"{source}: {key}: {error['msg']}, but got {error['input']!r}."

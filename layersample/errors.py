@@ -25,3 +25,18 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) or "none") + more
+
+
+def text_fault(text: str) -> str | None:
+    """What keeps a text from being stored or printed, in words; ``None`` where nothing does."""
+    if "\0" in text:
+        return "a NUL character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "half of a character (a lone surrogate)"
+    return None
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value for a message, on one line: its representation, cut where it is long."""
+    text = repr(value[: 2 * limit] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -22,7 +22,17 @@ PACKAGES = {
 ROOMS = (
     *("cli", "training", "integrations", "planning", "profiling", "testing", "config", "scheduling"),
     *("checkpoints", "parallel", "optim", "activations", "metrics", "registry", "projection", "sampling"),
-    *("layers", "plots", "unwrapping", "environment", "option_files", "files", "plugins", "errors"),
+    *(
+        "layers",
+        "plots",
+        "unwrapping",
+        "environment",
+        "option_files",
+        "strict_yaml",
+        "files",
+        "plugins",
+        "errors",
+    ),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MAY_IMPORT = {

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import TaskID
 
 from layersample.cli.display import make_bar, plain
 from layersample.errors import ConfigError
-from layersample.option_files import read_yaml
+from layersample.option_files import parse_pairs, read_yaml
 
 from ..methods.catalog import list_baselines
 from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
@@ -95,10 +94,10 @@ def benchmark(
         "learning_rates": None if lr_grid is None else _split(lr_grid),
         "search_steps": search_steps,
         "baseline": baseline,
-        **_pairs(set_key or []),
+        **parse_pairs(set_key or [], "--set"),
     }
     if option:
-        given["options"] = {**sources[-1][1].get("options", {}), **_pairs(option)}
+        given["options"] = {**sources[-1][1].get("options", {}), **parse_pairs(option, "--option")}
     asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
     if lr_grid is not None:  # for every method, so those of rows don't win
         rows = [
@@ -231,16 +230,3 @@ def _seeds(text: str) -> list[int]:
             raise ConfigError(f"command line: seeds must be at least 1, but got {numbers[0]}.")
         return list(range(numbers[0]))
     return numbers
-
-
-def _pairs(pairs: list[str]) -> dict[str, Any]:
-    parsed = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"command line: options must be given as KEY=VALUE, but got {pair!r}.")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"command line: the value of {key} must be YAML, but got {value!r}.") from error
-    return parsed

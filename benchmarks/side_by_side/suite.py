@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
-from layersample.option_files import merge_sources
+from layersample.option_files import Options, make_options
 from layersample.registry import PLUGIN_PREFIX, PROJECTIONS, create_sampler, list_samplers, load_plugin
 from layersample.training.data import load_data
 
@@ -58,7 +58,7 @@ _SET_HERE = {
 }
 
 
-class MethodEntry(BaseModel):
+class MethodEntry(Options):
     """A row of the table.
 
     Args:
@@ -68,7 +68,6 @@ class MethodEntry(BaseModel):
         learning_rates: Its own learning rates, in place of the suite's.
     """
 
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1, pattern=r"^[^/\s]+$")
     method: str = ""
     options: dict[str, Any] = {}
@@ -85,15 +84,14 @@ def _entry(name: str) -> MethodEntry:
     return MethodEntry(name=name)
 
 
-class Suite(BaseModel):
+class Suite(Options):
     """All that decides what a benchmark measures."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
     task: str = Field("gsm_symbolic", description="Built-in task, or data as train takes it.")
     answer_marker: str | None = Field(None, description="Of data of your own: what the answer follows.")
     other_text: str = Field("book", description="Text that isn't trained on, to see what is forgotten.")
-    other_size: int = Field(8, ge=1, description="Pieces of that text.")
+    other_size: int = Field(8, ge=1, le=10**9, description="Pieces of that text.")
     methods: list[MethodEntry | str] = Field(
         [ALL],
         min_length=1,
@@ -103,26 +101,35 @@ class Suite(BaseModel):
         None, description="The method that the others are compared with; default: full, or the first."
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of data order, dropout and draws.")
-    steps: int = Field(60, ge=1, description="Optimizer steps of a run.")
-    batch_size: int = Field(4, ge=1, description="Examples of a step.")
-    max_length: int = Field(256, ge=8, description="Tokens of an example, at most.")
+    steps: int = Field(60, ge=1, le=10**9, description="Optimizer steps of a run.")
+    batch_size: int = Field(4, ge=1, le=10**9, description="Examples of a step.")
+    max_length: int = Field(256, ge=8, le=10**9, description="Tokens of an example, at most.")
     learning_rates: list[float] | None = Field(
         None,
         min_length=1,
         description="Tried first for each method; default: 1e-4, 3e-4, 1e-3; adapters 5 times that.",
     )
     search_extensions: int = Field(
-        2, ge=0, description="Rates to try beyond those, at most, where the best is the lowest or highest."
+        2,
+        ge=0,
+        le=10**9,
+        description="Rates to try beyond those, at most, where the best is the lowest or highest.",
     )
-    search_steps: int = Field(30, ge=1, description="Optimizer steps of a run that tries a learning rate.")
-    validation_size: int = Field(32, ge=1, description="Problems that learning rates are chosen on.")
-    test_size: int = Field(32, ge=1, description="Problems that the table is measured on.")
-    answers: int = Field(16, ge=0, description="Test problems that are answered in full.")
-    answer_tokens: int = Field(160, ge=1, description="Tokens of an answer, at most.")
-    evaluations: int = Field(3, ge=1, description="Held-out losses along a run, after the first one.")
-    trace_every: int = Field(10, ge=0, description="Steps between traces of memory; 0: never.")
+    search_steps: int = Field(
+        30, ge=1, le=10**9, description="Optimizer steps of a run that tries a learning rate."
+    )
+    validation_size: int = Field(
+        32, ge=1, le=10**9, description="Problems that learning rates are chosen on."
+    )
+    test_size: int = Field(32, ge=1, le=10**9, description="Problems that the table is measured on.")
+    answers: int = Field(16, ge=0, le=10**9, description="Test problems that are answered in full.")
+    answer_tokens: int = Field(160, ge=1, le=10**9, description="Tokens of an answer, at most.")
+    evaluations: int = Field(
+        3, ge=1, le=10**9, description="Held-out losses along a run, after the first one."
+    )
+    trace_every: int = Field(10, ge=0, le=10**9, description="Steps between traces of memory; 0: never.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Of intervals, and of the test as a whole.")
-    threads: int | None = Field(None, ge=1, description="Threads of a run; default: cores / jobs.")
+    threads: int | None = Field(None, ge=1, le=10**9, description="Threads of a run; default: cores / jobs.")
     options: dict[str, Any] = Field({}, description="Options of `layersample train` for every method.")
     plugin: Path | None = Field(None, description="Python file with samplers or baselines of your own.")
 
@@ -182,8 +189,8 @@ class Suite(BaseModel):
             repeated = sorted({value for value in values if values.count(value) > 1})
             if repeated:
                 raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
-        if min(self.seeds) < 0:
-            raise ConfigError(f"seeds must be at least 0, but got {min(self.seeds)}.")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise ConfigError(f"seeds must be between 0 and 2**32 - 1, but got {wrong[0]}.")
         for entry in self.entries:
             entry.definition.check_installed()
             for options in (self.options, entry.options):
@@ -277,16 +284,7 @@ def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
     Raises:
         ConfigError: If a key is unknown or a value can't be used; it names the source and the key.
     """
-    merged, source_of = merge_sources(layers, "key of a suite", Suite.model_fields)
-    try:
-        return Suite(**merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, *rest = map(str, first["loc"])
-        place = ".".join([key, *(part for part in rest if part not in ("MethodEntry", "str"))])
-        raise ConfigError(
-            f"{source_of.get(key, 'default')}: {place}: {first['msg']}, but got {first['input']!r}."
-        ) from error
+    return make_options(Suite, layers, "key of a suite")
 
 
 def builtin_suites() -> list[str]:

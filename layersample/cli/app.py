@@ -20,7 +20,7 @@ from layersample.cli.display import plain
 from layersample.cli.options import own_option, with_options
 from layersample.config import TrainConfig, make_config, read_preset
 from layersample.errors import NEEDS_TRAIN, ConfigError, unknown
-from layersample.option_files import read_yaml
+from layersample.option_files import parse_pairs, read_yaml
 from layersample.plugins import COMMANDS, load_group, settings_files
 from layersample.registry import (
     SAMPLERS,
@@ -232,7 +232,7 @@ def _settings(
             base: dict[str, Any] = {}
             for _, options in sources:
                 base = options.get(key, base)
-            given[key] = {**base, **_parse_pairs(pairs, key)}
+            given[key] = {**base, **parse_pairs(pairs, key)}
     return make_config(*sources, ("command line", given))
 
 
@@ -278,23 +278,7 @@ def _parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
     """Split NAME:key=value,key=value; a comma inside of a value (a list) doesn't end it."""
     name, _, options = text.partition(":")
     pairs = re.split(r",(?=\w+=)", options) if options else []
-    return name, _parse_pairs(pairs, f"an option of sampler {name!r}")
-
-
-def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
-    """Turn KEY=VALUE pairs into a dictionary; values are YAML scalars, so 0.5 is a number."""
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"command line: {option} must be given as KEY=VALUE, but got {pair!r}.")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"command line: {option}: the value of {key} must be YAML, but got {value!r}."
-            ) from error
-    return parsed
+    return name, parse_pairs(pairs, f"an option of sampler {name!r}")
 
 
 _PLAN_OPTIONS = (

@@ -36,7 +36,7 @@ def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.Monk
         ({"options": {"trainer": 5}}, "suite: trainer: .* but got 5"),
         ({"options": {"trainer": {"learning_rate": 5.0}}}, "must leave out learning_rate"),
         ({"seeds": [0, 3, 3]}, "seeds must all be different, but 3 comes twice"),
-        ({"seeds": [-1]}, "seeds must be at least 0, but got -1"),
+        ({"seeds": [-1]}, r"seeds must be between 0 and 2\*\*32 - 1, but got -1"),
         ({"methods": ["lora", "lisa", "lora"]}, "methods must all be different, but lora comes twice"),
         ({"options": {"perod": 3}}, "suite: Unknown option 'perod'. Did you mean 'period'"),
         ({"options": {"steps": 3}}, "options of 'lora' must leave out steps, which the suite sets"),
