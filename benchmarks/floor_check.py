@@ -19,9 +19,10 @@ import typer
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
 from layersample.optim.memory_use import optimizer_tensors
-from layersample.planning.simulation import save_memory, schedule_given
+from layersample.planning.simulation import schedule_given
 from layersample.training.models import load_model
 
 from .floors import flop_floor, memory_floor
@@ -101,7 +102,7 @@ def _sample(
 ) -> Contestant:
     optimizer = _adamw(model)
     scheduler = schedule_given(model, optimizer, config, layers)
-    save_memory(model, config)
+    save_memory(model, loss_chunk=config.loss_chunk, recompute=config.recompute)
     return Contestant(TimedRun(model, optimizer, scheduler), lambda: optimizer_tensors(optimizer), active)
 
 

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from layersample import LayerScheduler
+from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
 from layersample.optim.memory_use import optimizer_tensors
 from layersample.planning.shapes import load_shape
-from layersample.planning.simulation import add_lora, save_memory, schedule_given, simulate_step
+from layersample.planning.simulation import add_lora, schedule_given, simulate_step
 
 from .measured_peak import measured_step_peak
 from .store import RESULTS, store
@@ -79,10 +80,6 @@ def run_setting(setting: Setting, model_name: str) -> int:
     model: nn.Module = AutoModelForCausalLM.from_config(load_shape(model_name), dtype=dtype).train()
     if setting.lora_rank is not None:
         model = add_lora(model, setting.lora_rank)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(  # type: ignore[operator]
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
     tokens = torch.randint(0, 1000, (config.batch_size, config.max_length))
     mixed = config.precision == "bf16-mixed"
@@ -102,7 +99,14 @@ def run_setting(setting: Setting, model_name: str) -> int:
     with ExitStack() as stack:
         if setting.lora_rank is None:
             scheduler = stack.enter_context(schedule_given(model, optimizer, config, setting.active))
-        stack.enter_context(save_memory(model, config))
+        stack.enter_context(
+            save_memory(
+                model,
+                loss_chunk=config.loss_chunk,
+                recompute=config.recompute,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        )
         step()
         return int(measured_step_peak(model, optimizer_tensors(optimizer), step))
 

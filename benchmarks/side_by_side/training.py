@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from layersample.activations.recompute import SelectiveRecompute
+from layersample.activations.save_memory import save_memory
 from layersample.config import check_length
 from layersample.environment import environment
 from layersample.errors import ConfigError
@@ -79,8 +79,8 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
         if config.loss_chunk:
             trainer.chunk_loss(config.loss_chunk)
-        if config.recompute and prepared.sampling is None:  # where there is no callback to do it
-            SelectiveRecompute(prepared.model)
+        # The callback does it, where there is one.
+        save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report
         scores = _train(suite, job, trainer, tokenizer)
     return {

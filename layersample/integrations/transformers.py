@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -13,8 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from layersample.activations.chunked_loss import ChunkedLoss
-from layersample.activations.recompute import SelectiveRecompute
+from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
@@ -118,7 +118,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "check": check,
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
-        self._savers: list[ChunkedLoss | SelectiveRecompute] = []
+        self._savers = ExitStack()
         self._trainer: Trainer | None = None
         self.scheduler: LayerScheduler | None = None
         self._is_training = False
@@ -177,10 +177,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             state_dict=saved or None,
         )
         self._is_training = True
-        if self._loss_chunk is not None:
-            self._savers.append(ChunkedLoss(kwargs["model"], chunk_size=self._loss_chunk))
-        if self._recompute:
-            self._savers.append(SelectiveRecompute(kwargs["model"]))
+        self._savers = save_memory(kwargs["model"], loss_chunk=self._loss_chunk, recompute=self._recompute)
         if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
@@ -224,8 +221,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         if self.scheduler is not None and self._is_training:
             self.scheduler.close(check=check)
         self._is_training = False
-        while self._savers:
-            self._savers.pop().close()
+        self._savers.close()
 
     def _check(self, args: TrainingArguments) -> None:
         """Refuse arguments of the Trainer under which a run would go wrong."""

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
-from layersample.activations.chunked_loss import ChunkedLoss
-from layersample.activations.recompute import SelectiveRecompute
+from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
 from layersample.optim.masters import AT_REST, MASTER
 from layersample.planning.live_memory import Kind, LiveMemory
@@ -83,10 +82,6 @@ def simulate_step(
     """
     with fake_model(shape, config.precision, lora_rank=lora_rank) as model, ExitStack() as stack:
         live = LiveMemory(vocabulary=shape.get_text_config().vocab_size)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
         live.label([*model.parameters(), *model.buffers()], "weights")
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
         if lora_rank is None:
@@ -101,7 +96,14 @@ def simulate_step(
                 )
                 # In front: a step in backward leaves no gradient behind.
                 parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-        stack.enter_context(save_memory(model, config))
+        stack.enter_context(
+            save_memory(
+                model,
+                loss_chunk=config.loss_chunk,
+                recompute=config.recompute,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        )
         with live, _unmasked_attention():
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
@@ -186,16 +188,6 @@ def schedule_given(
         master_weights=config.master_weights,
         step_in_backward=config.backward_stepping,
     )
-
-
-def save_memory(model: nn.Module, config: TrainConfig) -> ExitStack:
-    """Compute the loss in chunks and activations again, where a run does, until the stack is closed."""
-    stack = ExitStack()
-    if config.loss_chunk:
-        stack.enter_context(ChunkedLoss(model, chunk_size=config.loss_chunk))
-    if config.recompute:
-        stack.enter_context(SelectiveRecompute(model))
-    return stack
 
 
 class _Given(LayerSampler):

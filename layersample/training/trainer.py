@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from layersample.activations.chunked_loss import ChunkedLoss
+from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.whole import find_last
 from layersample.errors import ConfigError
 
@@ -75,7 +75,7 @@ class CheckedTrainer(SFTTrainer):
     def chunk_loss(self, positions: int) -> None:
         """Compute the training loss from the logits of some positions at a time."""
         assert self.model is not None
-        ChunkedLoss(self.model, chunk_size=positions)
+        save_memory(self.model, loss_chunk=positions, recompute=False)
         self._chunks_loss = True
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
