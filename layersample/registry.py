@@ -7,7 +7,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -95,7 +95,7 @@ class Registry(Generic[_Kind]):
 
         Args:
             name: A name that :meth:`list` knows.
-            options: Constructor arguments by name; checked against the constructor's annotations.
+            options: Constructor arguments by name; checked against their annotations.
 
         Raises:
             ConfigError: If the name or an option is unknown, or a value has the wrong type or is out of bounds.
@@ -106,7 +106,7 @@ class Registry(Generic[_Kind]):
         for option in options:
             if option not in known:
                 raise ConfigError(unknown(f"option of {self._kind} {name!r}", option, known))
-        hints = get_type_hints(cls.__init__, include_extras=True)
+        hints = _hints(cls)
         # Pydantic checks and converts, as for the rest of the configuration: "0.5" from a command line is a number.
         fields: dict[str, Any] = {
             key: (hints.get(key, Any), ... if parameter.default is parameter.empty else parameter.default)
@@ -115,15 +115,24 @@ class Registry(Generic[_Kind]):
         schema = create_model("Options", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
         try:
             checked = schema(**options)
-            return cls(**{key: getattr(checked, key) for key in options})
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = str(error.errors()[0]["loc"][0])
+            # Where several types would do, each says what it wants.
+            wanted = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][0] == key)
             raise ConfigError(
-                f"Option {key!r} of {self._kind} {name!r}: {first['msg']}, but got {first['input']!r}."
+                f"Option {key!r} of {self._kind} {name!r}: {', or: '.join(wanted)}, but got {options[key]!r}."
+                if key in options
+                else f"{self._kind.capitalize()} {name!r} needs the option {key!r}."
             ) from error
-        except (TypeError, ValueError) as error:
+        try:
+            return cls(**{key: getattr(checked, key) for key in options})
+        except (
+            ValueError
+        ) as error:  # how a constructor refuses an option; what else it raises is a fault of its own
             raise ConfigError(f"{self._kind.capitalize()} {name!r}: {error}") from error
+        except Exception as error:
+            error.add_note(f"raised by the constructor of {self._kind} {name!r} ({'.'.join(_identity(cls))})")
+            raise
 
     def resolve(self, strategy: str | _Kind, options: Mapping[str, Any] | None = None) -> tuple[_Kind, str]:
         """The strategy that is meant by a name or by itself, and what it is called.
@@ -170,8 +179,10 @@ register_projection, create_projection, list_projections = (
 
 
 def describe_options(cls: type[Any]) -> list[Option]:
-    """The options of a strategy, as its constructor and docstring give them."""
-    hints = get_type_hints(cls.__init__)
+    """The options of a strategy, as its constructor and docstring give them; its own before those it inherits."""
+    hints = _hints(cls)
+    parameters = _parameters(cls)
+    own = [key for base in cls.__mro__ for key in vars(base).get("__annotations__", ()) if key in parameters]
     # An inherited option is documented where it comes from.
     documented = {
         p.arg_name: p.description or ""
@@ -185,7 +196,7 @@ def describe_options(cls: type[Any]) -> list[Option]:
             default="required" if parameter.default is parameter.empty else repr(parameter.default),
             description=" ".join(documented.get(key, "").split()).replace("``", ""),
         )
-        for key, parameter in _parameters(cls).items()
+        for key, parameter in ((key, parameters[key]) for key in dict.fromkeys([*own, *parameters]))
     ]
 
 
@@ -232,3 +243,21 @@ def _identity(cls: type[Any]) -> tuple[str, str]:
 def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(cls).parameters
     return {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """The type of each option, whether it is a dataclass's field or an argument of a constructor of its own.
+
+    Raises:
+        ConfigError: If an annotation names something that isn't there.
+    """
+    owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    # A generated constructor knows the names in its own module only, and its bases' fields may be of another.
+    generated = set(_parameters(cls)) <= set(vars(owner).get("__dataclass_fields__", ()))
+    try:
+        hints = get_type_hints(cls if generated else cls.__init__, include_extras=True)
+    except NameError as error:
+        raise ConfigError(
+            f"The options of {'.'.join(_identity(cls))} must have annotations that can be looked up, but: {error}."
+        ) from error
+    return {key: hint.type if isinstance(hint, InitVar) else hint for key, hint in hints.items()}

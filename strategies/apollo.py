@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from layersample import LowRankStep, Projection, ProjectionContext, Side, register_projection
+from layersample import LowRankStep, Projection, ProjectionContext, register_projection
 from layersample.projection.bases import draw_normal
 
 
 @register_projection("apollo")
+@dataclass(kw_only=True, eq=False)
 class Apollo(Projection):
     """Scale the whole gradient by what the optimizer does to a random projection of it; there is no SVD.
 
@@ -30,28 +31,13 @@ class Apollo(Projection):
     source = "arXiv 2412.05270"
     takes_16_bits = True
 
-    def __init__(
-        self,
-        *,
-        rank: int = 256,
-        scale: float = 1.0,
-        update_gap: int = 200,
-        side: Side = "std",
-        per_channel: bool = True,
-        rotate_moments: bool = False,
-        max_growth: float = 1.01,
-        targets: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(
-            rank=rank,
-            scale=scale,
-            update_gap=update_gap,
-            side=side,
-            rotate_moments=rotate_moments,
-            targets=targets,
-        )
-        self.check_growth(max_growth)
-        self.per_channel, self.max_growth = per_channel, max_growth
+    rank: int = 256
+    per_channel: bool = True
+    max_growth: float = 1.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_growth(self.max_growth)
 
     def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
         """Draw Gaussian columns of variance 1/rank where they are due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ Order = Literal["ascending", "descending", "mirror", "reshuffled"]
 
 
 @register("cyclic")
+@dataclass(kw_only=True, eq=False)
 class Cyclic(LayerSampler):
     """Train groups of ``num_active`` neighbouring layers in turn, each once an epoch (BAdam, HiFT).
 
@@ -29,10 +31,11 @@ class Cyclic(LayerSampler):
 
     source = "BAdam, arXiv 2404.02827; HiFT, arXiv 2401.15207"
 
-    def __init__(self, *, order: Order = "ascending") -> None:
-        if order not in get_args(Order):
-            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, but got {order!r}.")
-        self.order = order
+    order: Order = "ascending"
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, but got {self.order!r}.")
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """1 for the group whose turn it is; equal for all where the order is random."""

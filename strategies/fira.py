@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from layersample import LowRankStep, Side, register_projection
-from layersample_strategies.galore import GaLore
+from layersample import LowRankStep, register_projection
+from layersample_strategies.galore import Basis, GaLore
 
 
 @register_projection("fira")
+@dataclass(kw_only=True, eq=False)
 class Fira(GaLore):  # type: ignore[misc]
     """Add to GaLore's update what its basis leaves out, scaled column by column as the optimizer scales the rest.
 
@@ -28,29 +28,12 @@ class Fira(GaLore):  # type: ignore[misc]
 
     source = "arXiv 2410.01623"
 
-    def __init__(
-        self,
-        *,
-        rank: int = 128,
-        scale: float = 1.0,
-        update_gap: int = 200,
-        side: Side = "std",
-        basis: Literal["svd", "subspace", "random"] = "subspace",
-        rotate_moments: bool = False,
-        max_growth: float = 1.01,
-        targets: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(
-            rank=rank,
-            scale=scale,
-            update_gap=update_gap,
-            side=side,
-            basis=basis,
-            rotate_moments=rotate_moments,
-            targets=targets,
-        )
-        self.check_growth(max_growth)
-        self.max_growth = max_growth
+    scale: float = 1.0
+    max_growth: float = 1.01
+
+    def __post_init__(self, basis: Basis) -> None:  # type: ignore[override]  # mypy loses the option
+        super().__post_init__(basis)
+        self.check_growth(self.max_growth)
 
     def apply(self, weight: Tensor, step: LowRankStep) -> None:
         """Add the projected update and the residual's."""

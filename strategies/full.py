@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from layersample import LayerSampler, SamplingContext, register
 
 
 @register("full")
+@dataclass(kw_only=True, eq=False)
 class Full(LayerSampler):
     """Train every layer in every period: full fine-tuning, the reference for all others.
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import InitVar, dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from layersample import Projection, ProjectionContext, Side, register_projection
+from layersample import Projection, ProjectionContext, register_projection
 from layersample.projection.bases import random_basis, randomized_basis, subspace_basis, svd_basis
+
+Basis = Literal["svd", "subspace", "random"]
+
+
+@dataclass(kw_only=True, eq=False)
+class _BasisOption:
+    """The option that is called as the method is: in one class, dataclasses would take the method for its default."""
+
+    basis: InitVar[Basis] = "subspace"
 
 
 @register_projection("galore")
-class GaLore(Projection):
+@dataclass(kw_only=True, eq=False)
+class GaLore(_BasisOption, Projection):
     """Project gradients onto their leading singular vectors.
 
     With ``basis="svd"`` this is GaLore as published: an SVD every ``update_gap`` steps, in between a basis
@@ -31,30 +41,17 @@ class GaLore(Projection):
     source = "arXiv 2403.03507"
     takes_16_bits = True
 
-    def __init__(
-        self,
-        *,
-        rank: int = 128,
-        scale: float = 0.25,
-        update_gap: int = 200,
-        side: Side = "std",
-        basis: Literal["svd", "subspace", "random"] = "subspace",
-        rotate_moments: bool = False,
-        targets: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(
-            rank=rank,
-            scale=scale,
-            update_gap=update_gap,
-            side=side,
-            rotate_moments=rotate_moments,
-            targets=targets,
-        )
-        if basis not in ("svd", "subspace", "random"):
-            raise ValueError(f"basis must be svd, subspace or random, but got {basis!r}.")
+    scale: float = 0.25
+
+    def __post_init__(self, basis: Basis) -> None:
+        super().__post_init__()
+        if basis not in get_args(Basis):
+            raise ValueError(f"basis must be one of {', '.join(get_args(Basis))}, but got {basis!r}.")
         self.kind = basis
 
-    def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
+    def basis(  # type: ignore[misc]  # the option is no attribute
+        self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext
+    ) -> Tensor:
         """Choose it as the option ``basis`` says."""
         if previous is not None:
             return subspace_basis(gradient, previous) if self.kind == "subspace" else previous

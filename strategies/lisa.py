@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from layersample import LayerSampler, SamplingContext, register
 
 
 @register("lisa")
+@dataclass(kw_only=True, eq=False)
 class Lisa(LayerSampler):
     """Draw layers uniformly at random (LISA).
 
@@ -25,11 +27,12 @@ class Lisa(LayerSampler):
 
     source = "arXiv 2403.17919"
 
-    def __init__(self, *, draw: Literal["exact", "bernoulli"] = "exact") -> None:
-        if draw not in ("exact", "bernoulli"):
-            raise ValueError(f"draw must be 'exact' or 'bernoulli', but got {draw!r}.")
-        self.draw = draw
-        self.fixed_size = draw == "exact"
+    draw: Literal["exact", "bernoulli"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.draw not in ("exact", "bernoulli"):
+            raise ValueError(f"draw must be 'exact' or 'bernoulli', but got {self.draw!r}.")
+        self.fixed_size = self.draw == "exact"
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """γ / N for each layer; a little more where an empty Bernoulli draw doesn't count."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import InitVar, dataclass
 from typing import Literal, get_args
 
-from layersample import ConfigError, Cost, Draw, MeasuredSampler, Measurement, register
+from layersample import ConfigError, MeasuredSampler, Measurement, register
 from layersample.metrics import LoraNorms, has_lora, lora_norms, probe_lora
 
 logger = logging.getLogger(__name__)
@@ -13,8 +15,16 @@ logger = logging.getLogger(__name__)
 Measure = Literal["ratio", "delta", "merged"]
 
 
+@dataclass(kw_only=True, eq=False)
+class _MeasureOption:
+    """The option that is called as the method is: in one class, dataclasses would take the method for its default."""
+
+    measure: InitVar[Measure] = "ratio"
+
+
 @register("lora_norm")
-class LoraNorm(MeasuredSampler):
+@dataclass(kw_only=True, eq=False)
+class LoraNorm(_MeasureOption, MeasuredSampler):
     """Draw layers by how much LoRA changes them (LISA's importance).
 
     The norms come from an adapter folder; or, without one, from the LoRA layers of the model itself if it is a
@@ -30,7 +40,7 @@ class LoraNorm(MeasuredSampler):
             ‖W + s·BA‖_F / ‖W‖_F; over all modules of the layer that the adapter changes.
         probe_steps: Optimizer steps of the LoRA run, at least 1.
         probe_rank: Its rank, at least 1.
-        probe_learning_rate: Its learning rate (AdamW).
+        probe_learning_rate: Its learning rate (AdamW), above 0.
 
     References:
         LISA, arXiv 2403.17919; LoRA, arXiv 2106.09685. No public code of LISA ships this sampler.
@@ -38,46 +48,33 @@ class LoraNorm(MeasuredSampler):
 
     source = "arXiv 2403.17919"
 
-    def __init__(
-        self,
-        *,
-        adapter: str | None = None,
-        measure: Measure = "ratio",
-        probe_steps: int = 20,
-        probe_rank: int = 8,
-        probe_learning_rate: float = 1e-3,
-        every: int | None = None,
-        temperature: float = 1.0,
-        min_probability: float = 0.0,
-        draw: Draw = "sequential",
-        cost: Cost = "none",
-        cost_tokens: int = 1024,
-    ) -> None:
-        super().__init__(
-            every=every,
-            temperature=temperature,
-            min_probability=min_probability,
-            draw=draw,
-            cost=cost,
-            cost_tokens=cost_tokens,
-        )
+    adapter: str | None = None
+    probe_steps: int = 20
+    probe_rank: int = 8
+    probe_learning_rate: float = 1e-3
+
+    def __post_init__(self, measure: Measure) -> None:
+        super().__post_init__()
         if measure not in get_args(Measure):
             raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}, but got {measure!r}.")
-        for name, value in (("probe_steps", probe_steps), ("probe_rank", probe_rank)):
+        for name, value in (("probe_steps", self.probe_steps), ("probe_rank", self.probe_rank)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}.")
-        self._adapter, self._measure = adapter, measure
-        self._probe = {"steps": probe_steps, "rank": probe_rank, "learning_rate": probe_learning_rate}
+        if not (math.isfinite(self.probe_learning_rate) and self.probe_learning_rate > 0):
+            raise ValueError(
+                f"probe_learning_rate must be finite and above 0, but got {self.probe_learning_rate}."
+            )
+        self._measure = measure
 
-    def measure(self, measurement: Measurement) -> None:
+    def measure(self, measurement: Measurement) -> None:  # type: ignore[misc]  # the option is no attribute
         """Find the norms of all layers: an adapter changes them together."""
         norms = self._norms(measurement)
         self.scores = {name: _value(found, self._measure) for name, found in norms.items()}
         logger.info("%s of LoRA by layer: %s", self._measure, self.scores)
 
     def _norms(self, measurement: Measurement) -> dict[str, LoraNorms]:
-        if self._adapter is not None:
-            return lora_norms(self._adapter, measurement.model, measurement.model_layers)
+        if self.adapter is not None:
+            return lora_norms(self.adapter, measurement.model, measurement.model_layers)
         if has_lora(measurement.model):
             return lora_norms(measurement.model, layers=measurement.model_layers)
         if measurement.batches is None:
@@ -85,7 +82,14 @@ class LoraNorm(MeasuredSampler):
                 "The sampler 'lora_norm' needs an adapter folder (adapter=), a PeftModel, or batches to train "
                 "a LoRA on (batches= of the scheduler), but got none of them."
             )
-        return probe_lora(measurement.model, measurement.batches(), measurement.model_layers, **self._probe)  # type: ignore[arg-type]
+        return probe_lora(
+            measurement.model,
+            measurement.batches(),
+            measurement.model_layers,
+            steps=self.probe_steps,
+            rank=self.probe_rank,
+            learning_rate=self.probe_learning_rate,
+        )
 
 
 def _value(norms: LoraNorms, measure: Measure) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from layersample import ConfigError, Cost, Draw, MeasuredSampler, Measurement, register
+from layersample import ConfigError, MeasuredSampler, Measurement, register
 from layersample.metrics import DEFAULT_THRESHOLDS, layer_metrics, outlier_ratios, random_hill
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ Baseline = Literal["module", "random"]
 
 
 @register("owlore")
+@dataclass(kw_only=True, eq=False)
 class OwLore(MeasuredSampler):
     """Draw layers by their outliers or the heaviness of their tails (OwLore).
 
@@ -43,37 +45,26 @@ class OwLore(MeasuredSampler):
 
     source = "arXiv 2405.18380"
 
-    def __init__(
-        self,
-        *,
-        metric: Metric = "outlier",
-        threshold: float = 13.0,
-        num_batches: int = 8,
-        baseline: Baseline = "module",
-        every: int | None = None,
-        temperature: float = 1.0,
-        min_probability: float = 0.0,
-        draw: Draw = "sequential",
-        cost: Cost = "none",
-        cost_tokens: int = 1024,
-    ) -> None:
-        super().__init__(
-            every=every,
-            temperature=temperature,
-            min_probability=min_probability,
-            draw=draw,
-            cost=cost,
-            cost_tokens=cost_tokens,
-        )
-        for name, value, allowed in (("metric", metric, Metric), ("baseline", baseline, Baseline)):
+    metric: Metric = "outlier"
+    threshold: float = 13.0
+    num_batches: int = 8
+    baseline: Baseline = "module"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = (("metric", self.metric, Metric), ("baseline", self.baseline, Baseline))
+        for name, value, allowed in options:
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, but got {value!r}.")
-        if not threshold > 0:
-            raise ValueError(f"threshold must be above 0, but got {threshold}.")
-        if num_batches < 1:
-            raise ValueError(f"num_batches must be at least 1, but got {num_batches}.")
-        self._metric, self._threshold, self._baseline = metric, threshold, baseline
-        self._num_batches = num_batches
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be above 0, but got {self.threshold}.")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, but got {self.threshold}.")
+        if self.num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, but got {self.num_batches}.")
+        self._serving = (
+            self.threshold
+        )  # the M that is used, where too few layers have outliers at the one asked for
         # Hill of each matrix of each layer, kept because layers are compared with one another.
         self._hills: dict[str, dict[str, float]] = {}
 
@@ -85,9 +76,9 @@ class OwLore(MeasuredSampler):
         # Weights that have trained are never met again: only the first measurement is worth keeping on disk.
         cache = not self.scores
         some = replace(measurement, model_layers=replace(measurement.model_layers, layers=tuple(changed)))
-        if self._metric == "outlier":
+        if self.metric == "outlier":
             self.scores.update(self._count_outliers(some))
-        elif self._metric == "alpha":
+        elif self.metric == "alpha":
             metrics = layer_metrics(some.model, some.model_layers, ("alpha",), cache=cache)
             self.scores.update({name: 1 / alpha for name, alpha in metrics.by_layer("alpha").items()})
         else:
@@ -98,20 +89,20 @@ class OwLore(MeasuredSampler):
                     for m in metrics.matrices
                     if m.layer == layer.name and "hill" in m.values
                 }
-            self.scores = _invert(_relate(self._hills) if self._baseline == "module" else self._hills)
-        logger.info("scores of %s by layer: %s", self._metric, self.scores)
+            self.scores = _invert(_relate(self._hills) if self.baseline == "module" else self._hills)
+        logger.info("scores of %s by layer: %s", self.metric, self.scores)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores, what they come from, and the M that serves."""
-        return {**super().state_dict(), "hills": self._hills, "threshold": self._threshold}
+        return {**super().state_dict(), "hills": self._hills, "threshold": self._serving}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         super().load_state_dict(state)
-        self._hills, self._threshold = dict(state["hills"]), state["threshold"]
+        self._hills, self._serving = dict(state["hills"]), state["threshold"]
 
     def _expected_hill(self, shape: tuple[int, int]) -> float:
-        return random_hill(shape) if self._baseline == "random" else 1.0
+        return random_hill(shape) if self.baseline == "random" else 1.0
 
     def _count_outliers(self, measurement: Measurement) -> dict[str, float]:
         if measurement.batches is None:
@@ -119,19 +110,19 @@ class OwLore(MeasuredSampler):
                 "The sampler 'owlore' counts outliers on calibration batches, but got none: give batches= to the "
                 "scheduler, or choose metric='alpha' or 'hill', which need no data."
             )
-        thresholds = sorted({*DEFAULT_THRESHOLDS, self._threshold})
+        thresholds = sorted({*DEFAULT_THRESHOLDS, self._serving})
         ratios = outlier_ratios(
             measurement.model,
-            islice(measurement.batches(), self._num_batches),
+            islice(measurement.batches(), self.num_batches),
             measurement.model_layers,
             thresholds,
         )
         if not self.scores:  # the first measurement: all layers
             self._choose_threshold(ratios, measurement.num_active)
-        return {layer: by_threshold[self._threshold] for layer, by_threshold in ratios.items()}
+        return {layer: by_threshold[self._serving] for layer, by_threshold in ratios.items()}
 
     def _choose_threshold(self, ratios: Mapping[str, Mapping[float, float]], num_active: int) -> None:
-        wanted = self._threshold
+        wanted = self._serving
         for threshold in [wanted, *(t for t in reversed(DEFAULT_THRESHOLDS) if t < wanted)]:
             found = sum(by_threshold[threshold] > 0 for by_threshold in ratios.values())
             if found >= min(len(ratios), num_active + 1):
@@ -145,7 +136,7 @@ class OwLore(MeasuredSampler):
                 len(ratios),
                 threshold,
             )
-            self._threshold = threshold
+            self._serving = threshold
 
 
 def _relate(hills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import InitVar, dataclass
+from typing import Literal, get_args
 
-from layersample import Cost, Draw, SamplingContext, WeightedSampler, register
+from layersample import SamplingContext, WeightedSampler, register
 
-_SHAPES = ("uniform", "increase", "decrease", "middle")
+Shape = Literal["uniform", "increase", "decrease", "middle"]
+
+
+@dataclass(kw_only=True, eq=False)
+class _WeightsOption:
+    """The option that is called as the method is: in one class, dataclasses would take the method for its default."""
+
+    weights: InitVar[list[float] | Shape]
 
 
 @register("prior")
-class Prior(WeightedSampler):
+@dataclass(kw_only=True, eq=False)
+class Prior(_WeightsOption, WeightedSampler):
     """Draw layers by weights that you give: a list, or a shape over depth.
 
     Args:
@@ -24,28 +33,15 @@ class Prior(WeightedSampler):
 
     source = "OwLore's modes, arXiv 2405.18380"
 
-    def __init__(
-        self,
-        *,
-        weights: list[float] | Literal["uniform", "increase", "decrease", "middle"],
-        temperature: float = 1.0,
-        min_probability: float = 0.0,
-        draw: Draw = "sequential",
-        cost: Cost = "none",
-        cost_tokens: int = 1024,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            min_probability=min_probability,
-            draw=draw,
-            cost=cost,
-            cost_tokens=cost_tokens,
-        )
-        if isinstance(weights, str) and weights not in _SHAPES:
-            raise ValueError(f"weights must be numbers or one of {', '.join(_SHAPES)}, but got {weights!r}.")
+    def __post_init__(self, weights: list[float] | Shape) -> None:
+        super().__post_init__()
+        if isinstance(weights, str) and weights not in get_args(Shape):
+            raise ValueError(
+                f"weights must be numbers or one of {', '.join(get_args(Shape))}, but got {weights!r}."
+            )
         self._weights = weights
 
-    def weights(self, context: SamplingContext) -> list[float]:
+    def weights(self, context: SamplingContext) -> list[float]:  # type: ignore[misc]  # the option is no attribute
         """Return the weights; their number is checked against the layers."""
         if not isinstance(self._weights, str):
             return self._weights

@@ -96,11 +96,14 @@ class LowRankStep:
         return update.neg_() if self.descends else update
 
 
+@dataclass(kw_only=True, eq=False)
 class Projection(ABC):
     """Projects gradients to a low rank, in which the optimizer keeps its state.
 
     Subclass it, write :meth:`basis`, and ``@register_projection`` a name. :meth:`apply` may be written too,
-    where an update is more than the projected one.
+    where an update is more than the projected one. Options of its own are the fields of a keyword-only dataclass,
+    ``@dataclass(kw_only=True, eq=False)``, checked in ``__post_init__``, beside those that all share; or arguments of
+    an ``__init__`` of its own.
 
     Args:
         rank: Dimensions that are left of each matrix's shorter side. One whose shorter side is no longer than
@@ -124,31 +127,27 @@ class Projection(ABC):
     takes_16_bits: ClassVar[bool] = False
     """Whether :meth:`basis` can do with a 16-bit gradient as it is, which spares a float32 copy of it."""
 
-    def __init__(
-        self,
-        *,
-        rank: int = 128,
-        scale: float = 1.0,
-        update_gap: int = 200,
-        side: Side = "std",
-        rotate_moments: bool = False,
-        targets: Sequence[str] | None = None,
-    ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, but got rank={rank}.")
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, but got scale={scale}.")
-        if update_gap < 1:
+    rank: int = 128
+    scale: float = 1.0
+    update_gap: int = 200
+    side: Side = "std"
+    rotate_moments: bool = False
+    targets: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, but got rank={self.rank}.")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, but got scale={self.scale}.")
+        if self.update_gap < 1:
             raise ValueError(
-                f"update_gap must be at least 1 optimizer step, but got update_gap={update_gap}."
+                f"update_gap must be at least 1 optimizer step, but got update_gap={self.update_gap}."
             )
-        if side not in get_args(Side):
-            raise ValueError(f"side must be one of {', '.join(get_args(Side))}, but got {side!r}.")
-        if isinstance(targets, str):
-            raise ValueError(f"targets must be a list of names, but got the text {targets!r}.")
-        self.rank, self.scale, self.update_gap, self.side = rank, scale, update_gap, side
-        self.rotate_moments = rotate_moments
-        self.targets = None if targets is None else tuple(targets)
+        if self.side not in get_args(Side):
+            raise ValueError(f"side must be one of {', '.join(get_args(Side))}, but got {self.side!r}.")
+        if isinstance(self.targets, str):
+            raise ValueError(f"targets must be a list of names, but got the text {self.targets!r}.")
+        self.targets = None if self.targets is None else tuple(self.targets)
 
     @abstractmethod
     def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ class SamplingContext:
         round: Number of this period, from 0.
         step: Optimizer steps done so far.
         seed: The user's seed; every rank has the same.
-        statistics: What is known of each layer from the run so far.
+        statistics: What is known of each layer from the run so far; by default that none has trained.
         allow_empty: Whether a period without any layer still trains something (embeddings, head, norm).
         costs: What it costs to train each layer; ``None`` where there is no model to count it on.
     """
@@ -49,9 +49,19 @@ class SamplingContext:
     round: int = 0
     step: int = 0
     seed: int = 0
-    statistics: LayerStatistics = field(default=LayerStatistics((), ()))
+    statistics: LayerStatistics = None  # type: ignore[assignment]  # filled in below: its length is the layers'
     allow_empty: bool = False
     costs: LayerCosts | None = None
+
+    def __post_init__(self) -> None:
+        statistics = self.statistics or LayerStatistics((0,) * self.num_layers, (None,) * self.num_layers)
+        object.__setattr__(self, "statistics", statistics)
+        for what, values in (("visits", statistics.visits), ("last_active", statistics.last_active)):
+            if len(values) != self.num_layers:
+                raise ValueError(
+                    f"statistics.{what} must hold one entry for each of the {self.num_layers} layers, "
+                    f"but holds {len(values)}."
+                )
 
     @property
     def num_layers(self) -> int:
@@ -94,8 +104,10 @@ class Measurement:
 class LayerSampler(ABC):
     """Picks the layers that train in a period. Subclass it, write :meth:`sample`, and ``@register`` a name.
 
-    Options are keyword-only constructor arguments with annotations; their bounds, defaults and units go into
-    the docstring's ``Args``, which ``layersample list NAME`` prints.
+    Options are the fields of a keyword-only dataclass, ``@dataclass(kw_only=True, eq=False)``, checked in
+    ``__post_init__``; so a subclass has the options of its base too. Keyword-only arguments of an ``__init__`` of
+    your own do as well. Their bounds, defaults and units go into the docstring's ``Args``, which
+    ``layersample list NAME`` prints.
     """
 
     source: ClassVar[str] = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +24,7 @@ Cost = Literal["none", "flops", "memory"]
 _COST_FLOOR = 0.1
 
 
+@dataclass(kw_only=True, eq=False)
 class WeightedSampler(LayerSampler):
     """Draws ``num_active`` layers without replacement, by weights. Write :meth:`weights`.
 
@@ -42,34 +44,24 @@ class WeightedSampler(LayerSampler):
     """
 
     fixed_size = True
-    # For a subclass whose constructor doesn't call this one.
+    # A subclass whose constructor doesn't call this one has these defaults too.
     temperature: float = 1.0
     min_probability: float = 0.0
     draw: Draw = "sequential"
     cost: Cost = "none"
     cost_tokens: int = 1024
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        min_probability: float = 0.0,
-        draw: Draw = "sequential",
-        cost: Cost = "none",
-        cost_tokens: int = 1024,
-    ) -> None:
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be finite and above 0, but got {temperature}.")
-        if not 0 <= min_probability <= 1:
-            raise ValueError(f"min_probability must be between 0 and 1, but got {min_probability}.")
-        if draw not in get_args(Draw):
-            raise ValueError(f"draw must be 'sequential' or 'systematic', but got {draw!r}.")
-        if cost not in get_args(Cost):
-            raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, but got {cost!r}.")
-        if cost_tokens < 1:
-            raise ValueError(f"cost_tokens must be at least 1 token, but got cost_tokens={cost_tokens}.")
-        self.temperature, self.min_probability, self.draw = temperature, min_probability, draw
-        self.cost, self.cost_tokens = cost, cost_tokens
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be finite and above 0, but got {self.temperature}.")
+        if not 0 <= self.min_probability <= 1:
+            raise ValueError(f"min_probability must be between 0 and 1, but got {self.min_probability}.")
+        if self.draw not in get_args(Draw):
+            raise ValueError(f"draw must be 'sequential' or 'systematic', but got {self.draw!r}.")
+        if self.cost not in get_args(Cost):
+            raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, but got {self.cost!r}.")
+        if self.cost_tokens < 1:
+            raise ValueError(f"cost_tokens must be at least 1 token, but got cost_tokens={self.cost_tokens}.")
 
     @abstractmethod
     def weights(self, context: SamplingContext) -> Sequence[float]:
@@ -130,6 +122,7 @@ class WeightedSampler(LayerSampler):
         return inclusion(self.probabilities(context), context.num_active)
 
 
+@dataclass(kw_only=True, eq=False)
 class MeasuredSampler(WeightedSampler):
     """Weighs layers by scores measured on the model. Write ``measure``, and put into :attr:`scores` what it finds.
 
@@ -140,27 +133,14 @@ class MeasuredSampler(WeightedSampler):
         every: Periods between measurements; none measures once.
     """
 
-    def __init__(
-        self,
-        *,
-        every: int | None = None,
-        temperature: float = 1.0,
-        min_probability: float = 0.0,
-        draw: Draw = "sequential",
-        cost: Cost = "none",
-        cost_tokens: int = 1024,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            min_probability=min_probability,
-            draw=draw,
-            cost=cost,
-            cost_tokens=cost_tokens,
-        )
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1 period, but got {every}.")
-        self.measure_every = every
-        self.scores: dict[str, float] = {}
+    every: int | None = None
+    scores: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every must be at least 1 period, but got {self.every}.")
+        self.measure_every = self.every
 
     def weights(self, context: SamplingContext) -> list[float]:
         """Return the scores by layer."""

@@ -8,6 +8,7 @@ import torch
 
 from layersample import LayerSampler, SamplingContext, WeightedSampler
 from layersample.sampling.draws import Draw
+from layersample.sampling.sampler import LayerStatistics
 from layersample.testing import SamplerContract
 
 LAYERS = tuple(f"layers.{i}" for i in range(5))
@@ -58,6 +59,14 @@ def test_generator_depends_on_seed_and_round_alone() -> None:
 def test_generator_is_drawn_from_once() -> None:
     context = SamplingContext(LAYERS, 2)
     assert torch.rand(1, generator=context.generator) != torch.rand(1, generator=context.generator)
+
+
+def test_statistics_are_of_as_many_layers_as_there_are() -> None:
+    statistics = SamplingContext(LAYERS, 2).statistics
+    assert (statistics.visits, statistics.last_active) == ((0,) * 5, (None,) * 5)
+    for given in (LayerStatistics((), ()), LayerStatistics((0,) * 5, (None,) * 4)):
+        with pytest.raises(ValueError, match="one entry for each of the 5 layers, but holds [04]"):
+            SamplingContext(LAYERS, 2, statistics=given)
 
 
 def test_weights_are_followed() -> None:
