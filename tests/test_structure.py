@@ -21,18 +21,9 @@ PACKAGES = {
 # The rooms of the library, from the top to the ground. A room may import the rooms that stand below it.
 ROOMS = (
     *("cli", "training", "integrations", "planning", "profiling", "testing", "config", "scheduling"),
-    *("checkpoints", "parallel", "optim", "activations", "metrics", "registry", "projection", "sampling"),
-    *(
-        "layers",
-        "plots",
-        "unwrapping",
-        "environment",
-        "option_files",
-        "strict_yaml",
-        "files",
-        "plugins",
-        "errors",
-    ),
+    *("checkpoints", "parallel", "frozen", "optim", "activations", "metrics", "registry", "projection"),
+    *("sampling", "layers", "plots", "unwrapping", "environment", "option_files", "strict_yaml", "files"),
+    *("plugins", "errors"),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MAY_IMPORT = {
