@@ -1,4 +1,4 @@
-"""What is inside of wrappers: the model, the optimizer, and this rank's part of a tensor."""
+"""What is inside of wrappers: the model, the optimizer, this rank's part of a tensor, and a weight's exact values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
+
+FROZEN = "_layersample_frozen"
+"""Attribute of a parameter that is held rounded: its layersample.frozen.matrix.FrozenMatrix; or None."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -39,3 +42,10 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     part: torch.Tensor = to_local()
     return part
+
+
+def exact_values(weight: torch.Tensor) -> torch.Tensor:
+    """A weight's exact values, also while the device holds it rounded: then in the host's memory, not a copy."""
+    frozen = getattr(weight, FROZEN, None)
+    exact: torch.Tensor = weight if frozen is None else frozen.exact()
+    return exact

@@ -32,8 +32,8 @@ class FrozenFormat(ABC):
     Both functions must be deterministic: a run that is resumed quantizes its weights anew.
     """
 
-    def check(self) -> None:  # noqa: B027: most formats need nothing
-        """Make sure that whatever the format needs is installed.
+    def check(self) -> None:  # noqa: B027
+        """Make sure that whatever the format needs is installed; most need nothing.
 
         Raises:
             ConfigError: If it isn't.

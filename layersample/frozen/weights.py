@@ -1,0 +1,187 @@
+"""All frozen weights of a model: which are rounded now, and how one sees through to their exact values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layersample.errors import ConfigError, some
+from layersample.frozen.exact import Mappings
+from layersample.frozen.formats import FORMATS, FrozenFormat
+from layersample.frozen.forward import FrozenModule
+from layersample.frozen.holdable import find_holdable, is_conv1d
+from layersample.frozen.matrix import FrozenMatrix
+from layersample.layers.find import ModelLayers
+from layersample.optim.host_copies import wait_for_copies
+
+logger = logging.getLogger(__name__)
+
+_OWNER = "_layersample_frozen_weights"
+
+
+class FrozenWeights:
+    """Holds the weights of a model's frozen layers in 8 or 4 bits on its device, and their exact values elsewhere.
+
+    Exact values wait in the host's memory, or in the safetensors file that the model was loaded from as long as a
+    weight hasn't trained. ``state_dict()`` gives them, and ``load_state_dict()`` takes them. Only a module's forward
+    and the backward through it use the rounded ones.
+
+    Args:
+        model: The model, without wrappers.
+        layers: Its layers.
+        form: The format, or its name.
+        stays: Whether the model is left rounded by :meth:`close`: it was when it was loaded.
+
+    Raises:
+        ConfigError: If the format is unknown, or needs what isn't installed; if no weight can be held so, or the
+            model has frozen weights already.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: ModelLayers, form: str | FrozenFormat, *, stays: bool = False
+    ) -> None:
+        if find_frozen_weights(model) is not None:
+            raise ConfigError(
+                "A model must have its frozen weights in one format, but it has them in one already."
+            )
+        chosen, self.format = FORMATS.resolve(form)
+        chosen.check()
+        holdable = find_holdable(model, layers)
+        self.kept = holdable.kept
+        """Matrices that stay exact, and why."""
+        if not holdable.names:
+            raise ConfigError(
+                f"frozen_weights={self.format!r} needs layers with matrices that can be held so, but found none: "
+                f"{some(f'{name}: {why}' for name, why in self.kept.items())}."
+            )
+        if self.kept:
+            logger.warning(
+                "%d matrices of the layers stay exact on the device: %s.",
+                *(len(self.kept), some((f"{name}: {why}" for name, why in self.kept.items()), 3)),
+            )
+        self._model, self._stays = model, stays
+        mappings, parameters = Mappings(), dict(model.named_parameters())
+        self._matrices: dict[str, FrozenMatrix] = {}
+        by_module: dict[str, list[FrozenMatrix]] = {}
+        for name in holdable.names:
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            file = mappings.file_of(parameters[name].detach())
+            matrix = FrozenMatrix(name, module, own, chosen, transposed=is_conv1d(module), file=file)
+            self._matrices[name] = matrix
+            by_module.setdefault(path, []).append(matrix)
+        self._modules = {
+            path: FrozenModule(model.get_submodule(path), own) for path, own in by_module.items()
+        }
+        self._look = model.register_forward_hook(self._look_at_first_output)
+        setattr(model, _OWNER, self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the weights that are rounded while they are frozen."""
+        return tuple(self._matrices)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of codes and scales on the device now."""
+        return sum(tensor.nbytes for matrix in self._matrices.values() for tensor in matrix.tensors)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of exact values in the host's memory now; those in the model's own files count nothing."""
+        return sum(matrix.host_bytes for matrix in self._matrices.values())
+
+    def activate(self, training: Container[str]) -> None:
+        """Make whole what trains from now on.
+
+        Args:
+            training: Names of the parameters that train.
+
+        Raises:
+            ConfigError: If exact values are in a file that has changed.
+        """
+        self._show(False)
+        for name, matrix in self._matrices.items():
+            if name in training:
+                matrix.activate()
+        self._update()
+
+    def freeze(self, training: Container[str], device: torch.device | None = None) -> None:
+        """Round all that doesn't train from now on.
+
+        Args:
+            training: Names of the parameters that train.
+            device: Where the codes are; by default where each weight is.
+        """
+        for name, matrix in self._matrices.items():
+            if name not in training:
+                matrix.freeze(device)
+        wait_for_copies()  # a checkpoint may read them next
+        self._update()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Have every parameter show its exact values, and the model compute with them.
+
+        On another device than the host's they stay in the host's memory, and are copied to the device one module
+        at a time while it runs. Don't train meanwhile.
+        """
+        if any(module._shows_exact for module in self._modules.values()):
+            yield  # within another one
+            return
+        try:
+            self._show(True)
+            yield
+        finally:
+            self._show(False)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Exact values of the weights that can be frozen and have trained: none of them is in a file."""
+        return {name: matrix.exact() for name, matrix in self._matrices.items() if not matrix.is_mapped}
+
+    def close(self) -> None:
+        """Leave the model as it was found: whole, or rounded if it was loaded so. Safe to call twice."""
+        self._show(False)
+        if self._stays:
+            self.freeze(())
+            return
+        for matrix in self._matrices.values():
+            matrix.activate()
+        for module in self._modules.values():
+            module.close()
+        self._modules.clear()
+        self._look.remove()
+        vars(self._model).pop(_OWNER, None)
+
+    def _show(self, exact: bool) -> None:
+        for module in self._modules.values():
+            module.show(exact)
+
+    def _update(self) -> None:
+        for module in self._modules.values():
+            module.update()
+
+    def _look_at_first_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Find weights that were read past their modules, which shows in the first output as NaN."""
+        self._look.remove()
+        value = getattr(output, "loss", None)
+        value = getattr(output, "logits", output) if value is None else value
+        if not isinstance(value, Tensor) or bool(value.isfinite().all()):
+            return
+        missed = [path for path, one in self._modules.items() if one._frozen and not one.was_called]
+        if missed:
+            raise ConfigError(
+                f"frozen_weights needs every frozen weight to be read in the forward of its own module, but "
+                f"{some(missed)} didn't run, and the model's output is no number: train it without."
+            )
+
+
+def find_frozen_weights(model: nn.Module) -> FrozenWeights | None:
+    """The frozen weights of a model, if it has any."""
+    found: FrozenWeights | None = getattr(model, _OWNER, None)
+    return found
