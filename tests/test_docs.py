@@ -170,6 +170,19 @@ def pieces(row: list[str]) -> set[str]:
     return {*row, *(piece.strip() for cell in row for piece in re.split(r"[;:±]|^\d+\. ", cell))}
 
 
+def test_peaks_of_the_first_page_are_those_stored() -> None:
+    table = next(t for t in tables_of(ROOT / "docs/index.md") if any("--preset" in c for c in t[0][3:4]))
+    stored = [
+        pieces(row)
+        for name in ("plan_cards", "plan_papers")
+        for t in tables_of(ROOT / f"benchmarks/results/{name}.md")
+        for row in t
+    ]
+    for memory, model, peak, *_ in table:
+        assert any({model, peak} <= row for row in stored), (model, peak)
+        assert float(peak) + 1 <= float(memory.removesuffix(" GB"))
+
+
 def test_most_tables_of_figures_say_where_they_come_from() -> None:
     assert len(TABLES) >= 8
 
