@@ -137,13 +137,17 @@ class OptimizationOptions(Options):
 class OutputOptions(Options):
     """What is written, and where."""
 
-    output: Path | None = Field(None, description="Folder of the run; default: runs/SAMPLER-DATE-TIME.")
+    output: Path | None = Field(None, description="Folder of the run; default: a new one in runs/.")
     save_steps: int | None = Field(
         None, ge=1, le=_MOST, description="Optimizer steps between checkpoints; default: none."
     )
     resume: bool = Field(False, description="Continue the run in the output folder.")
     allow_changes: bool = Field(False, description="Resume though other options have changed.")
     overwrite: bool = Field(False, description="Replace the run in the output folder.")
+    verify: bool = Field(
+        True,
+        description="Compare checksums of the checkpoint to resume from; sizes are compared in any case.",
+    )
 
 
 class TrainConfig(
@@ -184,7 +188,16 @@ class TrainConfig(
 
 
 # What may differ when a run is resumed, because its result doesn't depend on it.
-_MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "save_steps", "save_precision", "check"}
+_MAY_CHANGE = {
+    "output",
+    "resume",
+    "overwrite",
+    "allow_changes",
+    "save_steps",
+    "save_precision",
+    "check",
+    "verify",
+}
 
 
 def check_same_run(config: TrainConfig, stored: Path) -> None:

@@ -14,11 +14,45 @@ from typing import Any
 
 import platformdirs
 
+from layersample.errors import ConfigError
+
+LOCK = ".lock"
+
 
 def cache_folder() -> Path:
     """Where models and metrics are kept: ``$LAYERSAMPLE_CACHE``, or the user's cache folder."""
     override = os.environ.get("LAYERSAMPLE_CACHE")
     return Path(override).expanduser() if override else platformdirs.user_cache_path("layersample")
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a folder while something is written into it, so that no second run mixes with it.
+
+    The system lets go of it when the process ends, however it does. The lock's file stays: removing it would let two
+    processes hold two files of one name.
+
+    Args:
+        folder: The folder, which is there.
+
+    Raises:
+        ConfigError: If another process, or another run of this one, holds it.
+        OSError: If it can't be written.
+    """
+    from filelock import FileLock, Timeout  # only the command line and runs need it
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"One run at a time may write into a folder, but {folder} is in use by another one: choose another "
+            "output, or wait until that one has ended."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or not there: sealed with a list of their files, and checked before they are used."""
+"""Checkpoints of a plain training loop, whole or not there, and checked before they are used."""
 
 from __future__ import annotations
 
-import json
-import logging
+import operator
+import pickle
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any, Protocol
 
 import torch
 
+from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
+from layersample.checkpoints.seal import (
+    CheckpointError,
+    check,
+    find_last,
+    last_number,
+    remove_oldest,
+    seal,
+    step_of,
+)
 from layersample.errors import ConfigError
-from layersample.files import replace_folder, write_json
+from layersample.files import replace_folder
 
-logger = logging.getLogger(__name__)
-
-SEAL = "layersample.json"
-_VERSION = 1
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint can't be used: says why, and which earlier one can."""
+_RANDOM = "random"  # the random generators are kept under this name
 
 
 class Stateful(Protocol):
@@ -35,39 +39,6 @@ class Stateful(Protocol):
         """Take it back."""
 
 
-def seal(folder: Path) -> None:
-    """List a finished checkpoint's files and their bytes in it, so that :func:`check` can tell what is missing."""
-    files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    write_json(folder / SEAL, {"version": _VERSION, "files": files})
-
-
-def check(folder: Path) -> None:
-    """Make sure that a checkpoint is one of ours, and whole.
-
-    Raises:
-        CheckpointError: If it was made without layersample or by another version, or a file of it is missing or
-            has another size; it offers the last whole checkpoint beside it.
-    """
-    problem = _find_problem(folder)
-    if problem is not None:
-        others = [p for p in _numbered(folder.parent) if p != folder and _find_problem(p) is None]
-        offer = (
-            f"The last whole checkpoint is {others[-1]}." if others else "There is no other whole checkpoint."
-        )
-        raise CheckpointError(f"The checkpoint {folder} can't be used: {problem}. {offer}")
-
-
-def find_last(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a folder, whole or not; ``None`` without any."""
-    checkpoints = _numbered(folder)
-    return checkpoints[-1] if checkpoints else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number in ``checkpoint-NUMBER``."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 class Checkpoints:
     """Saves and loads the checkpoints of a plain training loop, each whole or not at all.
 
@@ -75,14 +46,20 @@ class Checkpoints:
     state of torch's and Python's random generators is kept too. Make the objects as for a new run, then call
     :meth:`load_last`.
 
+    One run at a time saves into a folder. Which checkpoint is the last is a matter of when it was saved, not of its
+    step: a run may go back to an earlier one with :meth:`load`, and on from there.
+
     Args:
         folder: Where the checkpoints are: ``checkpoint-STEP`` each.
         objects: What is kept, by name, in the order in which it is loaded: the model first, then the optimizer,
-            then its schedule and the :class:`~layersample.LayerScheduler`.
+            then its schedule and the :class:`~layersample.LayerScheduler`. A name has letters, digits, ``_``, ``-``
+            and ``.``, and isn't ``random``.
         keep: How many of the last checkpoints stay, at least 1.
+        verify: Whether loading compares the checksums of all files, and not their sizes alone: it reads every byte
+            once more, at about 2 GB/s a processor.
 
     Raises:
-        ConfigError: If ``keep`` is out of bounds or an object has no state.
+        ConfigError: If ``keep`` is out of bounds, a name can't be a file's, or an object has no state.
 
     Example:
         >>> checkpoints = Checkpoints("run", {"model": model, "optimizer": optimizer})  # doctest: +SKIP
@@ -92,35 +69,51 @@ class Checkpoints:
         ...         checkpoints.save(step + 1)
     """
 
-    def __init__(self, folder: str | Path, objects: Mapping[str, Stateful], *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | Path, objects: Mapping[str, Stateful], *, keep: int = 2, verify: bool = True
+    ) -> None:
         if keep < 1:
             raise ConfigError(f"keep must be at least 1 checkpoint, but got keep={keep}.")
+        _check_names(objects)
         for name, value in objects.items():
             if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
                 raise ConfigError(
                     f"What is kept must have state_dict and load_state_dict, but {name!r} ({type(value).__name__}) "
                     "hasn't."
                 )
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.verify = Path(folder), keep, verify
         self._objects = dict(objects)
+        self._number = last_number(self.folder)  # of the last checkpoint that this run knows of
 
     def save(self, step: int) -> Path:
         """Write a checkpoint, and remove the oldest ones only once it is whole.
 
         Args:
-            step: Optimizer steps done.
+            step: Optimizer steps done, at least 0.
+
+        Raises:
+            ConfigError: If an object's state couldn't be loaded again, or another run has saved into the folder
+                since this one began. Nothing is then written or removed.
         """
+        step = operator.index(step)
+        if step < 0:
+            raise ConfigError(f"step must be at least 0 optimizer steps, but got step={step}.")
+        self._check_alone()
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch, target = saving_folder(self.folder, step), self.folder / f"checkpoint-{step}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_unfinished(self.folder)
         scratch.mkdir()
-        for name, value in self._objects.items():
-            torch.save(value.state_dict(), scratch / f"{name}.pt")
-        torch.save(_random_state(), scratch / "random.pt")
-        seal(scratch)
+        try:
+            for name, value in self._objects.items():
+                _save_state(value.state_dict(), scratch / f"{name}.pt", f"the state of {name!r}")
+            torch.save(_random_state(), scratch / f"{_RANDOM}.pt")
+            seal(scratch, self._number + 1)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         replace_folder(scratch, target)
-        for old in _numbered(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        self._number += 1
+        remove_oldest(self.folder, self.keep)
         return target
 
     def load_last(self) -> int:
@@ -133,7 +126,10 @@ class Checkpoints:
             CheckpointError: As :func:`check` and :meth:`load`.
         """
         last = find_last(self.folder)
-        return 0 if last is None else self.load(last)
+        if last is None:
+            self._number = 0
+            return 0
+        return self.load(last)
 
     def load(self, checkpoint: str | Path) -> int:
         """Load one checkpoint.
@@ -142,8 +138,8 @@ class Checkpoints:
             CheckpointError: As :func:`check`; or if it holds other objects than these.
         """
         checkpoint = Path(checkpoint)
-        check(checkpoint)
-        held = {path.stem for path in checkpoint.glob("*.pt")} - {"random"}
+        check(checkpoint, verify=self.verify)
+        held = {path.name.removesuffix(".pt") for path in checkpoint.glob("*.pt")} - {_RANDOM}
         if held != set(self._objects):
             raise CheckpointError(
                 f"The checkpoint {checkpoint} must hold {', '.join(sorted(self._objects))}, but holds "
@@ -152,45 +148,41 @@ class Checkpoints:
         states = {name: torch.load(checkpoint / f"{name}.pt", weights_only=True) for name in self._objects}
         for name, value in self._objects.items():
             value.load_state_dict(states[name])
-        _set_random_state(torch.load(checkpoint / "random.pt", weights_only=True))
+        _set_random_state(torch.load(checkpoint / f"{_RANDOM}.pt", weights_only=True))
+        self._number = last_number(self.folder)
         return step_of(checkpoint)
 
-
-def saving_folder(folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole; the same for all ranks."""
-    return folder / f".saving-{step}"
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that was killed had begun to save."""
-    for leftover in folder.glob(".saving-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    def _check_alone(self) -> None:
+        """Two runs in one folder would remove each other's checkpoints, and resume from the other's."""
+        if last_number(self.folder) > self._number:
+            raise ConfigError(
+                f"One run at a time may save into a folder, but another one has saved {find_last(self.folder)} since "
+                "this one began: choose another folder for one of them."
+            )
 
 
-def _find_problem(folder: Path) -> str | None:
-    if not folder.is_dir():
-        return "there is no such folder"
+def _check_names(objects: Mapping[str, Stateful]) -> None:
+    seen: set[str] = set()
+    for name in objects:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() == _RANDOM or name.lower() in seen:
+            raise ConfigError(
+                "The name of what is kept must be made of letters, digits, '_', '-' and '.', stand once (in small or "
+                f"capital letters), and not be {_RANDOM!r}, where the random generators are kept; but got {name!r}."
+            )
+        seen.add(name.lower())
+
+
+def _save_state(state: object, path: Path, what: str) -> None:
+    """Save a state, and make sure that it can be loaded, now and not when it is needed."""
     try:
-        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        version, files = content["version"], dict(content["files"])
-    except FileNotFoundError:
-        return f"it has no {SEAL}, so it wasn't saved by layersample"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {SEAL} is damaged"
-    if version != _VERSION:
-        return f"it is of version {version}, and this layersample reads version {_VERSION}"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"its file {name} is missing"
-        if path.stat().st_size != size:
-            return f"its file {name} is damaged: it must have {size} bytes, but has {path.stat().st_size}"
-    return None
-
-
-def _numbered(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
+        torch.save(state, path)
+    except (
+        pickle.PicklingError,
+        AttributeError,
+        TypeError,
+    ) as error:  # what pickle raises, by the kind of object
+        raise ConfigError(f"What is kept must be possible to save, but {what} isn't: {error}") from error
+    check_loadable(path, what)
 
 
 def _random_state() -> dict[str, Any]:

@@ -306,7 +306,17 @@ _NOT_PLANNED = (
         "epochs",
         "learning_rate",
     ),
-    *("schedule", "warmup", "weight_decay", "output", "save_steps", "resume", "overwrite", "trainer_option"),
+    *(
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "output",
+        "save_steps",
+        "resume",
+        "overwrite",
+        "verify",
+        "trainer_option",
+    ),
     *("sampler_options", "projection_options"),
 )
 app.command(rich_help_panel=None)(with_options(plan, leave_out=_NOT_PLANNED, first=_PLAN_OPTIONS))

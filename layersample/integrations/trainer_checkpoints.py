@@ -2,62 +2,148 @@
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
-from layersample.checkpoints.whole import check, remove_unfinished, saving_folder, seal
+from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
+from layersample.checkpoints.seal import (
+    CheckpointError,
+    check,
+    find_last,
+    last_number,
+    remove_oldest,
+    seal,
+    sealed_files,
+)
 from layersample.files import replace_folder
 
-
-def protect_checkpoints(trainer: Trainer) -> None:
-    """Make a Trainer save each checkpoint beside its place and rename it, and check one that it resumes from."""
-    if isinstance(trainer._save_checkpoint, partial):
-        return  # it is protected already
-    trainer._save_checkpoint = partial(_save, trainer, trainer._save_checkpoint)  # type: ignore[method-assign]
-    trainer._load_from_checkpoint = partial(_load, trainer._load_from_checkpoint)  # type: ignore[method-assign]
+logger = logging.getLogger(__name__)
 
 
-def _save(trainer: Trainer, save: Any, model: Any, trial: Any) -> None:
-    """Save beside the checkpoint's place, then rename: a killed run leaves a whole checkpoint or none."""
-    args, state = trainer.args, trainer.state
-    place, name = Path(str(args.output_dir)), f"checkpoint-{state.global_step}"
-    if args.push_to_hub or trial is not None:  # the Trainer goes on to use the folder where it has written it
-        save(model, trial)
-        if args.should_save and (place / name).is_dir():
-            seal(place / name)
-        return
-    scratch = saving_folder(place, state.global_step)
-    if args.should_save:
-        remove_unfinished(place)
-    trainer.accelerator.wait_for_everyone()
-    args.output_dir = str(scratch)
-    try:
-        save(model, trial)
-    finally:
-        args.output_dir = str(place)
-    trainer.accelerator.wait_for_everyone()  # every rank saves its own random state
-    best = state.best_model_checkpoint
-    if best is not None and Path(best) == scratch / name:
-        state.best_model_checkpoint = str(place / name)
-    if args.should_save:
-        state.save_to_json(str(scratch / name / TRAINER_STATE_NAME))
-        seal(scratch / name)
-        replace_folder(scratch / name, place / name)
-        remove_unfinished(place)
-        rotate_checkpoints(
-            output_dir=str(place),
-            save_total_limit=args.save_total_limit,
-            best_model_checkpoint=state.best_model_checkpoint,
-            use_mtime=True,
+class ProtectedCheckpoints:
+    """Makes a Trainer save each checkpoint beside its place and rename it, and check one that it resumes from.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._save_theirs: Callable[[Any, Any], None] = trainer._save_checkpoint
+        self._load_theirs: Callable[[str, Any], None] = trainer._load_from_checkpoint
+        self._run_epoch_of_theirs: Callable[..., None] = trainer._run_epoch
+        self.verify, self.allow_changes = True, False
+        trainer._save_checkpoint = self.save  # type: ignore[method-assign]
+        trainer._load_from_checkpoint = self.load  # type: ignore[method-assign, assignment]
+        trainer._run_epoch = self.run_epoch  # type: ignore[method-assign]
+
+    def save(self, model: Any, trial: Any) -> None:
+        """Save beside the checkpoint's place, then rename: a killed run leaves a whole checkpoint or none."""
+        args, state = self._trainer.args, self._trainer.state
+        place = Path(self._trainer._get_output_dir(trial))  # a search has a folder for each trial
+        name = f"checkpoint-{state.global_step}"
+        scratch = self._agree_on(saving_folder(place, state.global_step))
+        if args.should_save:
+            remove_unfinished(place)
+        self._trainer.accelerator.wait_for_everyone()
+        saved, pushes = self._save_into(scratch, model, trial)
+        self._trainer.accelerator.wait_for_everyone()  # every rank saves its own random state
+        best = state.best_model_checkpoint
+        if best is not None and Path(best) == saved / name:
+            state.best_model_checkpoint = str(place / name)
+        if args.should_save:
+            state.save_to_json(str(saved / name / TRAINER_STATE_NAME))
+            self._put_in_place(saved / name, place / name, scratch)
+        for push in pushes:  # the Trainer goes on to read the folder that it pushes
+            push(str(place / name))
+        if args.should_save and args.save_total_limit and args.save_total_limit > 0:
+            best = state.best_model_checkpoint
+            remove_oldest(place, args.save_total_limit, spare=[Path(best)] if best else [])
+        self._trainer.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint to resume from, once it is found to be whole."""
+        folder = Path(checkpoint)
+        # One process of a machine reads it all; with the others at it too, a large one would take them minutes.
+        verify = self.verify and self._trainer.accelerator.is_local_main_process
+        check(folder, verify=verify, allow_changes=self.allow_changes)
+        check_resumable(folder)
+        last = find_last(folder.parent)
+        if last is not None and last != folder:
+            logger.warning("Resuming from %s, though %s was saved later.", folder, last)
+        self._load_theirs(checkpoint, model)
+
+    def run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, but not beyond the last step: the Trainer looks only after it has done one."""
+        state = self._trainer.state
+        if state.global_step >= state.max_steps:
+            self._trainer.control.should_training_stop = True
+            return
+        self._run_epoch_of_theirs(*args, **kwargs)
+
+    def _agree_on(self, scratch: Path) -> Path:
+        """The main process's folder, on all of them."""
+        if self._trainer.args.world_size == 1:
+            return scratch
+        shared = [str(scratch)]
+        dist.broadcast_object_list(shared, src=0)
+        return Path(shared[0])
+
+    def _save_into(self, scratch: Path, model: Any, trial: Any) -> tuple[Path, list[Callable[[str], None]]]:
+        """Have the Trainer save into another folder; give where it has, and what it would then have pushed."""
+        trainer, pushes = self._trainer, list[Callable[[str], None]]()
+        output, push = trainer.args.output_dir, trainer._push_from_checkpoint
+        trainer.args.output_dir = str(scratch)
+        trainer._push_from_checkpoint = lambda checkpoint_folder: pushes.append(push)  # type: ignore[method-assign]
+        try:
+            self._save_theirs(model, trial)
+            return Path(trainer._get_output_dir(trial)), pushes
+        finally:
+            trainer.args.output_dir = output
+            trainer._push_from_checkpoint = push  # type: ignore[method-assign]
+
+    def _put_in_place(self, saved: Path, target: Path, scratch: Path) -> None:
+        try:
+            for file in sorted(saved.glob("*.pt")):
+                check_loadable(file, f"the Trainer's {file.name}")
+            seal(saved, last_number(target.parent) + 1)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        replace_folder(saved, target)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def protect_checkpoints(trainer: Trainer, *, verify: bool, allow_changes: bool) -> None:
+    """Have a Trainer's checkpoints be whole or not there; once, however often it is asked for.
+
+    Args:
+        trainer: The Trainer.
+        verify: Whether resuming compares the checksums of all files, and not their sizes alone.
+        allow_changes: Whether ``trainer_state.json`` may have been edited.
+    """
+    protected = getattr(trainer._save_checkpoint, "__self__", None)
+    if not isinstance(protected, ProtectedCheckpoints):
+        protected = ProtectedCheckpoints(trainer)
+    protected.verify, protected.allow_changes = verify, allow_changes
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Make sure that a checkpoint holds the optimizer, and not the model alone.
+
+    Raises:
+        CheckpointError: If it doesn't.
+    """
+    files = sealed_files(checkpoint)
+    if files and not any(file.startswith("optimizer") for file in files):
+        raise CheckpointError(
+            f"A run must be resumed with its optimizer, but the checkpoint {checkpoint} holds the model alone, as "
+            "save_only_model asks for: load the model from it and begin a new run, or save without that option."
         )
-    trainer.accelerator.wait_for_everyone()
-
-
-def _load(load: Any, checkpoint: str, model: Any = None) -> None:
-    check(Path(checkpoint))
-    load(checkpoint, model)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -119,18 +121,22 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         }
         self._loss_chunk, self._recompute = loss_chunk, recompute
         self._savers = ExitStack()
-        self._trainer: Trainer | None = None
+        self._trainers: WeakSet[Trainer] = WeakSet()
         self.scheduler: LayerScheduler | None = None
         self._is_training = False
+        self._state: TrainerState | None = None
+        self._sampler_at_first: dict[str, Any] | None = None
 
-    def attach(self, trainer: Trainer) -> LayerSamplingCallback:
+    def attach(self, trainer: Trainer, *, verify: bool = True) -> LayerSamplingCallback:
         """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
 
         The Trainer's checkpoints are then whole or not there: each is saved beside its place, listed and renamed,
-        and checked before the Trainer resumes from it.
+        and checked before the Trainer resumes from it. A run that is resumed at its last step does no step more.
 
         Args:
             trainer: The Trainer, before ``train()``; SFTTrainer and the like are Trainers.
+            verify: Whether a checkpoint's checksums are compared before it is loaded, and not its sizes alone. That
+                reads every byte once more, at about 2 GB/s a processor.
 
         Raises:
             ConfigError: If the Trainer has arguments that don't go with layer sampling.
@@ -139,8 +145,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         if self in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(self)
         trainer.callback_handler.callbacks.insert(0, self)
-        if trainer is not self._trainer:
-            self._trainer = trainer
+        if trainer not in self._trainers:
+            self._trainers.add(trainer)
             load = trainer._load_optimizer_and_scheduler
 
             def load_what_is_there(checkpoint: str | None) -> None:
@@ -150,7 +156,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
-        protect_checkpoints(trainer)
+        protect_checkpoints(trainer, verify=verify, allow_changes=self._arguments["allow_changes"])
         return self
 
     def on_train_begin(
@@ -158,7 +164,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the scheduler; take back its state from a checkpoint."""
         self._check(args)
-        self._end(check=False)  # a run that was interrupted, in a notebook say
+        self._end_interrupted(kwargs["optimizer"], resumes=state.global_step > 0)
         arguments = dict(self._arguments)
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
@@ -167,9 +173,13 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         exported = stored.setdefault(type(self).__name__, {})
         if isinstance(exported, list):
             exported = exported[-1] if exported else {}
-        saved = exported.get("attributes", {}).get("scheduler_state")
+        # Of a new run the Trainer asks this callback itself, which may still hold what an earlier run ended with.
+        saved = exported.get("attributes", {}).get("scheduler_state") if state.global_step else None
+        self._forget_earlier_runs()
+        trainer = next((trainer for trainer in self._trainers if trainer.state is state), None)
+        self._state = state
         self.scheduler = LayerScheduler(
-            self._trainer.model_wrapped if self._trainer is not None else kwargs["model"],
+            kwargs["model"] if trainer is None else trainer.model_wrapped,
             kwargs["optimizer"],
             self._sampler,
             **arguments,
@@ -189,6 +199,16 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Count the step that has ended, and switch layers where its period has too."""
         assert self.scheduler is not None
+        if state is not self._state:
+            raise ConfigError(
+                "A LayerSamplingCallback must be in one training at a time, but another Trainer has begun to train "
+                "with this one since: make one for each."
+            )
+        if state.global_step >= state.max_steps:  # the Trainer ends only after the step that reaches it
+            raise ConfigError(
+                f"A resumed run must have steps left, but this one has done {state.global_step} of {state.max_steps}, "
+                "and the Trainer would do one more: use attach(trainer), which ends it here, or raise max_steps."
+            )
         self.scheduler.advance_to(state.global_step)
 
     def on_log(
@@ -200,6 +220,9 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Add the active layers to the logs of a training step."""
+        if args.load_best_model_at_end and logs is not None and "train_runtime" in logs:
+            # Training is over, and the Trainer is about to load other weights, which no check must see.
+            self._end(check=True)
         if self.scheduler is None or logs is None or "loss" not in logs:
             return
         active = {
@@ -216,6 +239,25 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Give every parameter its ``requires_grad`` back."""
         self._end(check=True)
+
+    def _end_interrupted(self, optimizer: Any, *, resumes: bool) -> None:
+        """End a run that was interrupted, in a notebook say; its scheduler is still on the optimizer."""
+        if not self._is_training:
+            return
+        # A checkpoint has been loaded through that scheduler by now, which puts away its own state as it ends.
+        loaded = optimizer.state_dict() if resumes else None
+        self._end(check=False)
+        if loaded is not None:
+            optimizer.load_state_dict(loaded)
+
+    def _forget_earlier_runs(self) -> None:
+        """Have a sampler that was given as an object begin each run as it was given."""
+        if isinstance(self._sampler, str):
+            return
+        if self._sampler_at_first is None:
+            self._sampler_at_first = deepcopy(self._sampler.state_dict())
+        else:
+            self._sampler.load_state_dict(deepcopy(self._sampler_at_first))
 
     def _end(self, *, check: bool) -> None:
         if self.scheduler is not None and self._is_training:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from layersample.checkpoints.whole import find_last, step_of
+from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json, write_text
@@ -98,7 +98,7 @@ def finetune(
         if config.loss_chunk:
             trainer.chunk_loss(config.loss_chunk)
         trainer.remove_callback(PrinterCallback)
-        sampling.attach(trainer)
+        sampling.attach(trainer, verify=False)  # RunFolder has done that, before anything was loaded
         for name, count in trainer.too_long.items():
             if count:
                 kind = name.replace("_", "-")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from layersample.checkpoints.whole import check, find_last, remove_unfinished
+from layersample.checkpoints.saving import remove_unfinished
+from layersample.checkpoints.seal import check, find_last
 from layersample.config import TrainConfig, check_same_run
 from layersample.errors import ConfigError
+from layersample.files import LOCK, only_one
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +40,16 @@ class RunFolder:
 
         Raises:
             ConfigError: If it holds something and neither resume nor overwrite is on, there is nothing to
-                resume, or it can't be written. Nothing is changed.
+                resume, another run is at work in it, or it can't be written. Nothing is changed.
         """
-        path = config.output or Path("runs") / f"{config.sampler}-{datetime.now():%Y%m%d-%H%M%S}"
+        path = config.output or _new_name(config.sampler)
         folder = cls(path, config.resume, config.overwrite)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"The output must be a folder, but {path} is a file.")
-        holds_something = path.is_dir() and any(path.iterdir())
-        if holds_something and not (config.resume or config.overwrite):
-            raise ConfigError(
-                f"The output folder must be new or empty, but {path} holds {_contents(path)}. "
-                "Add --resume to continue that run, --overwrite to replace it, or choose another --output."
-            )
+        if (path / LOCK).is_file():  # or this would make one
+            with only_one(path):
+                pass
+        folder._check_free()
         if config.resume:
             last = find_last(folder.checkpoints)
             if last is None:
@@ -56,12 +57,8 @@ class RunFolder:
                     f"There must be a checkpoint to resume from, but {folder.checkpoints} has none. Runs save "
                     "them every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
                 )
-            check(last)
+            check(last, verify=config.verify, allow_changes=config.allow_changes)
             check_same_run(config, path / "config.yaml")
-        if config.overwrite and holds_something and not (path / "config.yaml").is_file():
-            raise ConfigError(
-                f"--overwrite replaces a run, but {path} holds {_contents(path)} and no config.yaml."
-            )
         folder._check_writable()
         return folder
 
@@ -72,32 +69,72 @@ class RunFolder:
 
     @contextmanager
     def open(self) -> Iterator[Path | None]:
-        """Make the folder ready, and give the checkpoint to resume from.
+        """Take the folder for this run alone, make it ready, and give the checkpoint to resume from.
 
         A run that is replaced is set aside first, and removed only once the new one has ended well. A new run
-        that fails before it has measured anything leaves nothing behind.
+        that fails before it has measured anything leaves nothing of its own behind.
+
+        Raises:
+            ConfigError: If another run is at work in it, or came first.
         """
-        aside: Path | None = None
-        if self.overwrite and self.path.exists():
-            aside = next(p for n in range(1, 10**6) if not (p := self._aside(n)).exists())
-            self.path.rename(aside)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.checkpoints)
+        made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with only_one(self.path):
+            self._check_free()  # once more: another run may have come and gone since it was chosen
+            aside = self._set_aside()
+            # The lock that is held has moved away with the run that is to be replaced.
+            with only_one(self.path) if aside else nullcontext():
+                yield from self._run(made or aside is not None, aside)
+
+    def _run(self, made: bool, aside: Path | None) -> Iterator[Path | None]:
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_unfinished(self.checkpoints, alone=True)
         try:
             yield find_last(self.checkpoints) if self.resume else None
         except BaseException:
             metrics = self.path / "metrics.jsonl"
-            if not self.resume and not (metrics.exists() and metrics.stat().st_size):
-                shutil.rmtree(self.path)  # it was new or empty
+            if self.resume or (metrics.exists() and metrics.stat().st_size):
+                if aside is not None:
+                    logger.warning(
+                        "The run in %s didn't end well; the one it was to replace is in %s.", self.path, aside
+                    )
+            else:
+                self._remove_own(made)
                 if aside is not None:
                     aside.rename(self.path)
-            elif aside is not None:
-                logger.warning(
-                    "The run in %s didn't end well; the one it was to replace is in %s.", self.path, aside
-                )
             raise
         if aside is not None:
             shutil.rmtree(aside)
+
+    def _set_aside(self) -> Path | None:
+        if not (self.overwrite and _names(self.path)):
+            return None
+        aside = next(p for n in range(1, 10**6) if not (p := self._aside(n)).exists())
+        self.path.rename(aside)
+        self.path.mkdir()
+        return aside
+
+    def _remove_own(self, made: bool) -> None:
+        """Remove what this run has made so far; whatever else is in the folder stays, and so does the folder then."""
+        for name in ("config.yaml", "metrics.jsonl", LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it isn't empty
+                self.path.rmdir()
+
+    def _check_free(self) -> None:
+        """Make sure that the run may have the folder as it is."""
+        held = _names(self.path)
+        if held and not (self.resume or self.overwrite):
+            raise ConfigError(
+                f"The output folder must be new or empty, but {self.path} holds {_some(held)}. "
+                "Add --resume to continue that run, --overwrite to replace it, or choose another --output."
+            )
+        if self.overwrite and held and "config.yaml" not in held:
+            raise ConfigError(
+                f"--overwrite replaces a run, but {self.path} holds {_some(held)} and no config.yaml."
+            )
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.previous" + (f"-{number}" if number > 1 else ""))
@@ -114,6 +151,18 @@ class RunFolder:
             raise ConfigError(f"The output folder must be writable, but {parent} isn't: {error}.") from error
 
 
-def _contents(path: Path, limit: int = 3) -> str:
-    names = sorted(p.name for p in path.iterdir())
+def _new_name(sampler: str) -> Path:
+    """A folder that no other run has, though it begins in the same second."""
+    while True:
+        path = Path("runs") / f"{sampler}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        if not path.exists():
+            return path
+
+
+def _names(path: Path) -> list[str]:
+    """What is in a folder, but for the lock; nothing where there is none."""
+    return sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.is_dir() else []
+
+
+def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -21,7 +21,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from layersample.activations.save_memory import save_memory
-from layersample.checkpoints.whole import find_last
+from layersample.checkpoints.seal import find_last
 from layersample.errors import ConfigError
 
 _NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do

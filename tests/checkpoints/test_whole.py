@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pkgutil
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from datasets import Dataset
@@ -30,7 +30,7 @@ from layersample import (
     list_projections,
     list_samplers,
 )
-from layersample.checkpoints.whole import CheckpointError, check, find_last, seal
+from layersample.checkpoints.seal import CheckpointError, check, find_last
 from tests.helpers import make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
@@ -264,6 +264,89 @@ def test_a_damaged_checkpoint_says_so_and_the_one_before_is_offered(
     assert two.load(two.folder / "checkpoint-5") == 5
 
 
+def test_every_flipped_bit_is_found_before_anything_is_loaded(two: Checkpoints) -> None:
+    last = two.folder / "checkpoint-10"
+    for file in sorted(last.iterdir()):
+        whole = file.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 2):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match="damaged.*last whole checkpoint is .*checkpoint-5"):
+                two.load_last()
+        file.write_bytes(whole)
+    assert two.load_last() == 10
+    data = bytearray((last / "model.pt").read_bytes())
+    weight = two._objects["model"].state_dict()["weight"]
+    data[data.index(weight.numpy().tobytes())] ^= 1  # torch itself would load it
+    (last / "model.pt").write_bytes(data)
+    assert Checkpoints(two.folder, two._objects, verify=False).load_last() == 10
+
+
+def test_a_run_that_goes_back_goes_on_from_there(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpoints = Checkpoints(tmp_path, {"model": model}, keep=3)
+    for step in (50, 100):
+        model.weight.data.fill_(step)
+        checkpoints.save(step)
+    assert checkpoints.load(tmp_path / "checkpoint-50") == 50 and model.weight[0, 0] == 50
+    checkpoints.keep = 1
+    checkpoints.save(60)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-60"]
+    checkpoints.keep = 3
+    checkpoints.save(100)
+    checkpoints.load(tmp_path / "checkpoint-60")
+    checkpoints.save(70)
+    assert Checkpoints(tmp_path, {"model": model}).load_last() == 70
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_removes_anything(tmp_path: Path) -> None:
+    first, second = (Checkpoints(tmp_path, {"model": nn.Linear(2, 2)}, keep=1) for _ in range(2))
+    assert first.load_last() == second.load_last() == 0
+    first.save(5)
+    with pytest.raises(ConfigError, match="another one has saved .*checkpoint-5 since"):
+        second.save(3)
+    first.save(10)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert second.load_last() == 10
+    second.save(15)
+
+
+@pytest.mark.parametrize("name", ["random", "Random", "a/b", "../a", "", ".a", "a b"])
+def test_names_that_aren_t_a_file_s_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="name of what is kept must be"):
+        Checkpoints(tmp_path, {name: nn.Linear(1, 1)})
+
+
+def test_names_that_differ_in_capital_letters_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stand once.*got 'Model'"):
+        Checkpoints(tmp_path, {"model": nn.Linear(1, 1), "Model": nn.Linear(1, 1)})
+
+
+class Holds:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.value}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.value = state["order"]
+
+
+@pytest.mark.parametrize("value", [numpy.arange(4), numpy.float32(1), Path("x"), lambda: 0, Holds(1)])
+def test_what_could_not_be_loaded_is_refused_when_it_is_saved(two: Checkpoints, value: Any) -> None:
+    checkpoints = Checkpoints(two.folder, {"model": nn.Linear(2, 2), "loader": Holds(value)}, keep=1)
+    with pytest.raises(ConfigError, match="the state of 'loader'"):
+        checkpoints.save(15)
+    assert sorted(p.name for p in two.folder.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_objects_with_dots_in_their_names_come_back(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {"model": Holds(1), "model.ema": Holds([2.5])})
+    checkpoints.save(0)
+    checkpoints._objects["model.ema"].value = None  # type: ignore[attr-defined]
+    assert checkpoints.load_last() == 0 and checkpoints._objects["model.ema"].value == [2.5]  # type: ignore[attr-defined]
+
+
 def test_other_objects_are_refused(two: Checkpoints) -> None:
     other = Checkpoints(two.folder, {"model": nn.Linear(2, 2), "optimizer": nn.Linear(1, 1)})
     with pytest.raises(CheckpointError, match="must hold model, optimizer, but holds model"):
@@ -280,34 +363,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
         Checkpoints(tmp_path, {}, keep=0)
     with pytest.raises(ConfigError, match="'step' .int. hasn't"):
         Checkpoints(tmp_path, {"step": 3})  # type: ignore[dict-item]
-
-
-def test_the_trainer_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
-    run_trainer(tmp_path, "lisa", "drop", None, "fp32")
-    os.truncate(tmp_path / "checkpoint-8" / "optimizer.pt", 64)
-    with pytest.raises(
-        CheckpointError, match="optimizer.pt is damaged.*last whole checkpoint is .*checkpoint-6"
-    ):
-        run_trainer(tmp_path, "lisa", "drop", None, "fp32")
-
-
-def test_the_best_checkpoint_is_kept_and_found(tmp_path: Path) -> None:
-    rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(12)]
-    options = TrainingArguments(
-        **{**trainer_arguments(tmp_path), "learning_rate": 1.0, "save_total_limit": 1},
-        eval_strategy="steps",
-        eval_steps=SAVE,
-        load_best_model_at_end=True,
-    )
-    data = Dataset.from_list(rows)
-    trainer = Trainer(model=build("fp32"), args=options, train_dataset=data, eval_dataset=data)
-    LayerSamplingCallback("lisa").attach(trainer)
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.is_dir() and best.parent == tmp_path
-    saved = json.loads((find_last(tmp_path) / "trainer_state.json").read_text())  # type: ignore[operator]
-    assert saved["best_model_checkpoint"] == str(best)
-    seal(best)
 
 
 def test_changes_are_refused_with_both_values_or_allowed(tmp_path: Path) -> None:

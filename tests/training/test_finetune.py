@@ -58,7 +58,7 @@ def test_writes_all_that_a_run_is(options: dict[str, Any]) -> None:
     summary = run(options)
     folder = Path(options["output"])
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*summary["files"], "checkpoints"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*summary["files"], "checkpoints", ".lock"])
     assert yaml.safe_load((folder / "config.yaml").read_text())["period"] == 2
     assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"]
     lines = records(folder)
@@ -316,7 +316,7 @@ def test_three_kills_leave_no_trace(smollm2: Path, tmp_path: Path) -> None:
     wait_for_step(folder, 3, process)  # the third step ends a period
     kill(process)
     process = resume(folder)
-    wait_for(lambda: bool(list((folder / "checkpoints").glob(".saving-[56]"))), process)
+    wait_for(lambda: bool(list((folder / "checkpoints").glob(".saving-[56]-*"))), process)
     kill(process)
     process = resume(folder)
     output = process.communicate(timeout=300)[0]

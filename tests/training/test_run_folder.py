@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layersample import ConfigError
-from layersample.checkpoints.whole import seal
+from layersample.checkpoints.seal import seal
 from layersample.config import make_config
 from layersample.training.run_folder import RunFolder
 
@@ -35,6 +36,71 @@ def test_default_is_a_new_folder_each_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert RunFolder.choose(make_config()).path.as_posix().startswith("runs/lisa-20")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_that_begin_in_the_same_second_have_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = iter(["aa", "aa", "bb"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    monkeypatch.setattr("layersample.training.run_folder.datetime", FixedTime)
+    with RunFolder.choose(make_config()).open(), RunFolder.choose(make_config()).open():
+        assert sorted(p.name[-2:] for p in (tmp_path / "runs").iterdir()) == ["aa", "bb"]
+
+
+class FixedTime(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> FixedTime:
+        return cls(2026, 1, 2)
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path: Path, how: dict[str, bool]) -> None:
+    path = tmp_path / "run"
+    with choose(path).open():
+        (path / "config.yaml").write_text("steps: 40\n")
+        with pytest.raises(ConfigError, match="One run at a time .*run is in use by another one"):
+            choose(path, **how)
+        assert (path / "checkpoints").is_dir()
+    with choose(path, overwrite=True).open():
+        with pytest.raises(ConfigError, match="in use by another one"):
+            choose(path, **how)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_run_that_comes_second_removes_nothing_of_the_first(tmp_path: Path, measured: bool) -> None:
+    """Both chose the folder while it was new; the second one opens it during the first, and after it."""
+    first, second = choose(tmp_path / "run"), choose(tmp_path / "run")
+    with first.open():
+        (tmp_path / "run" / "config.yaml").write_text("first")
+        if measured:
+            (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+        with pytest.raises(ConfigError, match="in use by another one"), second.open():
+            raise AssertionError
+    with pytest.raises(ConfigError, match="must be new or empty"), second.open():
+        raise AssertionError
+    assert (tmp_path / "run" / "config.yaml").read_text() == "first"
+
+
+def test_what_others_put_into_the_folder_stays_when_the_run_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), choose(tmp_path / "run").open():
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        (tmp_path / "run" / "config.yaml").write_text("")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_damage_of_the_same_size_is_told_unless_nobody_looks(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").write_bytes(b"12")
+    seal(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(b"13")
+    with pytest.raises(ConfigError, match="optimizer.pt is damaged"):
+        choose(tmp_path / "run", resume=True)
+    choose(tmp_path / "run", resume=True, verify=False)
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
