@@ -98,16 +98,17 @@ def load_distributed(
         raise ConfigError(f"There must be a checkpoint of save_distributed in {place}, but there is none.")
     optimizer.state.clear()
     optimizer.zero_grad()
+    scheduler_state: dict[str, Any] = json.loads((place / _SCHEDULER).read_text(encoding="utf-8"))
     stored = stored_state(place)
-    ranks = {keys[BASIS][-1] for keys in stored.values() if BASIS in keys}
-    if ranks != ({projection.rank} if projection is not None else set()):
+    rank, projected = _stored_projection(scheduler_state, stored)
+    if rank != (None if projection is None else projection.rank):
         raise ConfigError(
             f"The checkpoint in {place} must be loaded with the projection that it was written with: the rank was "
-            f"{', '.join(map(str, ranks)) or 'none'}, but is {projection.rank if projection else 'none'} now."
+            f"{rank or 'none'}, but is {projection.rank if projection else 'none'} now."
         )
     with (
         only_trainable(model, stored),
-        _low_rank(model, optimizer, projection, stored),
+        _low_rank(model, optimizer, projection, projected & stored.keys()),
         unpacked(optimizer),
         _one_process_is_fine(),
     ):
@@ -118,8 +119,7 @@ def load_distributed(
                 del held[key]
         load({"model": weights, "optimizer": state}, checkpoint_id=place)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    loaded: dict[str, Any] = json.loads((place / _SCHEDULER).read_text(encoding="utf-8"))
-    return loaded
+    return scheduler_state
 
 
 def optimizer_of(checkpoint: str | None, model: nn.Module) -> AbstractContextManager[None]:
@@ -153,20 +153,31 @@ def stored_state(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
+def _stored_projection(
+    scheduler_state: Mapping[str, Any], stored: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> tuple[int | None, set[str]]:
+    """The rank of a checkpoint's projection, if it has one, and the names of the parameters that are projected."""
+    if "projected" in scheduler_state:
+        projected = scheduler_state["projected"]
+        if projected is None:
+            return None, set()
+        return projected["rank"], {_WRAPPERS.sub("", name) for name in projected["names"]}
+    # Before the scheduler wrote it down: by the bases, which a layer that is frozen doesn't have.
+    bases = {name: keys[BASIS][-1] for name, keys in stored.items() if BASIS in keys}
+    return next(iter(bases.values()), None), set(bases)
+
+
 @contextmanager
 def _low_rank(
-    model: nn.Module,
-    optimizer: Optimizer,
-    projection: Projection | None,
-    stored: Mapping[str, Mapping[str, tuple[int, ...]]],
+    model: nn.Module, optimizer: Optimizer, projection: Projection | None, names: Iterable[str]
 ) -> Iterator[None]:
-    """Give the template the shapes of the projection, where the checkpoint has them."""
+    """Give the template the shapes of the projection for some parameters."""
     if projection is None:
         yield
         return
     view = OptimizerView(optimizer, projection=projection, master_weights=False, seed=0)
     parameters = {_WRAPPERS.sub("", name): p for name, p in unwrap(model).named_parameters()}
-    view.project({name: parameters[name] for name, keys in stored.items() if BASIS in keys})
+    view.project({name: parameters[name] for name in names})
     try:
         yield
     finally:

@@ -298,6 +298,10 @@ class LayerScheduler:
             "active": list(self._active),
             **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
+            # Whoever loads sharded state must know which of it has a low rank; shapes alone don't tell.
+            "projected": None
+            if self.projection is None
+            else {"rank": self.projection.rank, "names": sorted(self.projected)},
             "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
             "sampler_state": self.sampler.state_dict(),
         }

@@ -28,7 +28,7 @@ from torch import nn
 from layersample import LayerScheduler
 from tests.helpers import make_batch, make_llama
 
-SECONDS = 150  # for all checks of a module
+SECONDS = 300  # for all checks of a module, on a machine with other work
 NUM_LAYERS = 4
 
 

@@ -74,6 +74,24 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(state: Any, fsdp: Launched) 
     assert_close(model, after)
 
 
+@pytest.mark.parametrize(("state", "at"), [("drop", 3), ("drop", 4), ("keep", 4), ("offload", 4)])
+def test_a_projected_checkpoint_of_two_ranks_continues_on_one(state: Any, at: int, fsdp: Launched) -> None:
+    from tests.parallel.ranks_fsdp import projected
+
+    model = make_llama(NUM_LAYERS, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    more = projected(state)
+    place = fsdp[2] / f"projected-{state}-False-{at}"
+    loaded = load_distributed(place, model, optimizer, more["projection"])
+    scheduler = LayerScheduler(
+        model, optimizer, "lisa", period=2, seed=1, state_dict=loaded, check=True, **more
+    )
+    train(model, optimizer, scheduler, range(at, 7))
+    after = make_llama(NUM_LAYERS, dtype=torch.float64)
+    after.load_state_dict(torch.load(f"{place}-after.pt", weights_only=True))
+    assert_close(model, after, 1e-7)
+
+
 def test_one_process_needs_no_agreement_and_holds_whole_tensors() -> None:
     assert not is_distributed()
     check_agreement(["a"], round=0)
