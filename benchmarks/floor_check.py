@@ -102,7 +102,7 @@ def _sample(
 ) -> Contestant:
     optimizer = _adamw(model)
     scheduler = schedule_given(model, optimizer, config, layers)
-    save_memory(model, loss_chunk=config.loss_chunk, recompute=config.recompute)
+    save_memory(model, loss_chunk=config.chunk_positions, recompute=config.recompute)
     return Contestant(TimedRun(model, optimizer, scheduler), lambda: optimizer_tensors(optimizer), active)
 
 

@@ -89,7 +89,9 @@ def run_setting(setting: Setting, model_name: str) -> int:
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         del loss
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.clip)
+        torch.nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.grad is not None], config.clip or float("inf")
+        )
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -102,7 +104,7 @@ def run_setting(setting: Setting, model_name: str) -> int:
         stack.enter_context(
             save_memory(
                 model,
-                loss_chunk=config.loss_chunk,
+                loss_chunk=config.chunk_positions,
                 recompute=config.recompute,
                 gradient_checkpointing=config.gradient_checkpointing,
             )

@@ -4,166 +4,232 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
+from layersample.activations.options import ActivationOptions, off
+from layersample.choices import ClipBy, Precision
 from layersample.errors import ConfigError, unknown
-from layersample.layers.rules import Rule
-from layersample.optim.frozen_state import StatePolicyName
-from layersample.optim.step_in_backward import ClipBy, StepInBackward
 from layersample.option_files import Options, make_options, read_yaml
+from layersample.options import MOST, Role, names_with, option
 from layersample.plugins import settings_files
+from layersample.scheduling.options import (
+    ProjectionOptions,
+    SamplingOptions,
+    SchedulerOptions,
+    UpdateOptions,
+    default_period,
+)
 
 if TYPE_CHECKING:  # seconds to import, and the command line reads this file first
     from transformers import PretrainedConfig
 
+    from layersample.optim.step_in_backward import StepInBackward
+
 BUILTIN_MODEL = "smollm2-135m"
 BUILTIN_DATA = "gsm_symbolic"
-_MOST = 10**9  # of whatever is counted: a product of two such counts is still a size that torch takes
+_RUN = (Role.IDENTITY, Role.MEMORY)
 
 
-class SamplingOptions(Options):
+class RunSampling(SamplingOptions):
     """Which layers train, and when."""
 
-    sampler: str = Field("lisa", description="Name of the sampler; `layersample list` shows them.")
-    sampler_options: dict[str, Any] = Field(
-        {}, description="Options of the sampler: `layersample list NAME`."
+    budget: Annotated[str, BeforeValidator(lambda value: value if value is None else str(value))] | None = (
+        option(
+            None,
+            "In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
+            "parameters that may train at a time (0.05).",
+            *_RUN,
+        )
     )
-    num_active: int = Field(2, ge=1, le=_MOST, description="Layers that train at a time (γ).")
-    budget: str | None = Field(
-        None,
-        coerce_numbers_to_str=True,  # YAML reads 0.05 as a number
-        description="In place of num_active: what training may hold beyond the weights (2GiB), or the part of the "
-        "parameters that may train at a time (0.05).",
-    )
-    period: int = Field(5, ge=1, le=_MOST, description="Optimizer steps between draws (K).")
-    layers: str | None = Field(None, description="Path of the ModuleList of layers, if it can't be found.")
-    embeddings: Rule = Field("train", description="Embeddings: train always, freeze, or sample as a layer.")
-    head: Rule = Field("train", description="Output head: train, freeze or sample.")
-    norm: Rule = Field("train", description="Final norm: train, freeze or sample.")
-    other: Rule = Field("train", description="Parameters outside of these and the layers.")
-    state: StatePolicyName = Field("drop", description="Optimizer state of frozen layers.")
-    check: bool = Field(False, description="Check each period, bit by bit, that frozen weights don't move.")
-    plugin: Path | None = Field(None, description="Python file that registers samplers of your own.")
+    plugin: Path | None = option(None, "Python file that registers samplers of your own.", *_RUN, Role.SUITE)
 
 
-class ProjectionOptions(Options):
+class RunProjection(ProjectionOptions):
     """Low-rank projection of the gradients."""
 
-    projection: str | None = Field(
-        None, description="Name of the projection; `layersample list` shows them. Default: full rank."
-    )
-    rank: int | None = Field(
-        None, ge=1, le=_MOST, description="Rank of the projection; default: the projection's own."
-    )
-    projection_options: dict[str, Any] = Field(
-        {}, description="Options of the projection: `layersample list NAME`."
+    rank: int | None = option(
+        None, "Rank of the projection; default: the projection's own.", *_RUN, ge=1, le=MOST
     )
 
-    @property
-    def projection_arguments(self) -> dict[str, Any]:
-        """The projection's options with its rank."""
-        return self.projection_options | ({} if self.rank is None else {"rank": self.rank})
+
+class RunUpdates(UpdateOptions):
+    """How weights are updated, and what becomes of optimizer state."""
+
+    clip: Annotated[float | None, BeforeValidator(off)] = option(
+        1.0, "Largest norm of the gradient; 0 doesn't clip.", *_RUN, ge=0
+    )
+    clip_by: Literal["all", ClipBy] = option(
+        "all",
+        "Norm to clip by: of all gradients; with step_in_backward: that of the step before (running), or "
+        "each parameter's own.",
+        *_RUN,
+    )
 
 
-class ModelOptions(Options):
-    """The model."""
+class ModelOptions(ActivationOptions):
+    """The model, and what a step of it holds."""
 
-    model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
-    precision: Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"] = Field(
+    model: str = option(
+        BUILTIN_MODEL, "Built-in name, local folder or hub id.", Role.IDENTITY, Role.SHOWN, Role.SUITE
+    )
+    precision: Precision = option(
         "fp32",
-        description="Type of weights and arithmetic; mixed: fp32 weights, and arithmetic in the other.",
+        "Type of weights and arithmetic; mixed: fp32 weights, and arithmetic in the other.",
+        *_RUN,
     )
-    master_weights: bool = Field(
-        True, description="Train bf16 weights on fp32 masters, so that no update is lost in rounding."
+    save_precision: Literal["model", "fp32"] = option(
+        "model", "Type of the saved weights: the model's own, or exact fp32.", Role.SUITE
     )
-    save_precision: Literal["model", "fp32"] = Field(
-        "model", description="Type of the saved weights: the model's own, or exact fp32."
-    )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    recompute: bool = Field(
-        True, description="Compute cheap activations again in backward: the same to the bit, in less memory."
-    )
-    loss_chunk: int = Field(
-        128,
-        ge=0,
-        le=_MOST,
-        description="Positions whose logits exist at a time; 0: TRL's loss, which holds more.",
-    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", *_RUN)
 
 
 class DataOptions(Options):
     """The data."""
 
-    data: str = Field(
+    data: str = option(
         BUILTIN_DATA,
-        description="Built-in name; JSONL, CSV or Parquet file in TRL's prompt-completion or conversational "
-        "format; or hub id.",
+        "Built-in name; JSONL, CSV or Parquet file in TRL's prompt-completion or conversational format; or hub id.",
+        Role.IDENTITY,
+        Role.SHOWN,
+        Role.SUITE,
     )
-    eval_data: str | None = Field(None, description="Held-out data; default: a part of the data.")
-    eval_size: int = Field(32, ge=1, le=_MOST, description="Held-out problems, at most.")
-    max_length: int = Field(
-        256, ge=8, le=_MOST, description="Tokens of an example, at most; longer ones are cut."
+    eval_data: str | None = option(
+        None, "Held-out data; default: a part of the data.", Role.IDENTITY, Role.SUITE
+    )
+    eval_size: int = option(32, "Held-out problems, at most.", Role.IDENTITY, Role.SUITE, ge=1, le=MOST)
+    max_length: int = option(
+        256, "Tokens of an example, at most; longer ones are cut.", *_RUN, Role.SUITE, ge=8, le=MOST
     )
 
 
 class OptimizationOptions(Options):
     """How it trains."""
 
-    steps: int = Field(40, ge=1, le=_MOST, description="Optimizer steps.")
-    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the data, in place of steps.")
-    batch_size: int = Field(4, ge=1, le=1_000_000, description="Examples of a forward pass, on each device.")
-    gradient_accumulation: int = Field(
-        1, ge=1, le=1_000_000, description="Forward passes of an optimizer step."
+    steps: int = option(40, "Optimizer steps.", Role.IDENTITY, Role.SHOWN, Role.SUITE, ge=1, le=MOST)
+    epochs: float | None = option(
+        None, "Passes over the data, in place of steps.", Role.IDENTITY, Role.SUITE, gt=0, le=1e6
     )
-    learning_rate: float = Field(3e-4, ge=0, le=1e3, description="Peak learning rate.")
-    schedule: str = Field("linear", description="Learning-rate schedule, as transformers names it.")
-    warmup: float = Field(0.0, ge=0, le=_MOST, description="Warm-up: steps, or a part of all steps below 1.")
-    weight_decay: float = Field(0.0, ge=0, le=1e3, description="Weight decay.")
-    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 doesn't clip.")
-    clip_by: Literal["all", "running", "parameter"] = Field(
-        "all",
-        description="Norm to clip by: of all gradients; with step_in_backward: that of the step before (running), or "
-        "each parameter's own.",
+    batch_size: int = option(
+        4,
+        "Examples of a forward pass, on each device.",
+        *_RUN,
+        Role.SHOWN,
+        Role.SUITE,
+        ge=1,
+        le=10**6,
     )
-    step_in_backward: bool = Field(
-        False, description="Update each parameter in the backward pass, as soon as its gradient is whole."
+    gradient_accumulation: int = option(1, "Forward passes of an optimizer step.", *_RUN, ge=1, le=10**6)
+    learning_rate: float = option(
+        3e-4, "Peak learning rate.", Role.IDENTITY, Role.SHOWN, Role.SUITE, ge=0, le=1e3
     )
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of data order, dropout and draws.")
+    schedule: str = option("linear", "Learning-rate schedule, as transformers names it.", Role.IDENTITY)
+    warmup: float = option(
+        0.0, "Warm-up: steps, or a part of all steps below 1.", Role.IDENTITY, ge=0, le=MOST
+    )
+    weight_decay: float = option(0.0, "Weight decay.", Role.IDENTITY, ge=0, le=1e3)
 
 
 class OutputOptions(Options):
     """What is written, and where."""
 
-    output: Path | None = Field(None, description="Folder of the run; default: a new one in runs/.")
-    save_steps: int | None = Field(
-        None, ge=1, le=_MOST, description="Optimizer steps between checkpoints; default: none."
+    output: Path | None = option(None, "Folder of the run; default: a new one in runs/.", Role.SUITE)
+    save_steps: int | None = option(
+        None, "Optimizer steps between checkpoints; default: none.", Role.SUITE, ge=1, le=MOST
     )
-    resume: bool = Field(False, description="Continue the run in the output folder.")
-    allow_changes: bool = Field(False, description="Resume though other options have changed.")
-    overwrite: bool = Field(False, description="Replace the run in the output folder.")
-    verify: bool = Field(
+    resume: bool = option(False, "Continue the run in the output folder.", Role.SUITE)
+    overwrite: bool = option(False, "Replace the run in the output folder.", Role.SUITE)
+    verify: bool = option(
         True,
-        description="Compare checksums of the checkpoint to resume from; sizes are compared in any case.",
+        "Compare checksums of the checkpoint to resume from; sizes are compared in any case.",
+        Role.SUITE,
     )
+
+
+# The panels of the command line's help; the fields of the scheduler stand among them, in front of the run's own.
+SECTIONS: tuple[type[Options], ...] = (
+    RunSampling,
+    RunProjection,
+    RunUpdates,
+    ModelOptions,
+    DataOptions,
+    OptimizationOptions,
+    OutputOptions,
+)
 
 
 class TrainConfig(
-    SamplingOptions, ProjectionOptions, ModelOptions, DataOptions, OptimizationOptions, OutputOptions
+    RunSampling,
+    RunProjection,
+    RunUpdates,
+    ModelOptions,
+    DataOptions,
+    OptimizationOptions,
+    OutputOptions,
+    SchedulerOptions,
 ):
     """All options of ``layersample train``."""
 
-    trainer: dict[str, Any] = Field({}, description="Whatever else TRL's SFTConfig takes.")
+    trainer: dict[str, Any] | None = option(None, "Whatever else TRL's SFTConfig takes.", Role.IDENTITY)
+
+    if TYPE_CHECKING:  # a file of options holds no objects, see _are_named
+        sampler: str = ""
+        layers: str | None = None
+        projection: str | None = None
+        step_in_backward: bool = False
+
+    @property
+    def projection_arguments(self) -> dict[str, Any]:
+        """The projection's options with its rank."""
+        return (self.projection_options or {}) | ({} if self.rank is None else {"rank": self.rank})
+
+    @property
+    def run_seed(self) -> int:
+        """Seed of data order, dropout and draws."""
+        return self.seed or 0
+
+    @property
+    def run_period(self) -> int:
+        """Optimizer steps between draws, as the run's steps have it; with ``epochs`` they aren't known yet."""
+        return self.period or default_period(None if self.epochs is not None else self.steps)
 
     @property
     def backward_stepping(self) -> StepInBackward | None:
         """How to step in the backward pass, if so."""
         if not self.step_in_backward:
             return None
-        by: ClipBy = "parameter" if self.clip_by == "parameter" else "running"
-        return StepInBackward(accumulation=self.gradient_accumulation, max_norm=self.clip or None, clip_by=by)
+        from layersample.optim.step_in_backward import StepInBackward
+
+        return StepInBackward(
+            accumulation=self.gradient_accumulation,
+            max_norm=self.clip or None,
+            clip_by="parameter" if self.clip_by == "parameter" else "running",
+        )
+
+    @property
+    def scheduler_options(self) -> SchedulerOptions:
+        """The options of the scheduler that a run has."""
+        own = {
+            "projection_options": self.projection_arguments or None,
+            "step_in_backward": self.backward_stepping or False,
+        }
+        return SchedulerOptions(**{**self.arguments(), **own})
+
+    @model_validator(mode="after")
+    def _are_named(self) -> TrainConfig:
+        for name, kind in (
+            ("sampler", str),
+            ("layers", str),
+            ("projection", str),
+            ("step_in_backward", bool),
+        ):
+            value: object = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                what = "a name" if kind is str else "true or false"
+                raise ValueError(f"{name} must be {what}, but got {name}={value!r}")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
@@ -187,19 +253,6 @@ class TrainConfig(
         return self
 
 
-# What may differ when a run is resumed, because its result doesn't depend on it.
-_MAY_CHANGE = {
-    "output",
-    "resume",
-    "overwrite",
-    "allow_changes",
-    "save_steps",
-    "save_precision",
-    "check",
-    "verify",
-}
-
-
 def check_same_run(config: TrainConfig, stored: Path) -> None:
     """Make sure that a run is resumed with the options that it was begun with.
 
@@ -213,9 +266,10 @@ def check_same_run(config: TrainConfig, stored: Path) -> None:
     if config.allow_changes or not stored.is_file():
         return
     before, now = read_yaml(stored), yaml.safe_load(write_yaml(config))
+    fixed = names_with(TrainConfig, Role.IDENTITY)
     changed = [
         f"{key} was {before[key]!r}, but is {now[key]!r} now"
-        for key in sorted(before.keys() & now.keys() - _MAY_CHANGE)
+        for key in sorted(before.keys() & now.keys() & fixed)
         if before[key] != now[key]
     ]
     if changed:
@@ -240,16 +294,6 @@ def check_length(config: TrainConfig, model: PretrainedConfig) -> None:
         raise ConfigError(
             f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
         )
-
-
-SECTIONS: tuple[type[Options], ...] = (
-    SamplingOptions,
-    ProjectionOptions,
-    ModelOptions,
-    DataOptions,
-    OptimizationOptions,
-    OutputOptions,
-)
 
 
 def make_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:

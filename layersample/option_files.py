@@ -19,7 +19,9 @@ class Options(BaseModel):
     Numbers are finite. Unknown names are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True, arbitrary_types_allowed=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -38,7 +40,8 @@ def make_options(model: type[_Options], sources: Sequence[Source], kind: str) ->
 
     Args:
         model: The options.
-        sources: Pairs of a source's name ("run.yaml", "command line") and what it says; a later one wins.
+        sources: Pairs of a source's name ("run.yaml", "command line") and what it says; a later one wins. A source
+            without a name is the arguments of a call.
         kind: What a key is called in messages.
 
     Raises:
@@ -79,7 +82,7 @@ def merge_sources(
     for source, values in layers:
         for key, value in values.items():
             if key not in known:
-                raise ConfigError(f"{source}: {unknown(kind, str(key), known)}")
+                raise ConfigError(f"{source}: {unknown(kind, str(key), known)}".removeprefix(": "))
             merged[key] = value
             source_of[key] = source
     return merged, source_of
@@ -170,7 +173,10 @@ def _texts(value: Any) -> Iterator[str]:
 def _explain(faults: Sequence[Any], given: Mapping[str, Any], source_of: Mapping[str, str]) -> str:
     """A line for each key that can't be used, or for each pair that doesn't go together."""
     lines: dict[str, str] = {}
-    for fault in faults:
+    order = {key: number for number, key in enumerate(given)}
+    for fault in sorted(
+        faults, key=lambda fault: order.get(str(fault["loc"][0]), -1) if fault["loc"] else -1
+    ):
         message = str(fault["msg"]).removeprefix("Value error, ")
         if not fault["loc"]:
             lines[message] = f"{message}."
@@ -178,7 +184,12 @@ def _explain(faults: Sequence[Any], given: Mapping[str, Any], source_of: Mapping
         key = str(fault["loc"][0])
         place = ".".join(map(str, _place(fault["loc"], given)))
         source = source_of.get(key, "default")
-        lines.setdefault(key, f"{source}: {place}: {message}, but got {short(fault['input'], 200)}.")
+        came = short(fault["input"], 200)
+        if source:
+            line = f"{source}: {place}: {message}, but got {came}."
+        else:
+            line = f"{place} {message.replace('Input should', 'must', 1)}, but got {place}={came}."
+        lines.setdefault(key, line)
     return "\n".join(lines.values())
 
 

@@ -33,7 +33,7 @@ def load_group(group: str) -> dict[str, Any]:
         What was loaded, by the entry's name.
     """
     loaded: dict[str, Any] = {}
-    for entry in _entries(group):
+    for entry in installed(group):
         try:
             loaded[entry.name] = entry.load()
         except Exception as error:  # whatever a package of someone else's raises
@@ -58,20 +58,30 @@ def settings_files(kind: str) -> dict[str, str]:
         kind: Name of the folder.
     """
     found: dict[str, str] = {}
-    for entry in _entries(SETTINGS):
-        for path in sorted((_folder(entry.value) / kind).glob("*.yaml")):
+    for entry in installed(SETTINGS):
+        folder = find_folder(entry.value)
+        for path in sorted((folder / kind).glob("*.yaml")) if folder is not None else ():
             found[path.stem] = path.read_text(encoding="utf-8")
     return found
 
 
-def _entries(group: str) -> list[EntryPoint]:
+def installed(group: str) -> list[EntryPoint]:
+    """The entry points of a group, by name; nothing is imported."""
     return sorted(entry_points(group=group), key=lambda entry: entry.name)
 
 
-def _folder(package: str) -> Path:
+def find_folder(package: str) -> Path | None:
     """Where a package lies, without running it."""
     top, *inside = package.split(".")
     spec = find_spec(top)
     if spec is None or not spec.submodule_search_locations:
-        return Path(package)  # a package that isn't there has no files
+        return None
     return Path(next(iter(spec.submodule_search_locations)), *inside)
+
+
+def find_file(module: str) -> Path | None:
+    """The file of a module of a package, without running it."""
+    package, _, name = module.rpartition(".")
+    folder = find_folder(package) if package else None
+    path = folder / f"{name}.py" if folder is not None else None
+    return path if path is not None and path.is_file() else None

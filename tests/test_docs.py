@@ -82,7 +82,7 @@ def leave(*args: Any, **kwargs: Any) -> None:
 def test_commands_are_understood(
     page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "_run", lambda config: None)
+    monkeypatch.setattr("layersample.cli.train_command._run", lambda config: None)
     monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda suite, output, jobs: None)
     monkeypatch.setattr(
         "layersample_benchmarks.side_by_side.report.write_report", lambda folder, baseline: ["report.html"]

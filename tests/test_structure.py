@@ -22,7 +22,18 @@ PACKAGES = {
 ROOMS = (
     *("cli", "training", "integrations", "planning", "profiling", "testing", "config", "scheduling"),
     *("checkpoints", "parallel", "frozen", "optim", "activations", "metrics", "registry", "projection"),
-    *("sampling", "layers", "plots", "unwrapping", "environment", "option_files", "strict_yaml", "files"),
+    *(
+        "sampling",
+        "layers",
+        "plots",
+        "unwrapping",
+        "environment",
+        "option_files",
+        "options",
+        "choices",
+        "strict_yaml",
+        "files",
+    ),
     *("plugins", "errors"),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
@@ -164,4 +175,4 @@ def test_files_are_short() -> None:
 def test_nothing_but_the_configuration_names_a_sampler() -> None:
     names = {path.stem for path in (ROOT / "strategies").glob("*.py")} - {"__init__"}
     for path in modules("layersample"):
-        assert path.name == "config.py" or not set(strings(path)) & names, path
+        assert path.name == "options.py" or not set(strings(path)) & names, path

@@ -116,10 +116,10 @@ def sample_layers(model: nn.Module, config: TrainConfig) -> Prepared:
     # The Trainer takes seconds to import, which listing the methods need not spend.
     from layersample.integrations.transformers import LayerSamplingCallback
     from layersample.planning.planner import apply_budget
-    from layersample.training.arguments import scheduler_arguments
+    from layersample.training.arguments import callback_arguments
 
     config = apply_budget(config)
-    return Prepared(model, sampling=LayerSamplingCallback(config.sampler, **scheduler_arguments(config)))
+    return Prepared(model, sampling=LayerSamplingCallback(**callback_arguments(config)))
 
 
 def _place(function: Prepare) -> tuple[str, str]:

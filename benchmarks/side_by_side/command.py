@@ -1,4 +1,4 @@
-"""``layersample benchmark``: run a suite, watch it, and write its report."""
+"""Compare samplers and baselines side by side."""
 
 from __future__ import annotations
 

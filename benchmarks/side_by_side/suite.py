@@ -17,6 +17,7 @@ from pydantic import Field
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
 from layersample.option_files import Options, make_options
+from layersample.options import Role, names_with
 from layersample.registry import PLUGIN_PREFIX, PROJECTIONS, create_sampler, list_samplers, load_plugin
 from layersample.training.data import load_data
 
@@ -43,19 +44,7 @@ _TRAINER_SET_HERE = {
 }
 
 # What the benchmark sets itself, so that every method has the same.
-_SET_HERE = {
-    *("model", "data", "eval_data", "eval_size", "steps", "epochs", "learning_rate", "seed", "plugin"),
-    *(
-        "output",
-        "save_steps",
-        "resume",
-        "overwrite",
-        "allow_changes",
-        "save_precision",
-        "batch_size",
-        "max_length",
-    ),
-}
+_SET_HERE = names_with(TrainConfig, Role.SUITE)
 
 
 class MethodEntry(Options):

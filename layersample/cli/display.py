@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from layersample.config import TrainConfig
+from layersample.options import Role, names_with
 
 
 def make_bar(console: Console) -> Progress:
@@ -68,20 +70,12 @@ class LiveProgress:
 
 def print_config(console: Console, config: TrainConfig) -> None:
     """Print every option that differs from its default, and the few that everyone asks for."""
-    always = (
-        "model",
-        "data",
-        "sampler",
-        "num_active",
-        "period",
-        "state",
-        "steps",
-        "batch_size",
-        "learning_rate",
-    )
+    always = names_with(TrainConfig, Role.SHOWN)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, field in TrainConfig.model_fields.items():
-        value = getattr(config, name)
+        value = config.run_period if name == "period" else getattr(config, name)
+        if name == "steps" and config.epochs is not None:  # they take the place of steps
+            continue
         if name in always or value != field.default:
             table.add_row(f"[dim]{name}[/]", plain(value))
     console.print(table)
@@ -128,4 +122,4 @@ def _bytes(count: int) -> str:
 
 def plain(text: object) -> str:
     """Text that rich shows as it is, brackets and all."""
-    return str(text).replace("[", r"\[")
+    return escape(str(text))

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from layersample.activations.options import ActivationOptions
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
-from layersample.layers.rules import Rule
-from layersample.optim.frozen_state import StatePolicyName
-from layersample.optim.step_in_backward import StepInBackward
+from layersample.optim.step_in_backward import how_to_step
+from layersample.option_files import make_options
 from layersample.parallel.base import NO_DATA_PARALLEL
-from layersample.projection.projection import Projection
 from layersample.sampling.sampler import LayerSampler
+from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period
 from layersample.scheduling.scheduler import LayerScheduler
 
 logger = logging.getLogger(__name__)
+
+
+class CallbackOptions(SchedulerOptions, ActivationOptions):
+    """The options of a scheduler, and what makes a step smaller."""
 
 
 class LayerSamplingCallback(TrainerCallback, ExportableState):
@@ -49,28 +52,14 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
     Args:
         sampler: Name of a registered sampler, or a sampler.
-        num_active: Layers that train at a time (γ).
-        period: Optimizer steps between draws (K).
-        seed: Seed of the draws; the Trainer's ``args.seed`` by default.
-        sampler_options: Options of a sampler given by name.
-        layers: Where the layers are, if they can't be found.
-        embeddings: ``"train"``, ``"freeze"`` or ``"sample"``; as in :class:`~layersample.LayerScheduler`, like
-            all that follow.
-        head: The same for the output head.
-        norm: The same for the final norm.
-        other: The same for every other parameter.
-        state: Optimizer state of frozen layers: ``"drop"``, ``"keep"`` or ``"offload"``.
-        projection: Low-rank projection of the gradients: a name, a projection, or ``None``.
-        projection_options: Options of a projection given by name.
-        master_weights: Whether bf16 weights train on fp32 masters.
-        step_in_backward: Update parameters in the backward pass. Set the Trainer's ``max_grad_norm`` to 0; not
-            with its ``fp16``.
-        allow_changes: Whether a checkpoint of other arguments may be resumed.
-        check: Check every period, bit by bit.
         loss_chunk: Compute the loss from the logits of this many positions at a time, see
-            :class:`~layersample.ChunkedLoss`; the model's own loss by default. TRL's trainers have a fused loss
-            of their own, which stays.
+            :class:`~layersample.ChunkedLoss`. ``"auto"`` does so where the Trainer asks for the model's own loss and
+            nothing else looks at the logits; ``None`` leaves the loss alone. TRL's trainers have a fused loss of
+            their own, which stays.
         recompute: Keep fewer activations, exactly, see :class:`~layersample.SelectiveRecompute`.
+        options: Every other option of a :class:`~layersample.LayerScheduler`, by name. ``seed`` is the Trainer's
+            ``args.seed`` by default, and ``period`` an eighth of the Trainer's steps, at most 20.
+            ``step_in_backward`` wants the Trainer's ``max_grad_norm`` to be 0, and doesn't go with its ``fp16``.
 
     Raises:
         ConfigError: When training begins, as :class:`~layersample.LayerScheduler` does; or if the Trainer has
@@ -79,47 +68,16 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        sampler: str | LayerSampler,
+        sampler: str | LayerSampler = DEFAULT_SAMPLER,
         *,
-        num_active: int = 2,
-        period: int = 20,
-        seed: int | None = None,
-        sampler_options: Mapping[str, Any] | None = None,
-        layers: str | Sequence[str | nn.Module] | None = None,
-        embeddings: Rule = "train",
-        head: Rule = "train",
-        norm: Rule = "train",
-        other: Rule = "train",
-        state: StatePolicyName = "drop",
-        projection: str | Projection | None = None,
-        projection_options: Mapping[str, Any] | None = None,
-        master_weights: bool = True,
-        step_in_backward: StepInBackward | None = None,
-        allow_changes: bool = False,
-        check: bool = False,
-        loss_chunk: int | None = None,
-        recompute: bool = False,
+        loss_chunk: int | Literal["auto"] | None = "auto",
+        recompute: bool = True,
+        **options: Any,
     ) -> None:
-        self._sampler = sampler
-        self._arguments: dict[str, Any] = {
-            "num_active": num_active,
-            "period": period,
-            "seed": seed,
-            "sampler_options": sampler_options,
-            "layers": layers,
-            "embeddings": embeddings,
-            "head": head,
-            "norm": norm,
-            "other": other,
-            "state": state,
-            "projection": projection,
-            "projection_options": projection_options,
-            "master_weights": master_weights,
-            "step_in_backward": step_in_backward,
-            "allow_changes": allow_changes,
-            "check": check,
-        }
-        self._loss_chunk, self._recompute = loss_chunk, recompute
+        saving = {"loss_chunk": loss_chunk, "recompute": recompute}
+        self.options = make_options(
+            CallbackOptions, [("", {"sampler": sampler, **saving, **options})], "option"
+        )
         self._savers = ExitStack()
         self._trainers: WeakSet[Trainer] = WeakSet()
         self.scheduler: LayerScheduler | None = None
@@ -156,7 +114,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
-        protect_checkpoints(trainer, verify=verify, allow_changes=self._arguments["allow_changes"])
+        protect_checkpoints(trainer, verify=verify, allow_changes=self.options.allow_changes)
         return self
 
     def on_train_begin(
@@ -165,7 +123,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Make the scheduler; take back its state from a checkpoint."""
         self._check(args)
         self._end_interrupted(kwargs["optimizer"], resumes=state.global_step > 0)
-        arguments = dict(self._arguments)
+        arguments = self.options.arguments()
         if arguments["seed"] is None:
             arguments["seed"] = args.seed
         # The Trainer saves the state of callbacks only under keys that are there.
@@ -175,19 +133,24 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             exported = exported[-1] if exported else {}
         # Of a new run the Trainer asks this callback itself, which may still hold what an earlier run ended with.
         saved = exported.get("attributes", {}).get("scheduler_state") if state.global_step else None
+        if arguments["period"] is None:  # a resumed run may have another number of steps to do
+            arguments["period"] = (saved or {}).get("period") or default_period(state.max_steps)
         self._forget_earlier_runs()
         trainer = next((trainer for trainer in self._trainers if trainer.state is state), None)
         self._state = state
         self.scheduler = LayerScheduler(
             kwargs["model"] if trainer is None else trainer.model_wrapped,
             kwargs["optimizer"],
-            self._sampler,
             **arguments,
             batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
         self._is_training = True
-        self._savers = save_memory(kwargs["model"], loss_chunk=self._loss_chunk, recompute=self._recompute)
+        if not saved and (reach := self.scheduler.reach(state.max_steps - state.global_step)):
+            logger.warning("%s", reach)
+        self._savers = save_memory(
+            kwargs["model"], loss_chunk=self._chunk_positions(args, trainer), recompute=self.options.recompute
+        )
         if state.global_step and not saved:
             logger.warning(
                 "The checkpoint was made without layer sampling; sampling begins at step %d as if it had been on.",
@@ -252,12 +215,13 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
     def _forget_earlier_runs(self) -> None:
         """Have a sampler that was given as an object begin each run as it was given."""
-        if isinstance(self._sampler, str):
+        sampler = self.options.sampler
+        if not isinstance(sampler, LayerSampler):
             return
         if self._sampler_at_first is None:
-            self._sampler_at_first = deepcopy(self._sampler.state_dict())
+            self._sampler_at_first = deepcopy(sampler.state_dict())
         else:
-            self._sampler.load_state_dict(deepcopy(self._sampler_at_first))
+            sampler.load_state_dict(deepcopy(self._sampler_at_first))
 
     def _end(self, *, check: bool) -> None:
         if self.scheduler is not None and self._is_training:
@@ -275,7 +239,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             )
         if args.n_gpu > 1:
             raise ConfigError(NO_DATA_PARALLEL)  # a callback that isn't attached never sees the wrapper
-        if self._arguments["step_in_backward"] is None:
+        if how_to_step(self.options.step_in_backward) is None:
             return
         if args.max_grad_norm:
             raise ConfigError(
@@ -288,21 +252,29 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
                 "fp16=False, and bf16=True for 16 bits."
             )
 
+    def _chunk_positions(self, args: TrainingArguments, trainer: Trainer | None) -> int | None:
+        """Positions of a chunk of the loss; by itself only where nothing but the model's own loss needs logits."""
+        if self.options.loss_chunk != "auto":
+            return self.options.chunk_positions
+        if trainer is None or type(trainer).compute_loss is not Trainer.compute_loss:
+            return None
+        if trainer.compute_loss_func is not None or args.label_smoothing_factor:
+            return None
+        return self.options.chunk_positions
+
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint: arguments and the scheduler's state."""
-        arguments = dict(self._arguments)
-        layers = arguments["layers"]
-        if not isinstance(layers, str) and not all(isinstance(layer, str) for layer in layers or ()):
-            arguments["layers"] = None  # JSON can't hold modules
-        for key, value in {"sampler": self._sampler, "projection": arguments["projection"]}.items():
-            named = value is None or isinstance(value, str)
-            arguments[key] = value if named else f"{type(value).__name__} (object)"
-        backward = arguments["step_in_backward"]
-        arguments["step_in_backward"] = None if backward is None else asdict(backward)
         return {
-            "args": {**arguments, "loss_chunk": self._loss_chunk, "recompute": self._recompute},
+            "args": {name: _to_json(value) for name, value in dict(self.options).items()},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
+
+
+def _to_json(value: Any) -> Any:
+    """An option as JSON can hold it; the Trainer only shows these."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value if isinstance(value, str | int | float | dict | None) else f"{type(value).__name__} (object)"
 
 
 def _first_batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]]:

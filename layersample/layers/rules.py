@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.choices import Rule
 from layersample.errors import ConfigError, some
 from layersample.layers.find import GroupName, Layer, ModelLayers
 
-Rule = Literal["train", "freeze", "sample"]
 _STRICTNESS: tuple[Rule, ...] = ("train", "sample", "freeze")
 
 

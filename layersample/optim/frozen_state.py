@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.choices import StatePolicyName
 from layersample.optim.host_copies import to_host, wait_for_copies
 from layersample.optim.masters import AT_REST, at_rest
-
-StatePolicyName = Literal["drop", "keep", "offload"]
 
 
 class StatePolicy(Protocol):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from layersample.choices import ClipBy
 from layersample.errors import ConfigError
 from layersample.unwrapping import unwrap_optimizer
-
-ClipBy = Literal["running", "parameter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,19 @@ class StepInBackward:
             raise ConfigError(
                 f"clip_by must be one of {', '.join(get_args(ClipBy))}, but got {self.clip_by!r}."
             )
+
+
+def how_to_step(option: object) -> StepInBackward | None:
+    """What an option ``step_in_backward`` means: ``True`` is a plain one.
+
+    Raises:
+        ConfigError: If it is neither a :class:`StepInBackward` nor true or false.
+    """
+    if option is None or isinstance(option, bool):
+        return StepInBackward() if option else None
+    if isinstance(option, StepInBackward):
+        return option
+    raise ConfigError(f"step_in_backward must be a StepInBackward, True or False, but got {option!r}.")
 
 
 class BackwardStepper:

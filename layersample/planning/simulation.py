@@ -99,7 +99,7 @@ def simulate_step(
         stack.enter_context(
             save_memory(
                 model,
-                loss_chunk=config.loss_chunk,
+                loss_chunk=config.chunk_positions,
                 recompute=config.recompute,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
@@ -171,22 +171,17 @@ def schedule_given(
         active: Indices of the layers that train. Where state is kept, the first period trains everything, so that
             everything has state.
     """
+    given = {
+        "sampler": _Given(active, everything_first=config.state == "keep"),
+        "sampler_options": None,
+        "num_active": 1,
+        "period": 1,
+        "check": False,
+    }
     return LayerScheduler(
         model,
         optimizer,
-        _Given(active, everything_first=config.state == "keep"),
-        num_active=1,
-        period=1,
-        layers=config.layers,
-        embeddings=config.embeddings,
-        head=config.head,
-        norm=config.norm,
-        other=config.other,
-        state=config.state,
-        projection=config.projection,
-        projection_options=config.projection_arguments,
-        master_weights=config.master_weights,
-        step_in_backward=config.backward_stepping,
+        **{**config.scheduler_options.arguments(), **given},
     )
 
 

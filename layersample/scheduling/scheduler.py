@@ -11,19 +11,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layersample.choices import Rule, StatePolicyName
 from layersample.errors import ConfigError
 from layersample.layers.costs import layer_costs
-from layersample.layers.find import GroupName, find_layers
-from layersample.layers.rules import Rule, arrange
-from layersample.optim.frozen_state import StatePolicyName
+from layersample.layers.find import GROUPS, GroupName, find_layers
+from layersample.layers.rules import arrange
 from layersample.optim.stand_ins import check_unviewed
 from layersample.optim.step_in_backward import StepInBackward
+from layersample.option_files import make_options
 from layersample.parallel.find import find_engine
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw
 from layersample.scheduling.identity import RunIdentity
+from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
 from layersample.scheduling.switch import Switch
 
 logger = logging.getLogger(__name__)
@@ -45,8 +47,8 @@ class LayerScheduler:
         optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
         sampler: Name of a registered sampler, or a sampler.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
-        period: Optimizer steps between draws (K), at least 1.
-        seed: Seed of the draws. They depend on it and on the period's number alone.
+        period: Optimizer steps between draws (K), at least 1; 20 by default.
+        seed: Seed of the draws, from 0 to 2**32 - 1; 0 by default. They depend on it and on the period's number alone.
         sampler_options: Options of a sampler given by name.
         layers: Where the layers are, if they can't be found: see :func:`layersample.find_layers`.
         embeddings: What happens to the embeddings: ``"train"`` always, as LISA does; ``"freeze"`` always;
@@ -65,7 +67,8 @@ class LayerScheduler:
             that is changed between steps (``load_state_dict``, a clamp, an average swapped in) wins over its master.
             But torch keeps no count of what is written through ``.data``: where the layer trains, a step undoes it.
         step_in_backward: Update each parameter in the backward pass, as soon as its gradient is whole, and free the
-            gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``None`` leaves it to the loop.
+            gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``True`` is ``StepInBackward()``;
+            ``False`` leaves it to the loop.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -94,11 +97,11 @@ class LayerScheduler:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        sampler: str | LayerSampler,
+        sampler: str | LayerSampler = DEFAULT_SAMPLER,
         *,
         num_active: int = 2,
-        period: int = 20,
-        seed: int = 0,
+        period: int | None = None,
+        seed: int | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         layers: str | Sequence[str | nn.Module] | None = None,
         embeddings: Rule = "train",
@@ -109,59 +112,46 @@ class LayerScheduler:
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
-        step_in_backward: StepInBackward | None = None,
+        step_in_backward: StepInBackward | bool = False,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
         check: bool = False,
     ) -> None:
-        if period < 1:
-            raise ConfigError(f"period must be at least 1 optimizer step, but got period={period}.")
+        # Every argument but the objects is an option; named once above, for editors, and once in SchedulerOptions.
+        given = {name: value for name, value in locals().items() if name in SchedulerOptions.model_fields}
+        self.options = options = make_options(SchedulerOptions, [("", given)], "option")
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
         check_unviewed(optimizer)  # before its frozen layers are taken for the user's
         engine = find_engine(model, optimizer)
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
-        self.num_active, self.period, self.seed = num_active, period, seed
-        rules: dict[GroupName, Rule] = {"embeddings": embeddings, "head": head, "norm": norm, "other": other}
+        self.num_active, self.seed = num_active, options.seed or 0
+        self.period = options.period or default_period()
         try:
             self.model_layers = find_layers(self._model, layers)
-            self._units = arrange(self._model, self.model_layers, rules)
-            if not 1 <= num_active <= len(self._units.sampled):
-                raise ConfigError(
-                    f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
-                    f"but got num_active={num_active}."
-                )
-            self._costs = layer_costs(self._model, self._units)
-            self._switch = Switch(
-                engine,
-                optimizer,
-                self.model_layers,
-                self._units,
-                state=state,
-                projection=self.projection,
-                master_weights=master_weights,
-                seed=seed,
-                step_in_backward=step_in_backward,
-                check=check,
-            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        rules: dict[GroupName, Rule] = {name: getattr(options, name) for name in GROUPS}
+        self._units = arrange(self._model, self.model_layers, rules)
+        if num_active > len(self._units.sampled):
+            raise ConfigError(
+                f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
+                f"but got num_active={num_active}."
+            )
+        self._costs = layer_costs(self._model, self._units)
+        self._switch = Switch(engine, optimizer, self.model_layers, self._units, options, self.projection)
         self._state_is_placed, self._round, self._steps = False, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
         self._batches = batches if batches is None or callable(batches) else lambda: batches
-        self._allow_changes = allow_changes
         self._identity = RunIdentity(
+            options,
             sampler=self._sampler_name,
-            sampler_options=sampler_options,
             projection=projection_name,
-            projection_options=projection_options,
-            num_active=num_active,
-            period=period,
-            seed=seed,
+            period=self.period,
             layers=self.layers,
         )
         try:
@@ -229,6 +219,14 @@ class LayerScheduler:
     def staleness(self) -> list[int]:
         """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
         return self._history.staleness(self._round, self._active)
+
+    def reach(self, steps: int) -> str:
+        """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
+
+        Args:
+            steps: Optimizer steps still to do.
+        """
+        return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))
 
     def step(self) -> None:
         """Count one optimizer step; at the end of a period, switch to the next set of layers.
@@ -317,7 +315,10 @@ class LayerScheduler:
                 number of active layers or projection, unless the scheduler was made with ``allow_changes``; if
                 another sampler can't measure the model.
         """
-        changed = self._identity.changes(state, allow=self._allow_changes)
+        if self.options.period is None:  # it followed from something that may be another number now
+            self.period = state.get("period", self.period)
+            self._identity = self._identity.with_period(self.period)
+        changed = self._identity.changes(state, allow=self.options.allow_changes)
         if changed & {"projection", "projection_options"}:
             self._switch.view.forget()
         self._round, self._steps = state["round"], state["steps"]

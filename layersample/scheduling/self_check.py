@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layersample.optim.frozen_state import StatePolicyName
+from layersample.choices import StatePolicyName
 from layersample.optim.masters import AT_REST, combine
 from layersample.unwrapping import local_part, unwrap_optimizer
 

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
 from layersample.layers.find import ModelLayers
 from layersample.layers.rules import Units, check_optimizer
-from layersample.optim.frozen_state import StatePolicyName, create_policy
+from layersample.optim.frozen_state import create_policy
 from layersample.optim.masters import MASTER, combine, follow
 from layersample.optim.stand_ins import OptimizerView
-from layersample.optim.step_in_backward import BackwardStepper, StepInBackward
+from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
+from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
 
 
@@ -30,12 +31,8 @@ class Switch:
         optimizer: Its optimizer.
         model_layers: The model's layers.
         units: What is sampled of them, and what always trains.
-        state: What happens to the optimizer's state of frozen layers.
-        projection: The low-rank projection, if any.
-        master_weights: Whether bf16 weights train on fp32 masters.
-        seed: Seed of the projection.
-        step_in_backward: How to step in the backward pass, if so.
-        check: Whether to check each period.
+        options: The scheduler's options.
+        projection: The low-rank projection that they name, if any.
 
     Raises:
         ConfigError: If the optimizer can't train the model this way.
@@ -47,35 +44,34 @@ class Switch:
         optimizer: Optimizer,
         model_layers: ModelLayers,
         units: Units,
-        *,
-        state: StatePolicyName,
+        options: SchedulerOptions,
         projection: Projection | None,
-        master_weights: bool,
-        seed: int,
-        step_in_backward: StepInBackward | None,
-        check: bool,
     ) -> None:
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self._layers, self._units = model_layers, units
         check_optimizer(self._model, optimizer, units)
-        self._policy = create_policy(state)
+        self._policy = create_policy(options.state)
         self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks)
         self.projected = find_targets(self._model, model_layers, projection)
-        if step_in_backward is not None:
+        stepping = how_to_step(options.step_in_backward)
+        if stepping is not None:
             engine.check_step_in_backward()
         self.stepper: BackwardStepper | None = None
         self._self_check: SelfCheck | None = None
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
-            if step_in_backward is not None:
+            if stepping is not None:
                 # In front of the view: what the loop steps itself is clipped before it is projected.
-                self.stepper = BackwardStepper(optimizer, step_in_backward)
+                self.stepper = BackwardStepper(optimizer, stepping)
                 made.callback(self.stepper.close)
             self.view = OptimizerView(
-                optimizer, projection=projection, master_weights=master_weights, seed=seed
+                optimizer,
+                projection=projection,
+                master_weights=options.master_weights,
+                seed=options.seed or 0,
             )
             made.callback(self.view.close)
-            if check:
-                self._self_check = SelfCheck(optimizer, state)
+            if options.check:
+                self._self_check = SelfCheck(optimizer, options.state)
                 made.callback(self._self_check.close)
             engine.prepare()
             made.pop_all()

@@ -13,13 +13,10 @@ from layersample.config import TrainConfig
 from layersample.errors import ConfigError, unknown
 
 
-def scheduler_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of a ``LayerScheduler`` in a configuration."""
-    names = ("num_active", "period", "seed", "sampler_options", "layers", "state", "check", "projection")
-    rules = ("embeddings", "head", "norm", "other")
-    arguments = {name: getattr(config, name) for name in (*names, *rules, "master_weights", "allow_changes")}
-    arguments |= {"step_in_backward": config.backward_stepping, "recompute": config.recompute}
-    return {**arguments, "projection_options": config.projection_arguments}
+def callback_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of a ``LayerSamplingCallback`` in a configuration."""
+    # The loss is the trainer's own to chunk, which has other losses than the model's as well.
+    return {**config.scheduler_options.arguments(), "recompute": config.recompute, "loss_chunk": None}
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
@@ -33,7 +30,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         ConfigError: If an option of ``trainer`` is unknown, or they don't go together.
     """
     known = {field.name for field in dataclasses.fields(SFTConfig)}
-    for key in config.trainer:
+    for key in config.trainer or {}:
         if key not in known:
             raise ConfigError(f"trainer: {unknown('option of SFTConfig', key, known)}")
     arguments: dict[str, Any] = {
@@ -47,11 +44,11 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
-        "max_grad_norm": 0.0 if config.step_in_backward else config.clip,
+        "max_grad_norm": 0.0 if config.step_in_backward else config.clip or 0.0,
         "max_length": config.max_length,
         "bf16": config.precision == "bf16-mixed",
         "fp16": config.precision == "fp16-mixed",
-        "seed": config.seed,
+        "seed": config.run_seed,
         "logging_steps": 1,
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
@@ -62,7 +59,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        made = SFTConfig(**{**arguments, **config.trainer, "output_dir": str(checkpoints)})
+        made = SFTConfig(**{**arguments, **(config.trainer or {}), "output_dir": str(checkpoints)})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The training options don't go together: {error}") from error
     # Of several GPUs in one process the Trainer would make nn.DataParallel.

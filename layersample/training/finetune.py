@@ -23,7 +23,7 @@ from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.planning.planner import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
-from layersample.training.arguments import scheduler_arguments, training_arguments
+from layersample.training.arguments import callback_arguments, training_arguments
 from layersample.training.data import load_split
 from layersample.training.models import load_model
 from layersample.training.recording import Progress, RunRecorder
@@ -71,12 +71,14 @@ def finetune(
     folder = RunFolder.choose(config)
     arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
-    train, held_out = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.seed)
+    train, held_out = load_split(
+        config.data, config.eval_data, eval_size=config.eval_size, seed=config.run_seed
+    )
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
     )
     check_length(config, model.config)
-    sampling = LayerSamplingCallback(config.sampler, **scheduler_arguments(config))
+    sampling = LayerSamplingCallback(**callback_arguments(config))
     with folder.open() as checkpoint:
         # A later --resume takes what the run is from here; how it was begun is the command's own.
         own = config.model_copy(update={"resume": False, "overwrite": False, "allow_changes": False})
@@ -95,8 +97,8 @@ def finetune(
             processing_class=tokenizer,
             callbacks=[recorder],
         )
-        if config.loss_chunk:
-            trainer.chunk_loss(config.loss_chunk)
+        if config.chunk_positions is not None:
+            trainer.chunk_loss(config.chunk_positions)
         trainer.remove_callback(PrinterCallback)
         sampling.attach(trainer, verify=False)  # RunFolder has done that, before anything was loaded
         for name, count in trainer.too_long.items():

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from layersample import ConfigError
 from layersample.cli import app as cli
+from layersample.cli import train_command
 from layersample.config import TrainConfig
 from layersample.training.trainer import Interrupted, NonFiniteLossError
 
@@ -21,7 +22,7 @@ runner = CliRunner()
 def given(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     """What the command would run."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(cli, "_run", seen.append)
+    monkeypatch.setattr(train_command, "_run", seen.append)
     return seen
 
 
@@ -72,7 +73,7 @@ def test_every_option_has_a_flag(given: list[TrainConfig]) -> None:
     for name in TrainConfig.model_fields:
         flag = name.replace("_options", "_option").replace("_", "-")
         flag = "trainer-option" if name == "trainer" else flag
-        assert re.search(rf"--{flag}[ ,]", flags)
+        assert re.search(rf"--{flag}[ ,\n]", flags)
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(

@@ -1,0 +1,66 @@
+"""``layersample plan``: the peak memory of a run, before it is run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from layersample.cli.consoles import console
+from layersample.cli.flags import own_option
+from layersample.cli.settings import gather_settings
+
+OWN_OPTIONS = (
+    own_option(
+        "model",
+        str,
+        inspect.Parameter.empty,
+        typer.Argument(help="Built-in shape, folder or hub id; an unknown name lists the shapes."),
+    ),
+    own_option("gpus", int, 1, typer.Option(min=1, help="GPUs that the run is sharded over (FSDP).")),
+    own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
+    own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),
+    own_option("baselines", bool, True, typer.Option(help="Plan the usual ways to train as well.")),
+)
+
+
+def plan(
+    *,
+    model: str,
+    gpus: int = 1,
+    as_json: bool = False,
+    picture: Path | None = None,
+    baselines: bool = True,
+    config: Path | None = None,
+    preset: str | None = None,
+    sampler_option: list[str] | None = None,
+    projection_option: list[str] | None = None,
+    **flags: Any,
+) -> None:
+    """Show the peak memory of a run before it is run; no GPU and no weights are needed."""
+    # Seconds of imports that the other commands don't need.
+    from transformers.utils import logging as transformers_logging
+
+    from layersample.cli.plan_report import print_plan
+    from layersample.planning.planner import plan as plan_run
+    from layersample.plots import plot_plan
+    from layersample.registry import load_plugin
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    settings = gather_settings(
+        config, preset, sampler_option, projection_option, None, {**flags, "model": model}
+    )
+    if settings.plugin is not None:
+        load_plugin(settings.plugin)
+    planned = plan_run(model, settings, gpus=gpus, baselines=baselines)
+    if picture is not None:
+        plot_plan(picture, planned.to_json(), f"{model}, bytes at the peak")
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=2))
+    else:
+        print_plan(console, planned)

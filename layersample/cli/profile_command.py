@@ -1,0 +1,87 @@
+"""``layersample profile``: what the weights of a model say of each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from layersample.cli.consoles import console
+from layersample.cli.display import plain
+from layersample.cli.settings import parse_sampler
+from layersample.errors import ConfigError
+from layersample.plugins import settings_files
+
+
+def profile_command(
+    model: Annotated[str, typer.Argument(help="Built-in name, local folder or hub id.")],
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:key=value,key=value; may be repeated.")
+    ] = None,
+    num_active: Annotated[int, typer.Option(min=1, help="Layers that train at a time (γ).")] = 2,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data, as train takes it; needed for outliers.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 4 examples.")] = 8,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example, at most.")] = 256,
+    threshold: Annotated[float, typer.Option(help="M: an outlier is above M times the layer's mean.")] = 5.0,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of this model.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Path of the ModuleList of layers, if it can't be found.")
+    ] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file that registers samplers of your own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for profile.json, .csv and .png.")] = None,
+    cache: Annotated[bool, typer.Option(help="Keep the table's spectral metrics on disk.")] = True,
+) -> None:
+    """Show what the weights of a model say of each layer, and how likely each sampler is to train it."""
+    # Seconds of imports that the other commands don't need.
+    from transformers.utils import logging as transformers_logging
+
+    from layersample.cli.profile_report import ProfileProgress, print_profile, write_profile
+    from layersample.profiling.profile import profile
+    from layersample.registry import SAMPLERS, load_plugin
+    from layersample.training.batches import make_batches
+    from layersample.training.models import load_any_model, resolve_model
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if plugin is not None:
+        load_plugin(plugin)
+    chosen = [parse_sampler(text) for text in sampler or _compared_samplers(with_data=data is not None)]
+    for name, _ in chosen:
+        SAMPLERS.get(name)  # a misspelt one is told before the model loads
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"The output folder must be writable, but: {error}.") from error
+    loaded = load_any_model(model, console.print)
+    calibration = None
+    if data is not None:
+        calibration = make_batches(loaded, resolve_model(model), data, count=batches, max_length=max_length)
+    with ProfileProgress(console) as progress:
+        measured = profile(
+            loaded,
+            samplers=chosen,
+            num_active=num_active,
+            batches=calibration,
+            threshold=threshold,
+            adapter=adapter,
+            layers=layers,
+            cache=cache,
+            progress=progress,
+        )
+    print_profile(console, measured)
+    if output is not None:
+        written = ", ".join(write_profile(output, measured, model))
+        console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
+
+
+def _compared_samplers(*, with_data: bool) -> list[str]:
+    compared = yaml.safe_load(settings_files("comparisons")["profile"])
+    samplers: list[str] = compared["with_data" if with_data else "without_data"]
+    return samplers

@@ -1,0 +1,115 @@
+"""The options of a scheduler, in one place: the loop, the Trainer, the command line and plans take them from here."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from layersample.choices import Rule, StatePolicyName
+from layersample.option_files import Options
+from layersample.options import MOST, Role, option
+
+DEFAULT_SAMPLER = "lisa"
+
+DEFAULT_PERIOD = 20
+"""Optimizer steps between draws in the authors' code of LISA."""
+
+_SETS = 8
+"""Sets of layers that a run shall draw at least, where its length is known."""
+
+_RUN = (Role.IDENTITY, Role.MEMORY)
+
+
+def default_period(steps: int | None = None) -> int:
+    """The period of a run that was given none: the authors' 20 steps, or less, so that a short run draws 8 sets.
+
+    Args:
+        steps: Optimizer steps of the run; ``None`` where that isn't known, as in a loop of one's own.
+    """
+    return DEFAULT_PERIOD if steps is None else max(1, min(DEFAULT_PERIOD, steps // _SETS))
+
+
+def describe_reach(steps: int, period: int, num_active: int, num_layers: int) -> str:
+    """Say which layers a run can't reach for want of periods, and what would; empty if it can reach all.
+
+    Args:
+        steps: Optimizer steps of the run.
+        period: Optimizer steps between draws.
+        num_active: Layers of a draw.
+        num_layers: Layers to draw from.
+    """
+    most = ceil(steps / period) * num_active
+    if most >= num_layers:
+        return ""
+    wanted = steps // ceil(num_layers / num_active)
+    advice = (
+        f"period={wanted} could reach them all" if wanted else "more steps or a larger num_active reach more"
+    )
+    return f"{steps} steps of period {period} train at most {most} of {num_layers} layers; {advice}."
+
+
+class SamplingOptions(Options):
+    """Which layers train, and when."""
+
+    sampler: str | object = option(
+        DEFAULT_SAMPLER, "Name of the sampler; `layersample list` shows them.", *_RUN, Role.SHOWN
+    )
+    sampler_options: dict[str, Any] | None = option(
+        None, "Options of the sampler: `layersample list NAME`.", *_RUN
+    )
+    num_active: int = option(2, "Layers that train at a time (γ).", *_RUN, Role.SHOWN, ge=1, le=MOST)
+    period: int | None = option(
+        None,
+        "Optimizer steps between draws (K). Default: 20, or an eighth of the run's steps where that is less.",
+        Role.IDENTITY,
+        Role.SHOWN,
+        ge=1,
+        le=MOST,
+    )
+    seed: int | None = option(
+        None, "Seed of the draws. Default: that of the run.", Role.IDENTITY, Role.SUITE, ge=0, lt=2**32
+    )
+    layers: str | object | None = option(
+        None, "Path of the ModuleList of layers, if it can't be found.", *_RUN
+    )
+    embeddings: Rule = option("train", "Embeddings: train always, freeze, or sample as a layer.", *_RUN)
+    head: Rule = option("train", "Output head: train, freeze or sample.", *_RUN)
+    norm: Rule = option("train", "Final norm: train, freeze or sample.", *_RUN)
+    other: Rule = option("train", "Parameters outside of these and the layers.", *_RUN)
+    check: bool = option(False, "Check each period, bit by bit, that frozen weights don't move.")
+    allow_changes: bool = option(False, "Resume though other options have changed.", Role.SUITE)
+
+
+class ProjectionOptions(Options):
+    """Low-rank projection of the gradients."""
+
+    projection: str | object | None = option(
+        None, "Name of the projection; `layersample list` shows them. Default: full rank.", *_RUN
+    )
+    projection_options: dict[str, Any] | None = option(
+        None, "Options of the projection: `layersample list NAME`.", *_RUN
+    )
+
+
+class UpdateOptions(Options):
+    """How weights are updated, and what becomes of optimizer state."""
+
+    state: StatePolicyName = option("drop", "Optimizer state of frozen layers.", *_RUN, Role.SHOWN)
+    master_weights: bool = option(
+        True, "Train bf16 weights on fp32 masters, so that no update is lost in rounding.", *_RUN
+    )
+    step_in_backward: bool | object = option(
+        False, "Update each parameter in the backward pass, as soon as its gradient is whole.", *_RUN
+    )
+
+
+class SchedulerOptions(SamplingOptions, ProjectionOptions, UpdateOptions):
+    """All options of a :class:`~layersample.LayerScheduler`, with their defaults and bounds.
+
+    A new option of the scheduler is a field here and an argument there; what is made from the fields (the Trainer's
+    callback, configuration files, flags, plans, what a resumed run must share) follows.
+    """
+
+    def arguments(self) -> dict[str, Any]:
+        """Every option by name, as arguments of a ``LayerScheduler``; nested ones as they were given."""
+        return {name: getattr(self, name) for name in SchedulerOptions.model_fields}
