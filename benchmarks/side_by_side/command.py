@@ -19,8 +19,17 @@ from ..methods.catalog import list_baselines
 from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
 
 _FLAGS = {
-    *("methods", "plugin", "model", "task", "answer_marker", "seeds", "steps"),
-    *("learning_rates", "search_steps", "baseline", "options"),
+    "methods",
+    "plugin",
+    "model",
+    "task",
+    "answer_marker",
+    "seeds",
+    "steps",
+    "learning_rates",
+    "search_steps",
+    "baseline",
+    "options",
 }
 _OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
@@ -169,6 +178,8 @@ class LiveBenchmark:
 
 def _run(suite: Suite, output: Path, jobs: int) -> None:
     # Seconds of imports that writing a report doesn't need.
+    from layersample.environment import warn_of_slow_bf16
+
     from .report import write_report
     from .runner import run_suite
 
@@ -179,6 +190,8 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
                 console.print(
                     f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
                 )
+    if slow := warn_of_slow_bf16(str(suite.options.get("precision", ""))):
+        console.print(slow, highlight=False)
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:

@@ -33,14 +33,27 @@ Stage = Literal["search", "final"]
 
 # What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
 MAY_CHANGE = {
-    *("methods", "seeds", "learning_rates", "search_extensions"),
-    *("baseline", "confidence", "plugin"),
+    "methods",
+    "seeds",
+    "learning_rates",
+    "search_extensions",
+    "baseline",
+    "confidence",
+    "plugin",
 }
 
 # What of the Trainer's own arguments the suite sets, or what is measured needs.
 _TRAINER_SET_HERE = {
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "max_length"),
-    *("seed", "data_seed", "logging_steps", "logging_strategy", "logging_first_step"),
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "max_length",
+    "seed",
+    "data_seed",
+    "logging_steps",
+    "logging_strategy",
+    "logging_first_step",
 }
 
 # What the benchmark sets itself, so that every method has the same.

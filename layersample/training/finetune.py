@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
+from layersample.environment import warn_of_slow_bf16
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
@@ -71,6 +72,8 @@ def finetune(
     folder = RunFolder.choose(config)
     arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
+    if slow := warn_of_slow_bf16(config.precision):
+        report(slow)
     train, held_out = load_split(
         config.data, config.eval_data, eval_size=config.eval_size, seed=config.run_seed
     )

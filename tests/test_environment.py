@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from layersample import environment
+
+
+@pytest.mark.parametrize(
+    ("precision", "slowdown", "says"),
+    [
+        ("bf16", 8.0, "takes 8 times as long"),
+        ("bf16-mixed", 3.0, "3 times"),
+        ("bf16", 0.4, ""),
+        ("fp32", 8.0, ""),
+    ],
+)
+def test_slow_bf16_is_said_before_any_work(
+    precision: str, slowdown: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    told = environment.warn_of_slow_bf16(precision)
+    assert (says in told) if says else told == ""
+
+
+def test_bf16_is_measured() -> None:
+    assert environment.bf16_slowdown() > 0
