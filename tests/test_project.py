@@ -1,0 +1,73 @@
+"""The files around the code: what a release and a public CI read."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+import layersample
+from tests.documents import ROOT, text_of
+
+PROJECT = tomllib.loads(text_of(ROOT / "pyproject.toml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_the_version_has_one_source() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert version("layersample") == layersample.__version__
+    citation = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    assert citation["version"] == layersample.__version__
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert f"## {layersample.__version__} (" in text_of(ROOT / "CHANGELOG.md")
+
+
+def test_the_changelog_sorts_what_changed() -> None:
+    kinds = re.findall(r"^### (.+)$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert kinds[:3] == ["Added", "Changed", "Fixed"]
+
+
+@pytest.mark.parametrize("path", [p for p in FORMS if p.name != "config.yml"], ids=lambda path: path.stem)
+def test_issue_forms_ask_for_something(path: Path) -> None:
+    form = yaml.safe_load(text_of(path))
+    assert form["name"] and form["description"]
+    asked = [part for part in form["body"] if part["type"] in ("textarea", "input", "dropdown")]
+    assert any(part.get("validations", {}).get("required") for part in asked)
+    assert len({part["id"] for part in form["body"]}) == len(form["body"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_scripts_that_are_there(path: Path) -> None:
+    workflow = yaml.safe_load(text_of(path))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    scripts = [word for step in steps for word in step.get("run", "").split() if word.startswith(".ci/")]
+    assert scripts
+    assert [name for name in scripts if not os.access(ROOT / name, os.X_OK)] == []
+    extras = [extra for step in steps for extra in re.findall(r"\.\[(\w+)\]", step.get("run", ""))]
+    assert set(extras) <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_every_extra_is_explained() -> None:
+    text = text_of(ROOT / "docs" / "getting-started.md")
+    table = text[text.index("| extra | what it adds |") : text.index("## The first run")]
+    assert [x for x in PROJECT["project"]["optional-dependencies"] if f"`{x}`" not in table] == []
+
+
+def test_every_distribution_of_an_extra_is_pinned() -> None:
+    names = {
+        re.split(r"[<>=\[; ]", requirement)[0].lower()
+        for requirements in (
+            PROJECT["project"]["dependencies"],
+            *PROJECT["project"]["optional-dependencies"].values(),
+        )
+        for requirement in requirements
+    } - {"layersample"}
+    pinned = {line.split("==")[0].lower() for line in text_of(ROOT / "constraints.txt").splitlines()}
+    assert names <= {name.replace("_", "-") for name in pinned} | pinned
