@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.notices import warn_once
+
 logger = logging.getLogger(__name__)
 
 FROZEN = "_layersample_frozen"
@@ -20,9 +22,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            logger.warning(
+            warn_once(
+                logger,
+                inner,
                 "torch.compile of a whole model compiles one graph for every set of active layers and gives up "
-                "after 8; compile each layer instead: for layer in model.model.layers: layer.compile()."
+                "after 8; compile each layer instead: for layer in model.model.layers: layer.compile().",
             )
             model = inner
         else:

@@ -12,10 +12,11 @@ from layersample import LayerSampler, SamplingContext, register
 class Full(LayerSampler):
     """Train every layer in every period: full fine-tuning, the reference for all others.
 
-    ``num_active`` has no effect.
+    Whatever required a gradient trains, the towers beside a language model too. ``num_active`` has no effect.
     """
 
     source = "full fine-tuning"
+    trains_everything = True
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """1 for each layer."""

@@ -27,6 +27,7 @@ ROOMS = (
         "layers",
         "plots",
         "unwrapping",
+        "notices",
         "environment",
         "option_files",
         "options",

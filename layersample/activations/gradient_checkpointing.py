@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from layersample.errors import ConfigError
+
 
 class TruncatedCheckpointing:
     """Undoes what transformers does to the embedding's output under gradient checkpointing.
@@ -33,7 +35,7 @@ class TruncatedCheckpointing:
         """Prepare for a period whose lowest active layer is this one; ``None`` where no layer is active.
 
         Raises:
-            ValueError: If checkpointing is reentrant and the model has two stacks.
+            ConfigError: If checkpointing is reentrant and the model has two stacks.
         """
         for module in self._model.modules():
             if getattr(module, "_require_grads_hooks", None):
@@ -45,9 +47,9 @@ class TruncatedCheckpointing:
         if not _is_reentrant(self._model):
             return
         if self._num_stacks > 1:
-            raise ValueError(
-                "Gradient checkpointing must be non-reentrant on an encoder-decoder, because reentrant "
-                "checkpointing loses the encoder's gradients: pass "
+            raise ConfigError(
+                "Gradient checkpointing must be non-reentrant on an encoder-decoder and on two towers, because "
+                "reentrant checkpointing loses the gradients of one: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if lowest_layer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,12 @@ from torch.optim import Optimizer
 
 from layersample.choices import Rule
 from layersample.errors import ConfigError, some
-from layersample.layers.find import GroupName, Layer, ModelLayers
+from layersample.layers.find import Layer, ModelLayers
+from layersample.layers.groups import GroupName
+from layersample.layers.modules import is_inside
+from layersample.notices import warn_once
+
+logger = logging.getLogger(__name__)
 
 _STRICTNESS: tuple[Rule, ...] = ("train", "sample", "freeze")
 
@@ -41,21 +47,30 @@ class Units:
         return any(self.training(()).values())
 
 
-def arrange(model: nn.Module, layers: ModelLayers, rules: Mapping[GroupName, Rule]) -> Units:
+def arrange(
+    model: nn.Module,
+    layers: ModelLayers,
+    rules: Mapping[GroupName, Rule],
+    *,
+    train_towers: bool = False,
+) -> Units:
     """Sort a model's layers and groups by the rules for its groups.
 
     Args:
         model: The model, as it is before sampling.
         layers: Its layers.
         rules: The rule of each group. A tied head is the embedding: the stricter rule of the two holds.
+        train_towers: Whether the towers that are otherwise frozen train in every period.
 
     Raises:
-        ConfigError: If a rule is unknown, or a layer to be sampled has no trainable parameter.
+        ConfigError: If a rule is unknown, or holds for nothing although there may be something that it is meant for;
+            or if a layer to be sampled has no trainable parameter.
     """
     for group, rule in rules.items():
         if rule not in _STRICTNESS:
             raise ConfigError(f"{group} must be 'train', 'freeze' or 'sample', but got {rule!r}.")
     rules = dict(rules)
+    _check_that_rules_hold(layers, rules)
     if layers.tied_head:
         rules["embeddings"] = max(rules["embeddings"], rules["head"], key=_STRICTNESS.index)
 
@@ -68,7 +83,10 @@ def arrange(model: nn.Module, layers: ModelLayers, rules: Mapping[GroupName, Rul
 
     units = Units(
         sampled=(*sampled("embeddings", "other"), *layers.layers, *sampled("norm", "head")),
-        always=tuple(group for name, group in layers.groups.items() if rules[name] == "train"),
+        always=(
+            *(group for name, group in layers.groups.items() if rules[name] == "train"),
+            *([Layer("towers", layers.frozen)] if train_towers and layers.frozen else []),
+        ),
         trainable={name: parameter.requires_grad for name, parameter in model.named_parameters()},
     )
     frozen = [unit.name for unit in units.sampled if not any(units.trainable[n] for n in unit.parameters)]
@@ -79,6 +97,39 @@ def arrange(model: nn.Module, layers: ModelLayers, rules: Mapping[GroupName, Rul
             f"layers=, or close() the scheduler that froze them."
         )
     return units
+
+
+def _check_that_rules_hold(layers: ModelLayers, rules: Mapping[GroupName, Rule]) -> None:
+    """Refuse a rule for a group that wasn't found, where what it is meant for may be among the others."""
+    other = layers.groups["other"].parameters
+    for group in ("embeddings", "head", "norm"):
+        is_there = layers.groups[group].parameters or (group == "head" and layers.tied_head)
+        if is_there or rules[group] == "train" or rules[group] == rules["other"] or not other:
+            continue
+        raise ConfigError(
+            f"{group}={rules[group]!r} must hold for something, but no parameter was found that belongs to the "
+            f"{group}. Outside of the layers there are also {some(other)}: name the rule for them by other=, or leave "
+            f"{group}= out."
+        )
+
+
+def warn_of_towers(model: nn.Module, layers: ModelLayers, units: Units) -> None:
+    """Say once which parameters, that the user left trainable, are frozen for good."""
+    own = {name for names in units.training(range(len(units.sampled))).values() for name in names}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if units.trainable[name]}
+    frozen = {
+        tower: sum(sizes.get(name, 0) for name in layers.frozen if is_inside(name, tower) and name not in own)
+        for tower in layers.towers
+    }
+    listed = [f"{tower} ({count:,} parameters)" for tower, count in frozen.items() if count]
+    if listed:
+        warn_once(
+            logger,
+            model,
+            "Layers are sampled from the language model alone, and what stands beside it stays frozen: %s. To train "
+            "it too, choose a sampler that trains everything, or name the layers with layers=.",
+            ", ".join(listed),
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, units: Units) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layersample.choices import StatePolicyName
+from layersample.errors import ConfigError
 from layersample.optim.host_copies import to_host, wait_for_copies
 from layersample.optim.masters import AT_REST, at_rest
 
@@ -72,10 +73,10 @@ def create_policy(name: StatePolicyName) -> StatePolicy:
     """The policy of a name.
 
     Raises:
-        ValueError: If there is none.
+        ConfigError: If there is none.
     """
     if name not in _POLICIES:
-        raise ValueError(f"state must be one of {', '.join(_POLICIES)}, but got {name!r}.")
+        raise ConfigError(f"state must be one of {', '.join(_POLICIES)}, but got {name!r}.")
     return _POLICIES[name]()
 
 

@@ -72,13 +72,11 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
     Raises:
         ConfigError: If there are fewer layers than ``num_active``, or no layers at all.
     """
+    sampler = create_sampler(config.sampler, config.sampler_options)
     with fake_model(shape, config.precision) as model:
-        try:
-            layers = find_layers(model, config.layers)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        layers = find_layers(model, config.layers)
         rules = {name: getattr(config, name) for name in layers.groups}
-        units = arrange(model, layers, rules)
+        units = arrange(model, layers, rules, train_towers=sampler.trains_everything)
         size = {name: parameter.numel() for name, parameter in model.named_parameters()}
         costs = layer_costs(model, units)
     sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
@@ -88,7 +86,6 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
             f"but got num_active={config.num_active}."
         )
     names = tuple(unit.name for unit in units.sampled)
-    sampler = create_sampler(config.sampler, config.sampler_options)
     draws, notes = _draw(sampler, names, config, units.always_trains_something, costs)
     count = max(map(len, draws))
     lowest = tuple(range(count))

@@ -132,10 +132,7 @@ def profile(
         LISA, arXiv 2403.17919 (LoRA norms).
     """
     model = unwrap(model)
-    try:
-        found = find_layers(model, layers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    found = find_layers(model, layers)
     count = len(found.layers)
     if not 1 <= num_active <= count:
         raise ConfigError(

@@ -116,6 +116,9 @@ class LayerSampler(ABC):
     fixed_size: bool = False
     """Whether every draw holds exactly ``num_active`` layers."""
 
+    trains_everything: bool = False
+    """Whether it trains the whole model in every period, the towers beside a language model too."""
+
     measure_every: int | None = None
     """Periods between two calls of :meth:`measure`; ``None`` measures once."""
 

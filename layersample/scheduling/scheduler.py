@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from layersample.choices import Rule, StatePolicyName
 from layersample.errors import ConfigError
 from layersample.layers.costs import layer_costs
-from layersample.layers.find import GROUPS, GroupName, find_layers
-from layersample.layers.rules import arrange
+from layersample.layers.find import find_layers
+from layersample.layers.groups import GROUPS, GroupName
+from layersample.layers.rules import arrange, warn_of_towers
 from layersample.optim.stand_ins import check_unviewed
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
@@ -129,12 +130,10 @@ class LayerScheduler:
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self.num_active, self.seed = num_active, options.seed or 0
         self.period = options.period or default_period()
-        try:
-            self.model_layers = find_layers(self._model, layers)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self.model_layers = find_layers(self._model, layers)
         rules: dict[GroupName, Rule] = {name: getattr(options, name) for name in GROUPS}
-        self._units = arrange(self._model, self.model_layers, rules)
+        everything = self.sampler.trains_everything
+        self._units = arrange(self._model, self.model_layers, rules, train_towers=everything)
         if num_active > len(self._units.sampled):
             raise ConfigError(
                 f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
@@ -142,6 +141,7 @@ class LayerScheduler:
             )
         self._costs = layer_costs(self._model, self._units)
         self._switch = Switch(engine, optimizer, self.model_layers, self._units, options, self.projection)
+        warn_of_towers(self._model, self.model_layers, self._units)
         self._state_is_placed, self._round, self._steps = False, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
 from layersample.layers.find import ModelLayers
+from layersample.layers.modules import is_inside
 from layersample.layers.rules import Units, check_optimizer
 from layersample.optim.frozen_state import create_policy
 from layersample.optim.masters import MASTER, combine, follow
@@ -51,7 +52,10 @@ class Switch:
         self._layers, self._units = model_layers, units
         check_optimizer(self._model, optimizer, units)
         self._policy = create_policy(options.state)
-        self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks)
+        # A tower that trains is one more stack, with an input that requires no gradient.
+        always = [name for unit in units.always for name in unit.parameters]
+        towers = sum(any(is_inside(name, tower) for name in always) for tower in model_layers.towers)
+        self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks + towers)
         self.projected = find_targets(self._model, model_layers, projection)
         stepping = how_to_step(options.step_in_backward)
         if stepping is not None:

@@ -13,7 +13,8 @@ MODELS: list[tuple[str, str, str, str, str]] = [
     ("bart", "BartForConditionalGeneration", "model.encoder.layers.0", "model.decoder.layers.11", ""),
     ("bert", "BertForSequenceClassification", "bert.encoder.layer.0", "bert.encoder.layer.11", ""),
     ("bloom", "BloomForCausalLM", "transformer.h.0", "transformer.h.1", ""),
-    ("clip", "CLIPModel", "text_model.encoder.layers.0", "text_model.encoder.layers.11", "vision_model"),
+    ("clap", "ClapModel", "text_model.encoder.layer.0", "audio_model.audio_encoder.layers.3", ""),
+    ("clip", "CLIPModel", "text_model.encoder.layers.0", "vision_model.encoder.layers.11", ""),
     ("cohere", "CohereForCausalLM", "model.layers.0", "model.layers.39", ""),
     (
         "deberta-v2",
@@ -122,7 +123,7 @@ def test_finds_the_layers_of(model_type: str, name: str, first: str, last: str, 
     sorted_once = [n for layer in (*found.layers, *found.groups.values()) for n in layer.parameters]
     assert sorted(sorted_once + list(found.frozen)) == sorted(n for n, _ in model.named_parameters())
     assert all(n.startswith(tower + ".") for n in found.frozen) and bool(found.frozen) == bool(tower)
-    if tower == "" and model_type != "wav2vec2":  # whose get_input_embeddings raises
+    if tower == "" and model_type not in ("wav2vec2", "clip", "clap"):  # whose get_input_embeddings raises
         embedding = model.get_input_embeddings()
         names = {n for n, p in model.named_parameters() if any(p is q for q in embedding.parameters())}
         assert names <= set(found.groups["embeddings"].parameters)
@@ -177,6 +178,100 @@ def test_plain_module_with_a_path(tie: bool) -> None:
     assert found.groups["embeddings"].parameters == ("wte.weight", "wpe.weight")
     assert found.groups["norm"].parameters == ("ln_f.weight", "ln_f.bias")
     assert found.groups["head"].parameters == (() if tie else ("out.weight",))
+
+
+class Named(nn.Module):
+    """A plain module whose parts are called as it is told, in that order."""
+
+    def __init__(self, *parts: str, config: Any = None) -> None:
+        super().__init__()
+        for part in parts:
+            self.add_module(part, self._part(part))
+        if config is not None:
+            self.config = config
+
+    @staticmethod
+    def _part(name: str) -> nn.Module:
+        if name == "blocks":
+            return nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        return nn.Embedding(8, 4) if name in ("emb", "wte") else nn.Linear(4, 8, bias=False)
+
+
+@pytest.mark.parametrize("config", [None, {"n_layer": 3}], ids=["no config", "a dict"])
+@pytest.mark.parametrize(
+    ("parts", "embeddings", "head", "other"),
+    [
+        (("emb", "blocks", "lm_head"), ["emb"], ["lm_head"], []),
+        (("emb", "blocks", "out"), ["emb"], ["out"], []),
+        (("lm_head", "emb", "blocks"), ["emb"], ["lm_head"], []),
+        (("emb", "blocks", "unembedding"), ["emb"], ["unembedding"], []),
+        (("unembed", "wte", "blocks"), ["wte"], ["unembed"], []),
+        (("patch_embed", "blocks", "head"), ["patch_embed"], ["head"], []),
+        (("embedded_adapter", "blocks", "head"), [], ["head"], ["embedded_adapter"]),
+        (("rembed", "blocks", "ahead"), [], ["ahead"], ["rembed"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_groups_of_a_plain_module_by_whole_words(
+    parts: tuple[str, ...], embeddings: list[str], head: list[str], other: list[str], config: Any
+) -> None:
+    groups = find_layers(Named(*parts, config=config), "blocks").groups
+    found = [
+        [n.removesuffix(".weight") for n in groups[g].parameters] for g in ("embeddings", "head", "other")
+    ]  # type: ignore[index]
+    assert found == [embeddings, head, other]
+
+
+@pytest.mark.parametrize("parts", [("emb", "blocks", "out"), ("lm_head", "blocks", "emb")])
+def test_a_tie_is_found_by_identity(parts: tuple[str, ...]) -> None:
+    model = Named(*parts)
+    model.get_submodule(parts[2]).weight = model.get_submodule(parts[0]).weight
+    found = find_layers(model, "blocks")
+    assert found.tied_head
+    assert found.groups["embeddings"].parameters == (f"{parts[0]}.weight",)
+    assert found.groups["head"].parameters == ()
+
+
+class Wrapped(nn.Module):
+    """A transformers model inside of a module of one's own, with a head of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.value = nn.Linear(16, 1)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("layers", [None, "inner.model.model.layers"])
+def test_groups_of_a_wrapped_model(tie: bool, layers: str | None) -> None:
+    outer = nn.Module()
+    outer.inner = Wrapped(make_llama(tie=tie))
+    found = find_layers(outer, layers)
+    prefix = "inner.model"
+    assert [layer.name for layer in found.layers] == [f"{prefix}.model.layers.{i}" for i in range(4)]
+    assert found.groups["embeddings"].parameters == (f"{prefix}.model.embed_tokens.weight",)
+    assert found.groups["norm"].parameters == (f"{prefix}.model.norm.weight",)
+    head = ("inner.value.weight", "inner.value.bias")
+    assert found.groups["head"].parameters == (head if tie else (f"{prefix}.lm_head.weight", *head))
+    assert found.tied_head is tie
+
+
+def test_a_module_around_two_models_has_the_layers_of_both() -> None:
+    model = nn.ModuleDict({"query": make_llama(2), "document": make_llama(3)})
+    found = find_layers(model)
+    assert [layer.name for layer in found.layers] == [
+        *(f"query.model.layers.{i}" for i in range(2)),
+        *(f"document.model.layers.{i}" for i in range(3)),
+    ]
+    assert found.num_stacks == 2 and found.frozen == ()
+
+
+def test_a_dictionary_of_layers() -> None:
+    llama = make_llama()
+    llama.model.layers = nn.ModuleDict({f"block{i}": layer for i, layer in enumerate(llama.model.layers)})  # type: ignore[assignment]
+    for layers in (None, "model.layers"):
+        found = find_layers(llama, layers)
+        assert [layer.name for layer in found.layers] == [f"model.layers.block{i}" for i in range(4)]
 
 
 def test_plain_module_with_a_list() -> None:
