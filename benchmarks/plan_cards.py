@@ -12,7 +12,8 @@ import typer
 
 from layersample.cli.plan_report import gib
 from layersample.config import make_config, read_preset
-from layersample.planning.planner import HEADROOM, plan
+from layersample.planning.cards import HEADROOM
+from layersample.planning.planner import plan
 
 from .store import RESULTS, store
 
@@ -28,7 +29,8 @@ def measure(models: tuple[str, ...] = MODELS) -> list[dict[str, Any]]:
         peaks: dict[str, int] = {}
         for preset in PRESETS:
             planned = plan(model, make_config((preset, read_preset(preset))), baselines=preset == PRESETS[0])
-            peaks |= {name: planned.baselines[name].peak_bytes for name in USUAL if name in planned.baselines}
+            rows_beside = {name: planned.baselines[name] for name in USUAL if name in planned.baselines}
+            peaks |= {name: (row.as_common or row.memory).peak_bytes for name, row in rows_beside.items()}
             peaks[preset] = planned.peak_bytes
         rows.append({"model": model, "parameters": planned.parameters, "peak_bytes": peaks})
     return rows

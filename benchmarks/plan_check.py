@@ -20,8 +20,9 @@ from layersample import LayerScheduler
 from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
 from layersample.optim.memory_use import optimizer_tensors
+from layersample.planning.fake_models import add_lora
 from layersample.planning.shapes import load_shape
-from layersample.planning.simulation import add_lora, schedule_given, simulate_step
+from layersample.planning.simulation import schedule_given, simulate_step
 
 from .measured_peak import measured_step_peak
 from .store import RESULTS, store

@@ -17,7 +17,7 @@ from .layers.find import find_layers as find_layers
 from .optim.memory_use import MemoryUse as MemoryUse
 from .optim.memory_use import measure_memory as measure_memory
 from .optim.step_in_backward import StepInBackward as StepInBackward
-from .planning.planner import choose_num_active as choose_num_active
+from .planning.budget import choose_num_active as choose_num_active
 from .planning.planner import plan as plan
 from .profiling.profile import profile as profile
 from .projection.projection import LowRankStep as LowRankStep

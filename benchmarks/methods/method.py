@@ -115,7 +115,7 @@ def sample_layers(model: nn.Module, config: TrainConfig) -> Prepared:
     """Train a few layers at a time, as the configuration says."""
     # The Trainer takes seconds to import, which listing the methods need not spend.
     from layersample.integrations.transformers import LayerSamplingCallback
-    from layersample.planning.planner import apply_budget
+    from layersample.planning.budget import apply_budget
     from layersample.training.arguments import callback_arguments
 
     config = apply_budget(config)

@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from layersample.cli.consoles import console
+from layersample.cli.consoles import console, errors
+from layersample.cli.display import plain
 from layersample.cli.flags import own_option
 from layersample.cli.settings import gather_settings
 
@@ -25,6 +26,7 @@ OWN_OPTIONS = (
     own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
     own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),
     own_option("baselines", bool, True, typer.Option(help="Plan the usual ways to train as well.")),
+    own_option("advice", bool, True, typer.Option(help="Try what would make the run smaller.")),
 )
 
 
@@ -35,6 +37,7 @@ def plan(
     as_json: bool = False,
     picture: Path | None = None,
     baselines: bool = True,
+    advice: bool = True,
     config: Path | None = None,
     preset: str | None = None,
     sampler_option: list[str] | None = None,
@@ -57,7 +60,15 @@ def plan(
     )
     if settings.plugin is not None:
         load_plugin(settings.plugin)
-    planned = plan_run(model, settings, gpus=gpus, baselines=baselines)
+    with errors.status("Planning") as status:  # seconds a step, on a large model
+        planned = plan_run(
+            model,
+            settings,
+            gpus=gpus,
+            baselines=baselines,
+            advice=advice,
+            progress=lambda what: status.update(f"Simulating a step: {plain(what)}"),
+        )
     if picture is not None:
         plot_plan(picture, planned.to_json(), f"{model}, bytes at the peak")
     if as_json:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from layersample.planning.cards import HEADROOM, smallest_card
 from layersample.planning.live_memory import KINDS, Kind
-from layersample.planning.planner import CARDS, HEADROOM, Plan, PlannedSet, cards_that_fit
-from layersample.planning.simulation import StepMemory
+from layersample.planning.planner import Plan, PlannedSet
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -19,6 +19,10 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{config.precision}{sharded}",
         highlight=False,
     )
+    if config.budget is not None:
+        console.print(
+            f"A budget of {config.budget} allows {config.num_active} layers at a time (γ).", highlight=False
+        )
     for name, planned in (("worst", plan.worst), ("typical", plan.typical)):
         _print_set(console, name, planned)
     _print_methods(console, plan)
@@ -28,6 +32,12 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"\nFits with {gib(HEADROOM)} GiB to spare (driver, fragmentation): {yes}. Does not fit: {no}.",
         highlight=False,
     )
+    if plan.advice is not None:
+        console.print(
+            f"What would help most: {plan.advice.change.flags} gives {gib(plan.advice.peak_bytes)} GiB "
+            f"({plan.advice.change.reason}).",
+            highlight=False,
+        )
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False)
 
@@ -54,12 +64,21 @@ def _print_set(console: Console, name: str, planned: PlannedSet) -> None:
 
 
 def _print_methods(console: Console, plan: Plan) -> None:
-    methods: dict[str, StepMemory] = {"this run, worst set": plan.worst.memory, **plan.baselines}
     if not plan.baselines:
         return
-    table = Table("method", "peak GiB", *CARDS, box=None, header_style="bold")
-    for name, memory in methods.items():
-        fits = cards_that_fit(memory.peak_bytes).values()
-        table.add_row(name, gib(memory.peak_bytes), *("fits" if fit else "-" for fit in fits))
+    table = Table(
+        "on this run's terms", "peak GiB", "smallest card", "as commonly run", box=None, header_style="bold"
+    )
+    run = plan.worst.memory.peak_bytes
+    table.add_row("this run, worst set", gib(run), smallest_card(run) or "none", "")
+    for name, row in plan.baselines.items():
+        peak = row.memory.peak_bytes
+        common = "the same" if row.as_common is None else gib(row.as_common.peak_bytes)
+        table.add_row(name, gib(peak), smallest_card(peak) or "none", common)
     console.print()
     console.print(table)
+    if any(row.as_common is not None for row in plan.baselines.values()):
+        console.print(
+            "As commonly run: without masters, chunked loss, recomputation and steps in the backward pass.",
+            highlight=False,
+        )

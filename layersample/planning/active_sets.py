@@ -13,7 +13,8 @@ from layersample.errors import ConfigError
 from layersample.layers.costs import LayerCosts, layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.rules import arrange
-from layersample.planning.simulation import fake_model
+from layersample.planning.fake_models import fake_model
+from layersample.planning.model_kinds import ModelKind, refuses_chunks
 from layersample.registry import create_sampler
 from layersample.sampling.sampler import LayerSampler, LayerStatistics, SamplingContext, draw
 
@@ -32,6 +33,9 @@ class ActiveSets:
         outside: Parameters outside of the layers.
         largest_layer: Parameters of the largest layer.
         parameters: Of the whole model.
+        groups: Parameters of each group outside of the layers.
+        can_checkpoint: Whether the model has gradient checkpointing.
+        can_chunk: Whether its loss can be chunked.
         worst: Sets, one of which holds most: the lowest layers, whose backward is longest; these, but for one at
             the top; and the largest.
         typical: The median of many draws, by the depth of the lowest layer.
@@ -44,6 +48,9 @@ class ActiveSets:
     outside: int
     largest_layer: int
     parameters: int
+    groups: dict[str, int]
+    can_checkpoint: bool
+    can_chunk: bool
     worst: tuple[tuple[int, ...], ...]
     typical: tuple[int, ...]
     notes: tuple[str, ...]
@@ -62,23 +69,29 @@ class ActiveSets:
         return max([self.always, *(self.sizes[index] for index in active)])
 
 
-def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets:
+def find_active_sets(
+    shape: PretrainedConfig, config: TrainConfig, *, kind: ModelKind | None = None
+) -> ActiveSets:
     """Find the sets of layers to plan for.
 
     Args:
         shape: Configuration of the model.
         config: How it is trained.
+        kind: How the model is built; found from its configuration by default.
 
     Raises:
-        ConfigError: If there are fewer layers than ``num_active``, or no layers at all.
+        ConfigError: If the model is of a kind that isn't planned, there are fewer layers than ``num_active``, or no
+            layers at all.
     """
     sampler = create_sampler(config.sampler, config.sampler_options)
-    with fake_model(shape, config.precision) as model:
+    with fake_model(shape, config.precision, kind=kind) as model:
         layers = find_layers(model, config.layers)
         rules = {name: getattr(config, name) for name in layers.groups}
         units = arrange(model, layers, rules, train_towers=sampler.trains_everything)
         size = {name: parameter.numel() for name, parameter in model.named_parameters()}
         costs = layer_costs(model, units)
+        can_checkpoint = bool(getattr(model, "supports_gradient_checkpointing", False))
+        can_chunk = refuses_chunks(model) is None
     sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
     if config.num_active > len(sizes):
         raise ConfigError(
@@ -101,6 +114,9 @@ def find_active_sets(shape: PretrainedConfig, config: TrainConfig) -> ActiveSets
         outside=sum(size.values()) - sum(by_layer),
         largest_layer=max(by_layer),
         parameters=sum(size.values()),
+        groups={name: sum(size[n] for n in group.parameters) for name, group in layers.groups.items()},
+        can_checkpoint=can_checkpoint,
+        can_chunk=can_chunk,
         worst=tuple(dict.fromkeys((lowest, largest, widest))),
         typical=by_depth[len(by_depth) // 2],
         notes=notes,

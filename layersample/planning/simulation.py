@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
+from transformers import PretrainedConfig, masking_utils
 
 from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
+from layersample.errors import ConfigError
 from layersample.optim.masters import AT_REST, MASTER
+from layersample.planning.fake_models import fake_model
 from layersample.planning.live_memory import Kind, LiveMemory
+from layersample.planning.model_kinds import Batch, ModelKind, find_kind
+from layersample.registry import create_sampler
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.scheduler import LayerScheduler
 
@@ -49,25 +54,13 @@ class StepMemory:
         return sum(self.parts.values())
 
 
-@contextmanager
-def fake_model(
-    shape: PretrainedConfig, precision: str, *, lora_rank: int | None = None
-) -> Iterator[nn.Module]:
-    """The model of a configuration, with weights that take no memory; they end with the context."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model: nn.Module
-    if lora_rank is not None:
-        model = _lora_model(shape, dtype, lora_rank)
-    with FakeTensorMode():
-        if lora_rank is not None:
-            _make_fake(model)
-        else:
-            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        yield model.train()
-
-
 def simulate_step(
-    shape: PretrainedConfig, config: TrainConfig, active: Sequence[int], *, lora_rank: int | None = None
+    shape: PretrainedConfig,
+    config: TrainConfig,
+    active: Sequence[int],
+    *,
+    lora_rank: int | None = None,
+    kind: ModelKind | None = None,
 ) -> StepMemory:
     """Follow the memory of one step in the middle of a period, when optimizer state is there.
 
@@ -79,9 +72,14 @@ def simulate_step(
         config: How it is trained.
         active: Indices of the sampled layers that train.
         lora_rank: Train a LoRA of this rank on all linear layers in their place.
+        kind: How the model is built and fed; found from its configuration by default.
+
+    Raises:
+        ConfigError: If the model is of a kind that isn't planned, or a step of it needs more than fake tensors have.
     """
-    with fake_model(shape, config.precision, lora_rank=lora_rank) as model, ExitStack() as stack:
-        live = LiveMemory(vocabulary=shape.get_text_config().vocab_size)
+    kind = kind or find_kind(shape)
+    with fake_model(shape, config.precision, lora_rank=lora_rank, kind=kind) as model, ExitStack() as stack:
+        live = LiveMemory(vocabulary=getattr(shape.get_text_config(), "vocab_size", None))
         live.label([*model.parameters(), *model.buffers()], "weights")
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
         if lora_rank is None:
@@ -107,19 +105,20 @@ def simulate_step(
         with live, _unmasked_attention():
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
-            _step(model, optimizer, config, live)
+            _step(model, optimizer, config, kind.make_batch(shape, config), live)
         return StepMemory({name: live.moments[name] for name in MOMENTS})
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, live: LiveMemory) -> None:
-    tokens = torch.empty((config.batch_size, config.max_length), dtype=torch.int64)
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, batch: Batch, live: LiveMemory
+) -> None:
     autocast = _MIXED.get(config.precision)
     for _ in range(min(config.gradient_accumulation, 2)):  # the second finds the gradients of the first
         with (
             live.moment("forward", "activations"),
             torch.autocast("cpu", autocast, enabled=autocast is not None),
         ):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = _forward(model, batch)
         with live.moment("backward"):
             loss.backward()
     del loss
@@ -128,6 +127,30 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfi
             trained = [p for p in model.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    """The loss of a batch.
+
+    Raises:
+        ConfigError: If the model's own code fails on tensors without values.
+    """
+    peft: Any = model
+    inner: Any = peft.get_base_model() if hasattr(model, "get_base_model") else model
+    # A cache of keys and values is of no use in training, but a model makes one unless it is told.
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    try:
+        loss = model(**batch, **cache).loss
+    except Exception as error:  # code of other people, which may need anything: a value, a GPU, an image
+        raise ConfigError(
+            f"A step of {type(inner).__name__} can't be planned: on tensors without values its forward pass ends with "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    if loss is None:
+        raise ConfigError(
+            f"A step of {type(inner).__name__} can't be planned: it computes no loss from labels."
+        )
+    return loss
 
 
 @contextmanager
@@ -167,12 +190,14 @@ def schedule_given(
     Args:
         model: The model.
         optimizer: Its optimizer.
-        config: How it is trained; the sampler doesn't matter.
+        config: How it is trained; of its sampler, whether it trains everything.
         active: Indices of the layers that train. Where state is kept, the first period trains everything, so that
             everything has state.
     """
+    sampler = _Given(active, everything_first=config.state == "keep")
+    sampler.trains_everything = create_sampler(config.sampler, config.sampler_options).trains_everything
     given = {
-        "sampler": _Given(active, everything_first=config.state == "keep"),
+        "sampler": sampler,
         "sampler_options": None,
         "num_active": 1,
         "period": 1,
@@ -193,39 +218,3 @@ class _Given(LayerSampler):
         if self._everything_first and context.round == 0:
             return range(context.num_layers)
         return self._active
-
-
-def add_lora(model: nn.Module, rank: int, *, on_no_device: bool = False) -> nn.Module:
-    """A model with LoRA on all linear layers, as it is planned; without values where asked."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted: nn.Module = get_peft_model(model, lora, low_cpu_mem_usage=on_no_device)
-    return adapted
-
-
-def _lora_model(shape: PretrainedConfig, dtype: torch.dtype, rank: int) -> nn.Module:
-    """The model with LoRA, on no device: PEFT can't move fake tensors."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-    adapted = add_lora(model, rank, on_no_device=True)
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:  # PEFT would make 16-bit adapters float32 once they have a device
-            parent, _, own = name.rpartition(".")
-            setattr(adapted.get_submodule(parent), own, nn.Parameter(parameter.float()))
-    return adapted
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Put fake tensors in the place of those on no device; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_weight = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
-                table[name] = made[id(tensor)]  # type: ignore[assignment]

@@ -22,7 +22,7 @@ from layersample.environment import warn_of_slow_bf16
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
-from layersample.planning.planner import apply_budget
+from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.training.arguments import callback_arguments, training_arguments
 from layersample.training.data import load_split
