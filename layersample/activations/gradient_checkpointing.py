@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from layersample.activations.reentrant import ReentrantGuard
 from layersample.errors import ConfigError
 
 
@@ -17,7 +19,8 @@ class TruncatedCheckpointing:
     ``gradient_checkpointing_enable()`` makes the embedding's output require a gradient, so backward goes, and
     every layer is computed again, down to the input. Non-reentrant checkpointing doesn't need it. Reentrant
     checkpointing does need an input that requires a gradient, or it drops the layer's gradients without a
-    word; so there the input of the lowest active layer is made to require one.
+    word; so there the input of the lowest active layer is made to require one. Reentrant checkpointing that isn't
+    transformers' own is refused where that would happen, see :class:`ReentrantGuard`.
 
     Args:
         model: The model; gradient checkpointing is looked up at each switch.
@@ -30,9 +33,13 @@ class TruncatedCheckpointing:
         self._num_stacks = num_stacks
         self._removed: list[nn.Module] = []
         self._handle: RemovableHandle | None = None
+        self._guard = ReentrantGuard(model)
 
-    def switch(self, lowest_layer: nn.Module | None) -> None:
-        """Prepare for a period whose lowest active layer is this one; ``None`` where no layer is active.
+    def switch(self, layers: Mapping[str, nn.Module]) -> None:
+        """Prepare for a period.
+
+        Args:
+            layers: The active layers by name, from the input to the output.
 
         Raises:
             ConfigError: If checkpointing is reentrant and the model has two stacks.
@@ -44,6 +51,7 @@ class TruncatedCheckpointing:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self._guard.watch(layers)
         if not _is_reentrant(self._model):
             return
         if self._num_stacks > 1:
@@ -52,11 +60,12 @@ class TruncatedCheckpointing:
                 "reentrant checkpointing loses the gradients of one: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        if lowest_layer is not None:
-            self._handle = lowest_layer.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True)
+        for lowest in list(layers.values())[:1]:
+            self._handle = lowest.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True)
 
     def close(self) -> None:
         """Put everything back as it was."""
+        self._guard.close()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -76,8 +85,14 @@ def _is_reentrant(model: nn.Module) -> bool:
 def _require_grad_of_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if not (torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor)):
+    if not torch.is_grad_enabled():
         return None
+    if not (args and isinstance(args[0], torch.Tensor)):
+        raise ConfigError(
+            f"Reentrant checkpointing passes a gradient to positional arguments alone, but {type(module).__name__} "
+            'gets its input by keyword: pass gradient_checkpointing_kwargs={"use_reentrant": False}, which gives '
+            "the same gradients."
+        )
     hidden = args[0]
     # Something below trains: its gradient must pass.
     if hidden.requires_grad:

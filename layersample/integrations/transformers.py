@@ -201,7 +201,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give every parameter its ``requires_grad`` back."""
-        self._end(check=True)
+        # The Trainer has put the best model's weights in place of the last step's by now.
+        self._end(check=not args.load_best_model_at_end)
 
     def _end_interrupted(self, optimizer: Any, *, resumes: bool) -> None:
         """End a run that was interrupted, in a notebook say; its scheduler is still on the optimizer."""

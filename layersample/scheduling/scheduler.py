@@ -252,6 +252,7 @@ class LayerScheduler:
                 self._switch.place_state()
                 self._state_is_placed = True
             self._steps += 1
+            self._switch.count_step()
             if self._steps % self.period == 0:
                 self._history.record(self._round, self._active)
                 self._switch.check(self._active)

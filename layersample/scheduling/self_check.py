@@ -31,16 +31,24 @@ class SelfCheck:
         self._optimizer = optimizer
         self._state = state
         self._digests: dict[str, bytes] = {}
-        self._moves = False
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._pushed: set[str] = set()  # what a step has had reason to move
         self._handle = unwrap_optimizer(optimizer).register_step_pre_hook(self._note_step)
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A step at a learning rate of 0 (the first one of a warm-up) moves nothing, and rightly so.
-        self._moves |= any(float(group["lr"]) != 0 for group in optimizer.param_groups)
+        # A step at a learning rate of 0 (the first one of a warm-up) moves nothing, and rightly so. Nor does one
+        # whose gradients are zero (a constant reward) or not there (BERT's pooler, LayerDrop).
+        if all(float(group["lr"]) == 0 for group in optimizer.param_groups):
+            return
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad
+            if gradient is not None and name not in self._pushed and bool(local_part(gradient).any()):
+                self._pushed.add(name)
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note the bits of all parameters at the beginning of a period."""
-        self._moves = False
+        self._pushed.clear()
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._digests = {name: self._digest(parameter) for name, parameter in parameters.items()}
 
     def end(self, parameters: Mapping[str, nn.Parameter], active: Mapping[str, tuple[str, ...]]) -> None:
@@ -58,11 +66,13 @@ class SelfCheck:
         for name in sorted(changed - training):
             raise SelfCheckError(f"{name} was frozen in this period, but its weights changed.")
         for layer, names in active.items():
-            here = [name for name in names if local_part(parameters[name]).numel()]  # a shard may be empty
-            if self._moves and here and not changed.intersection(here):
+            pushed = self._pushed.intersection(names)
+            if pushed and not changed.intersection(names):
+                some = parameters[min(pushed)]
                 raise SelfCheckError(
-                    f"{layer} was active in this period, but none of its weights changed: it got no gradient, "
-                    "or its updates are too small for the weights' dtype."
+                    f"{layer} was active in this period and got gradients, but none of its weights changed: its "
+                    f"updates are lost, or too small for weights in {some.dtype}. A higher learning rate or "
+                    "master_weights=True may help."
                 )
         for name, parameter in parameters.items():
             if name not in training:

@@ -20,6 +20,7 @@ from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
+from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
 
@@ -52,10 +53,6 @@ class Switch:
         self._layers, self._units = model_layers, units
         check_optimizer(self._model, optimizer, units)
         self._policy = create_policy(options.state)
-        # A tower that trains is one more stack, with an input that requires no gradient.
-        always = [name for unit in units.always for name in unit.parameters]
-        towers = sum(any(is_inside(name, tower) for name in always) for tower in model_layers.towers)
-        self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks + towers)
         self.projected = find_targets(self._model, model_layers, projection)
         stepping = how_to_step(options.step_in_backward)
         if stepping is not None:
@@ -77,6 +74,13 @@ class Switch:
             if options.check:
                 self._self_check = SelfCheck(optimizer, options.state)
                 made.callback(self._self_check.close)
+            # A tower that trains is one more stack, with an input that requires no gradient.
+            always = [name for unit in units.always for name in unit.parameters]
+            towers = sum(any(is_inside(name, tower) for name in always) for tower in model_layers.towers)
+            self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks + towers)
+            made.callback(self._checkpointing.close)
+            self._watch = GradientWatch(optimizer)
+            made.callback(self._watch.close)
             engine.prepare()
             made.pop_all()
 
@@ -100,10 +104,17 @@ class Switch:
             self.stepper.watch(training.values())
         units = [self._units.sampled[i] for i in active]
         in_stack = [unit for unit in units if unit in self._layers.layers]
-        self._checkpointing.switch(self._model.get_submodule(in_stack[0].name) if in_stack else None)
+        self._checkpointing.switch({unit.name: self._model.get_submodule(unit.name) for unit in in_stack})
+        own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
+        sampled = {parameter for parameters in own.values() for parameter in parameters}
+        self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._engine.switched([unit.name for unit in units], round)
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
+
+    def count_step(self) -> None:
+        """One more optimizer step is done."""
+        self._watch.count_step()
 
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
@@ -142,6 +153,7 @@ class Switch:
         if self._self_check is not None:
             self._self_check.close()
             self._self_check = None
+        self._watch.close()
         if self.stepper is not None:
             self.stepper.close()
         self._checkpointing.close()

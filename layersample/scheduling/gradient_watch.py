@@ -1,0 +1,92 @@
+"""Says which active layers get no gradient, once and by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from layersample.unwrapping import local_part, unwrap_optimizer
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 4  # steps in a row: LayerDrop leaves a layer out now and then
+
+
+class GradientWatch:
+    """Warns of a layer that is active and gets no gradient, while other parameters do.
+
+    It is the net for whatever cuts a layer off without an error: a wrapper, a compiled graph from before the layer
+    was active, a checkpoint whose input needs no gradient. A layer that is left out of single steps (LayerDrop) is
+    no such layer, so only one counts that got no gradient in any step of a whole period, and in at least
+    ``PATIENCE`` steps in a row. A gradient of zeros is a gradient.
+
+    Once each active layer has had its first gradient in a period, nothing is looked at until the next.
+
+    Args:
+        optimizer: The optimizer, whose steps are where gradients are whole; or accelerate's wrapper of it.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._waiting: dict[str, list[nn.Parameter]] = {}
+        self._others: list[nn.Parameter] = []
+        self._others_got = False
+        self._steps = 0  # of this period
+        self._lacked: dict[str, int] = {}  # steps in a row without a gradient, over all periods
+        self._told: set[str] = set()
+        self._handle = unwrap_optimizer(optimizer).register_step_pre_hook(self._look)
+
+    def begin(self, active: Mapping[str, Sequence[nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
+        """Begin a period; the one before ends.
+
+        Args:
+            active: Parameters that train of each sampled layer that is active, by its name.
+            others: The other parameters that train.
+        """
+        self.end()
+        for name, parameters in active.items():
+            here = [p for p in parameters if local_part(p).numel()]  # a shard may be empty
+            if here and name not in self._told:
+                self._waiting[name] = here
+        self._others = list(others)
+
+    def count_step(self) -> None:
+        """One more optimizer step is done; a step in backward calls the optimizer's once a parameter."""
+        self._steps += 1
+
+    def end(self) -> None:
+        """End a period: say which layers had no gradient in it. Nothing is said twice."""
+        if self._others_got:
+            for name in self._waiting:
+                self._lacked[name] = self._lacked.get(name, 0) + self._steps
+                if self._lacked[name] >= PATIENCE:
+                    self._tell(name)
+        self._waiting, self._others, self._others_got, self._steps = {}, [], False, 0
+
+    def close(self) -> None:
+        """Look at nothing any more. Safe to call twice."""
+        self.end()
+        self._handle.remove()
+
+    def _tell(self, name: str) -> None:
+        self._told.add(name)
+        logger.warning(
+            "%s got no gradient in any of the %d steps in which it was active, though other parameters did: it "
+            "doesn't train. Either the model doesn't use it, or something cuts its gradient off: reentrant "
+            "checkpointing (use_reentrant=False in its place), torch.compile of a model whose layers were frozen "
+            "then (compile each layer, or with a newer torch), a detach() or no_grad() in the model.",
+            name,
+            self._lacked[name],
+        )
+
+    def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._waiting:
+            return
+        got = [name for name, own in self._waiting.items() if any(p.grad is not None for p in own)]
+        for name in got:
+            del self._waiting[name]
+            self._lacked.pop(name, None)
+        self._others_got |= bool(got) or any(p.grad is not None for p in self._others)
