@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 
 _BLOCK = 8192  # rows of the vocabulary
+# float16 holds nothing below 6e-8: there gradients are formed as this times those of a sum of losses, whose size is
+# at most this for any number of positions; what a loss scaler multiplies by is only known in backward.
+_FLOAT16_GAIN = 16.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def chunked_cross_entropy(
     Positions without a label are left out before the head. The others go through it ``chunk_size`` at a time;
     each chunk's logits become its gradients in place and are forgotten, so nothing is computed twice. Under
     16-bit weights the softmax is in float32 as in transformers, and a head that trains collects its gradient
-    in its own type, one rounding a chunk.
+    in its own type, one rounding a chunk; in float16, which loss scaling is for, in float32.
 
     Args:
         hidden: Input of the head, ``(..., hidden_size)``.
@@ -134,8 +137,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
             into = None if grad_hidden is None else grad_hidden[rows]
-            total += head.chunk(hidden[rows], targets[rows], transform, items, into)
+            total += head.chunk(hidden[rows], targets[rows], transform, head.gain(transform, items), into)
         ctx.gradients = (grad_hidden, head.grad_weight, head.grad_bias)
+        ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        # What the gradients lack of the mean's, to be made up for with the gradient of the loss.
+        ctx.lacking = transform.scale / (items * _FLOAT16_GAIN) if head.is_float16 else None
         return total / items
 
     @staticmethod
@@ -147,7 +153,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
         # Given away, so that nothing but the parameter holds them: autograd need not copy.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in gradients)
+        if ctx.lacking is None:
+            scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in gradients]
+        else:  # the scaler's factor is beyond float16
+            factor = grad_loss.float() * ctx.lacking
+            scaled = [
+                None if g is None else g.float().mul_(factor).to(dtype)
+                for g, dtype in zip(gradients, ctx.types, strict=True)
+            ]
         return (*scaled, None, None, None, None)
 
 
@@ -170,15 +183,21 @@ class _Head:
         self._logits = torch.empty(shape, dtype=dtype, device=weight.device)
         is_half = dtype != self.softmax_type
         self._exact = self._logits.to(self.softmax_type) if is_half else self._logits
-        self.grad_weight = torch.zeros_like(weight) if needs_grad[1] else None
-        self.grad_bias = torch.zeros_like(bias) if bias is not None and needs_grad[2] else None
+        self.is_float16 = dtype == torch.float16
+        wide = torch.float32 if self.is_float16 else None  # for sums over all positions
+        self.grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad[1] else None
+        self.grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_grad[2] else None
+
+    def gain(self, transform: LogitTransform, num_items: Tensor) -> Tensor | float:
+        """What the gradient of a position's softmax is multiplied by."""
+        return _FLOAT16_GAIN if self.is_float16 else transform.scale / num_items
 
     def chunk(
         self,
         hidden: Tensor,
         targets: Tensor,
         transform: LogitTransform,
-        num_items: Tensor,
+        gain: Tensor | float,
         grad_hidden: Tensor | None,
     ) -> Tensor:
         """Add a chunk's gradients and return the sum of its losses; hidden is ``(n, hidden_size)``."""
@@ -196,9 +215,9 @@ class _Head:
         losses = (sums.log() - of_target).sum()
         if not self._needs_any:
             return losses
-        # The gradient of the mean: (softmax - one-hot) / num_items.
+        # The gradient of the mean: (softmax - one-hot) / num_items, but for what float16 leaves to backward.
         exact.div_(sums).scatter_add_(1, columns, exact.new_full(columns.shape, -1.0))
-        exact.mul_(transform.scale / num_items)
+        exact.mul_(gain)
         if slope is not None:
             exact.mul_(slope)
         if exact is not logits:
