@@ -247,8 +247,7 @@ class LayerScheduler:
         """
         while self._steps < steps:
             if not self._state_is_placed:
-                # Not in the constructor: a checkpoint may have filled the optimizer before, and says only in
-                # load_state_dict which layers its state belongs to.
+                # Not in the constructor: which layers a checkpoint's state belongs to shows in load_state_dict.
                 self._switch.place_state()
                 self._state_is_placed = True
             self._steps += 1
