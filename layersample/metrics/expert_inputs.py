@@ -63,9 +63,9 @@ def watch_experts(model: nn.Module, weights: Mapping[str, Tensor], seen: Seen) -
     config = getattr(model, "config", None)
     before = getattr(config, "_experts_implementation", None)
     can_set = before is not None and hasattr(model, "set_experts_implementation")
-    if can_set:
-        model.set_experts_implementation("eager")  # type: ignore[operator]
     try:
+        if can_set:
+            model.set_experts_implementation("eager")  # type: ignore[operator]
         with _WatchExperts(weights, seen):
             yield
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layersample.errors import ConfigError
 from layersample.layers.find import ModelLayers, find_layers
+from layersample.layers.unchanged import unchanged
 from layersample.metrics.expert_inputs import watch_experts
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
@@ -59,7 +60,8 @@ def outlier_ratios(
     layers = find_layers(model) if layers is None else layers
     inputs = _ChannelNorms(model, weight_matrices(model, layers))
     count = 0
-    with _evaluating(model), inputs.listening(model), torch.no_grad():
+    with unchanged(model), inputs.listening(model), torch.no_grad():
+        model.eval()
         for batch in batches:
             _run(model, batch, inputs)
             count += 1
@@ -181,18 +183,6 @@ def _multiply(inputs: _ChannelNorms, matrix: WeightMatrix) -> Tensor:
     assert scores is not None
     weight, norms = scores
     return weight.mul_(norms)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module's own mode again afterwards, as a part of the model may have been frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any] | Tensor, inputs: _ChannelNorms) -> None:

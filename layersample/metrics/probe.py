@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers.find import ModelLayers, find_layers
+from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
 
 _ADAPTER = "layersample_probe"
@@ -29,7 +30,8 @@ def probe_lora(
 ) -> dict[str, LoraNorms]:
     """Train a LoRA on all linear weights of a model's layers, measure it, and take it away again.
 
-    Weights, ``requires_grad``, mode and the global random state are afterwards what they were, bit by bit.
+    Modules, weights, buffers, ``requires_grad``, gradients, mode and the global random state are afterwards what they
+    were, bit by bit, also where it fails.
 
     Args:
         model: A model whose forward returns a ``loss``.
@@ -72,24 +74,13 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
         target_modules=list(targets),
         fan_in_fan_out=not any(isinstance(module, nn.Linear) for module in targets.values()),  # Conv1D
     )
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = {module: module.training for module in model.modules()}
-    attributes = set(vars(model))
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    # PEFT refuses some modules after it has wrapped others, so what takes the wrappers away stands around it.
+    with unchanged(model, hide_gradients=True), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        lora = LoraModel(model, {_ADAPTER: config}, _ADAPTER)
-        try:
-            model.train()
-            yield
-        finally:
-            lora.unload()
-            for name in set(vars(model)) - attributes:
-                delattr(model, name)
-            for module, mode in modes.items():
-                module.training = mode
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(requires_grad[name])
+        LoraModel(model, {_ADAPTER: config}, _ADAPTER)
+        model.train()
+        yield
 
 
 def _linear_modules(model: nn.Module, layers: ModelLayers) -> dict[str, nn.Module]:

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layersample.errors import ConfigError
+
 Eigenvalues = NDArray[np.float64]
 
 # weightwatcher drops eigenvalues below an absolute 1e-5: what the Gram matrix blurs must lie far below that.
@@ -15,7 +17,7 @@ _HARMLESS_BLUR = 1e-8
 _CLEAR_OF_BLUR = 1e6
 
 
-class DegenerateMatrixError(ValueError):
+class DegenerateMatrixError(ConfigError):
     """A weight matrix that a metric isn't defined for: says what must hold and what came."""
 
 

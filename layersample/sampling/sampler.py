@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
+from layersample.sampling.faults import SamplerError
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,41 @@ def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
         Indices, ascending.
 
     Raises:
-        ValueError: If they aren't distinct indices of layers, or there are none where nothing else trains.
+        SamplerError: If they aren't distinct indices of layers, or there are none where nothing else trains.
     """
-    name, chosen = type(sampler).__name__, list(sampler.sample(context))
-    if len(set(chosen)) != len(chosen) or not all(
-        isinstance(i, int) and 0 <= i < context.num_layers for i in chosen
-    ):
-        raise ValueError(
+    name, returned = type(sampler).__name__, sampler.sample(context)
+    chosen = list(returned) if isinstance(returned, Iterable) else None
+    if chosen is None or not _are_indices(chosen, context.num_layers):
+        raise SamplerError(
             f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
-            f"but returned {chosen} in period {context.round}."
+            f"but returned {returned if chosen is None else chosen} in period {context.round}."
         )
     if not chosen and not context.allow_empty:
-        raise ValueError(
+        raise SamplerError(
             f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
         )
     return tuple(sorted(chosen))
+
+
+def _are_indices(chosen: Sequence[object], num_layers: int) -> bool:
+    """Whether all are integers that number a layer, none twice."""
+    whole = [i for i in chosen if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers]
+    return len(whole) == len(chosen) == len(set(whole))
+
+
+def find_inclusion(sampler: LayerSampler, context: SamplingContext) -> Sequence[float] | None:
+    """Let a sampler say how likely each layer was to be chosen, if it knows.
+
+    Raises:
+        SamplerError: If it says so with other than one finite number a layer.
+    """
+    inclusion = sampler.inclusion_probabilities(context)
+    if inclusion is None:
+        return None
+    values = [float(value) for value in inclusion]
+    if len(values) != context.num_layers or not all(map(math.isfinite, values)):
+        raise SamplerError(
+            f"{type(sampler).__name__}.inclusion_probabilities must return {context.num_layers} finite numbers, one a "
+            f"layer, or None, but returned {values} in period {context.round}."
+        )
+    return values

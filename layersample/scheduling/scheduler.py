@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +16,16 @@ from layersample.layers.costs import layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
 from layersample.layers.rules import arrange, warn_of_towers
+from layersample.layers.unchanged import unchanged
 from layersample.optim.stand_ins import check_unviewed
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
 from layersample.parallel.find import find_engine
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
-from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw
+from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw, find_inclusion
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
 from layersample.scheduling.switch import Switch
@@ -326,7 +327,7 @@ class LayerScheduler:
         if changed & {"sampler", "sampler_options"}:
             # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
             self._history.changed = set(range(len(self.layers)))
-            with self._naming_the_sampler():
+            with naming(self.sampler, self._sampler_name, self._round):
                 self._measure()
         else:
             self.sampler.load_state_dict(state["sampler_state"])
@@ -349,21 +350,14 @@ class LayerScheduler:
             allow_empty=self._units.always_trains_something,
             costs=self._costs,
         )
-        with self._naming_the_sampler():
+        with naming(self.sampler, self._sampler_name, self._round):
             every = self.sampler.measure_every
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
-            self._inclusion = self.sampler.inclusion_probabilities(context)
+            self._inclusion = find_inclusion(self.sampler, context)
             self._active = draw(self.sampler, context)
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
         self._switch.apply(self._active, self._round)
-
-    @contextmanager
-    def _naming_the_sampler(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise ConfigError(f"Sampler {self._sampler_name}, period {self._round}: {error}") from error
 
     def _measure(self) -> None:
         if not self._engine.must_measure(self.sampler):
@@ -376,5 +370,6 @@ class LayerScheduler:
             changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
             batches=self._batches,
         )
-        self.sampler.measure(measurement)
+        with unchanged(self._model, only_after_errors=True):
+            self.sampler.measure(measurement)
         self._history.changed.clear()
