@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
 
 from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
@@ -56,6 +58,30 @@ def finetune(
         NonFiniteLossError: If the loss is NaN or infinite. Earlier checkpoints stay.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint saved at the end of the step.
     """
+    config = _check(config, report)
+    folder = RunFolder.choose(config)
+    arguments = training_arguments(config, folder.checkpoints)
+    report(f"Model {config.model}, data {config.data}, output {folder.path}.")
+    if slow := warn_of_slow_bf16(config.precision):
+        report(slow)
+    data = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.run_seed)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model, tokenizer = load_model(config.model, dtype, report)
+    check_length(config, model.config)
+    with folder.open() as checkpoint:
+        run = _Run(config, folder.path, data, model, tokenizer, arguments, checkpoint, progress)
+        run.say_what_is_cut(report)
+        try:
+            run.train()
+        finally:
+            if progress:
+                progress.end()
+        run.save_model()
+        return run.write_summary()
+
+
+def _check(config: TrainConfig, report: Report) -> TrainConfig:
+    """Check names and options before anything is loaded, and choose what a budget leaves open."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "layersample train must run in one process, but was launched in several. Use a script of your own with "
@@ -63,89 +89,109 @@ def finetune(
         )
     if config.plugin is not None:
         load_plugin(config.plugin)
-    # Names and options, before anything is loaded.
     create_sampler(config.sampler, config.sampler_options)
     PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
     if config.budget is not None:
         config = apply_budget(config)
         report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
-    folder = RunFolder.choose(config)
-    arguments = training_arguments(config, folder.checkpoints)
-    report(f"Model {config.model}, data {config.data}, output {folder.path}.")
-    if slow := warn_of_slow_bf16(config.precision):
-        report(slow)
-    train, held_out = load_split(
-        config.data, config.eval_data, eval_size=config.eval_size, seed=config.run_seed
-    )
-    model, tokenizer = load_model(
-        config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32, report
-    )
-    check_length(config, model.config)
-    sampling = LayerSamplingCallback(**callback_arguments(config))
-    with folder.open() as checkpoint:
+    return config
+
+
+class _Run:
+    """A run whose input is loaded: its trainer, its recorder and its callback, and the folder it writes to."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data: tuple[Dataset, Dataset],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: SFTConfig,
+        checkpoint: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.folder, self.tokenizer, self.checkpoint = config, folder, tokenizer, checkpoint
+        self.train_data, self.held_out_data = data
         # A later --resume takes what the run is from here; how it was begun is the command's own.
         own = config.model_copy(update={"resume": False, "overwrite": False, "allow_changes": False})
-        write_text(folder.path / "config.yaml", write_yaml(own))
-        recorder = RunRecorder(
-            folder.path / "metrics.jsonl",
-            lambda: sampling.scheduler,
+        write_text(folder / "config.yaml", write_yaml(own))
+        self.sampling = LayerSamplingCallback(**callback_arguments(config))
+        self.recorder = RunRecorder(
+            folder / "metrics.jsonl",
+            lambda: self.sampling.scheduler,
             resume_step=step_of(checkpoint) if checkpoint else None,
             progress=progress,
         )
-        trainer = CheckedTrainer(
+        self.trainer = CheckedTrainer(
             model=model,
             args=arguments,
-            train_dataset=train,
-            eval_dataset=held_out,
+            train_dataset=self.train_data,
+            eval_dataset=self.held_out_data,
             processing_class=tokenizer,
-            callbacks=[recorder],
+            callbacks=[self.recorder],
         )
         if config.chunk_positions is not None:
-            trainer.chunk_loss(config.chunk_positions)
-        trainer.remove_callback(PrinterCallback)
-        sampling.attach(trainer, verify=False)  # RunFolder has done that, before anything was loaded
-        for name, count in trainer.too_long.items():
+            self.trainer.chunk_loss(config.chunk_positions)
+        self.trainer.remove_callback(PrinterCallback)
+        self.sampling.attach(
+            self.trainer, verify=False
+        )  # RunFolder has done that, before anything was loaded
+
+    def say_what_is_cut(self, report: Report) -> None:
+        """Report the examples that are longer than the model is trained on."""
+        for name, count in self.trainer.too_long.items():
             if count:
                 kind = name.replace("_", "-")
-                report(f"{count} {kind} examples are longer than {config.max_length} tokens and are cut.")
+                report(
+                    f"{count} {kind} examples are longer than {self.config.max_length} tokens and are cut."
+                )
+
+    def train(self) -> None:
+        """Train, and measure the held-out loss before and after.
+
+        Raises:
+            Interrupted: If a signal came, with a checkpoint saved.
+        """
         # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
-        trainer.args.eval_on_start = not any("held_out_loss" in record for record in recorder.records)
-        try:
-            _train(trainer, checkpoint)
-            if "held_out_loss" not in recorder.records[-1]:  # the Trainer may have evaluated the last step
-                trainer.evaluate()
-        finally:
-            if progress:
-                progress.end()
-        assert sampling.scheduler is not None
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        weights = sampling.scheduler.fp32_state_dict() if config.save_precision == "fp32" else None
-        _save_model(trained, weights, tokenizer, folder.path / "model")
+        measured = any("held_out_loss" in record for record in self.recorder.records)
+        self.trainer.args.eval_on_start = not measured
+        with stop_on_signal() as stop:
+            self.trainer.add_callback(stop)
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        if stop.received is not None:
+            saved = find_last(Path(str(self.trainer.args.output_dir)))
+            assert saved is not None
+            raise Interrupted(stop.received, saved)
+        if "held_out_loss" not in self.recorder.records[-1]:  # the Trainer may have evaluated the last step
+            self.trainer.evaluate()
+
+    def save_model(self) -> None:
+        """Write the model into ``model/``, in the precision that the configuration asks for."""
+        assert self.sampling.scheduler is not None
+        trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        exact = self.config.save_precision == "fp32"
+        weights = self.sampling.scheduler.fp32_state_dict() if exact else None
+        _save_model(trained, weights, self.tokenizer, self.folder / "model")
+
+    def write_summary(self) -> dict[str, Any]:
+        """Write ``summary.json`` and the pictures, and return the summary."""
+        assert self.sampling.scheduler is not None and self.trainer.model is not None
         summary = summarize(
-            folder.path,
-            config,
-            recorder,
-            layers=sampling.scheduler.layers,
-            parameters=sum(p.numel() for p in model.parameters()),
+            self.folder,
+            self.config,
+            self.recorder,
+            layers=self.sampling.scheduler.layers,
+            parameters=sum(p.numel() for p in self.trainer.model.parameters()),
             examples={
-                "training": len(train),
-                "held_out": len(held_out),
-                **{f"{name}_cut_to_max_length": count for name, count in trainer.too_long.items()},
+                "training": len(self.train_data),
+                "held_out": len(self.held_out_data),
+                **{f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()},
             },
         )
-        write_pictures(folder.path, summary, recorder.records)
-        write_json(folder.path / "summary.json", summary)
-    return summary
-
-
-def _train(trainer: CheckedTrainer, checkpoint: Path | None) -> None:
-    with stop_on_signal() as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None:
-        saved = find_last(Path(str(trainer.args.output_dir)))
-        assert saved is not None
-        raise Interrupted(stop.received, saved)
+        write_pictures(self.folder, summary, self.recorder.records)
+        write_json(self.folder / "summary.json", summary)
+        return summary
 
 
 def _save_model(
