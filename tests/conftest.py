@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from layersample import registry
-from tests.helpers import make_llama
+from tests.helpers import write_sums, write_tiny_model
 
 # rich takes the width of a console once, and pytest-xdist sets one for its processes; tests set their own.
 os.environ.pop("COLUMNS", None)
@@ -48,19 +46,7 @@ def _own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Llama with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("tiny-model")
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    special = ("<unk>", "<s>", "</s>", "<pad>")
-    vocabulary |= {token: 256 + i for i, token in enumerate(special)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=True)),
-        chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}",
-    ).save_pretrained(folder)
-    make_llama().save_pretrained(folder)
+    write_tiny_model(folder)
     return folder
 
 
@@ -68,8 +54,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 40 sums."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(8) for b in range(5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_sums(path)
     return path
 
 

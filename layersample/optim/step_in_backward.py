@@ -155,7 +155,9 @@ class BackwardStepper:
     def _clip(self, parameter: Tensor) -> None:
         gradient, limit = parameter.grad, self._options.max_norm
         assert gradient is not None
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        # Of 16 bits in fp32; of fp64 as it is, which torch doesn't narrow.
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(gradient, dtype=wide)
         self._squares.append(norm.square())
         if limit is None:
             return

@@ -132,11 +132,12 @@ def test_an_epoch_may_end_within_a_window(clip: float | None, projection: str | 
     assert all(torch.allclose(ours[name], naive[name], atol=1e-7) for name in naive)
 
 
-def test_clipping_by_parameter_is_clipping_each_by_itself() -> None:
-    ours, _ = run(StepInBackward(max_norm=0.05, clip_by="parameter"), "sgd-momentum")
-    naive, _ = run(None, "sgd-momentum", clip=0.05)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_by_parameter_is_clipping_each_by_itself(dtype: torch.dtype) -> None:
+    ours, _ = run(StepInBackward(max_norm=0.05, clip_by="parameter"), "sgd-momentum", dtype=dtype)
+    naive, _ = run(None, "sgd-momentum", clip=0.05, dtype=dtype)
     assert all(torch.allclose(ours[name], naive[name], atol=1e-7) for name in naive)
-    assert not same(ours, run(None, "sgd-momentum")[0])
+    assert not same(ours, run(None, "sgd-momentum", dtype=dtype)[0])
 
 
 def test_the_running_norm_is_that_of_the_step_before() -> None:
