@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -19,6 +17,7 @@ from layersample.activations.options import ActivationOptions
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
+from layersample.integrations.first_batches import first_batches
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
@@ -142,7 +141,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             kwargs["model"] if trainer is None else trainer.model_wrapped,
             kwargs["optimizer"],
             **arguments,
-            batches=partial(_first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
+            batches=partial(first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
         self._is_training = True
@@ -276,10 +275,3 @@ def _to_json(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return value if isinstance(value, str | int | float | dict | None) else f"{type(value).__name__} (object)"
-
-
-def _first_batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]]:
-    """The training examples in their own order, in batches; the loader would move the global random state."""
-    rows = iter(loader.dataset)
-    while batch := list(islice(rows, size)):
-        yield loader.collate_fn(batch)

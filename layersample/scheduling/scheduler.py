@@ -126,6 +126,7 @@ class LayerScheduler:
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        give_batches = _reader(batches)
         check_unviewed(optimizer)  # before its frozen layers are taken for the user's
         engine = find_engine(model, optimizer)
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
@@ -147,7 +148,7 @@ class LayerScheduler:
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(len(self._units.sampled))
-        self._batches = batches if batches is None or callable(batches) else lambda: batches
+        self._batches = give_batches
         self._identity = RunIdentity(
             options,
             sampler=self._sampler_name,
@@ -373,3 +374,15 @@ class LayerScheduler:
         with unchanged(self._model, only_after_errors=True):
             self.sampler.measure(measurement)
         self._history.changed.clear()
+
+
+def _reader(batches: Batches | None) -> Callable[[], Iterable[Mapping[str, Any]]] | None:
+    """A function that gives the calibration batches anew."""
+    if batches is None or callable(batches):
+        return batches
+    if iter(batches) is batches:
+        raise ConfigError(
+            f"batches must be readable more than once, but got the iterator {type(batches).__name__}, which is empty "
+            "after the first time: give a list, a loader, or a function that makes a new iterator."
+        )
+    return lambda: batches

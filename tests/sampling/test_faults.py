@@ -121,3 +121,10 @@ def test_a_plugin_that_ends_the_program_is_an_error(tmp_path: Path) -> None:
     path.write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ConfigError, match="ends.py, line 2, raised SystemExit: 0"):
         load_plugin(path)
+
+
+def test_calibration_batches_must_be_readable_again() -> None:
+    with pytest.raises(
+        ConfigError, match="batches must be readable more than once, but got the iterator generator"
+    ):
+        start("lisa", batches=({} for _ in range(2)))
