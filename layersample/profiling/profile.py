@@ -18,9 +18,9 @@ from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.rules import Units
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
+from layersample.sampling.calibration import Batches
 from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
 from layersample.sampling.weighted import WeightedSampler
-from layersample.scheduling.scheduler import Batches
 from layersample.unwrapping import unwrap
 
 SamplerChoice = str | tuple[str, Mapping[str, Any]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ from layersample.option_files import make_options
 from layersample.parallel.find import find_engine
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampling.calibration import Batches, reader_of
 from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw, find_inclusion
@@ -31,8 +32,6 @@ from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, de
 from layersample.scheduling.switch import Switch
 
 logger = logging.getLogger(__name__)
-
-Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
 
 class LayerScheduler:
@@ -126,7 +125,7 @@ class LayerScheduler:
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
-        give_batches = _reader(batches)
+        give_batches = reader_of(batches)
         check_unviewed(optimizer)  # before its frozen layers are taken for the user's
         engine = find_engine(model, optimizer)
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
@@ -374,15 +373,3 @@ class LayerScheduler:
         with unchanged(self._model, only_after_errors=True):
             self.sampler.measure(measurement)
         self._history.changed.clear()
-
-
-def _reader(batches: Batches | None) -> Callable[[], Iterable[Mapping[str, Any]]] | None:
-    """A function that gives the calibration batches anew."""
-    if batches is None or callable(batches):
-        return batches
-    if iter(batches) is batches:
-        raise ConfigError(
-            f"batches must be readable more than once, but got the iterator {type(batches).__name__}, which is empty "
-            "after the first time: give a list, a loader, or a function that makes a new iterator."
-        )
-    return lambda: batches
