@@ -8,6 +8,9 @@ from .checkpoints.sharded import save_distributed as save_distributed
 from .checkpoints.whole import Checkpoints as Checkpoints
 from .config import TrainConfig as TrainConfig
 from .errors import ConfigError as ConfigError
+from .frozen.formats import FrozenFormat as FrozenFormat
+from .frozen.formats import list_formats as list_formats
+from .frozen.formats import register_format as register_format
 from .integrations.transformers import LayerSamplingCallback as LayerSamplingCallback
 from .layers.costs import LayerCosts as LayerCosts
 from .layers.costs import layer_costs as layer_costs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layersample.errors import ConfigError, some
 from layersample.frozen.exact import Mappings
-from layersample.frozen.formats import FORMATS, FrozenFormat
+from layersample.frozen.formats import FORMATS
 from layersample.frozen.forward import FrozenModule
 from layersample.frozen.holdable import find_holdable, is_conv1d
 from layersample.frozen.matrix import FrozenMatrix
@@ -42,9 +42,7 @@ class FrozenWeights:
             model has frozen weights already.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: ModelLayers, form: str | FrozenFormat, *, stays: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: ModelLayers, form: Any, *, stays: bool = False) -> None:
         if find_frozen_weights(model) is not None:
             raise ConfigError(
                 "A model must have its frozen weights in one format, but it has them in one already."
@@ -140,9 +138,10 @@ class FrozenWeights:
         finally:
             self._show(False)
 
-    def trained(self) -> dict[str, Tensor]:
-        """Exact values of the weights that can be frozen and have trained: none of them is in a file."""
-        return {name: matrix.exact() for name, matrix in self._matrices.items() if not matrix.is_mapped}
+    @property
+    def mapped(self) -> frozenset[str]:
+        """Names of the weights whose exact values are in a file alone: they haven't trained."""
+        return frozenset(name for name, matrix in self._matrices.items() if matrix.is_mapped)
 
     def close(self) -> None:
         """Leave the model as it was found: whole, or rounded if it was loaded so. Safe to call twice."""
@@ -179,6 +178,29 @@ class FrozenWeights:
                 f"frozen_weights needs every frozen weight to be read in the forward of its own module, but "
                 f"{some(missed)} didn't run, and the model's output is no number: train it without."
             )
+
+
+def hold_frozen(model: nn.Module, layers: ModelLayers, form: Any) -> FrozenWeights | None:
+    """The frozen weights that a scheduler asks for: those that the model was loaded with, or new ones.
+
+    Args:
+        model: The model, without wrappers.
+        layers: Its layers.
+        form: The format, or its name; None for none.
+
+    Raises:
+        ConfigError: If the model was loaded with another format; or as :class:`FrozenWeights`.
+    """
+    found = find_frozen_weights(model)
+    if found is None:
+        return None if form is None else FrozenWeights(model, layers, form)
+    _, name = FORMATS.resolve_optional(form)
+    if name != found.format:
+        raise ConfigError(
+            f"The model was loaded with frozen weights in {found.format}, so LayerScheduler must be made with "
+            f"frozen_weights={found.format!r}, but got {name!r}."
+        )
+    return found
 
 
 def find_frozen_weights(model: nn.Module) -> FrozenWeights | None:

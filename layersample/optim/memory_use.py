@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layersample.optim.masters import AT_REST, MASTER
-from layersample.unwrapping import local_part
+from layersample.unwrapping import FROZEN, local_part
 
 _KINDS_OF_STATE = ("optimizer_state", "offloaded_state", "master_weights", "master_remainders")
 
@@ -20,12 +20,13 @@ class MemoryUse:
     """Bytes held now.
 
     Args:
-        weights: Bytes of all parameters and buffers; tied ones once.
+        weights: Bytes of all parameters and buffers; tied ones once, and frozen ones that are rounded as they are.
         gradients: Bytes of the gradients that exist.
         optimizer_state: Bytes of the optimizer's tensors on the device of their parameter.
         offloaded_state: Bytes of the optimizer's tensors that the ``offload`` policy holds elsewhere.
         master_weights: Bytes of the fp32 masters of bf16 weights that train.
         master_remainders: Bytes in CPU memory by which frozen bf16 weights are exact.
+        host_weights: Bytes in CPU memory of the exact values of frozen weights that are rounded on the device.
     """
 
     weights: int
@@ -34,6 +35,7 @@ class MemoryUse:
     offloaded_state: int = 0
     master_weights: int = 0
     master_remainders: int = 0
+    host_weights: int = 0
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
@@ -44,8 +46,11 @@ def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 held[_kind(key, value, parameter)].append(value)
+    frozen = [matrix for p in parameters if (matrix := getattr(p, FROZEN, None)) is not None]
+    codes = [tensor for matrix in frozen for tensor in matrix.tensors]
     return MemoryUse(
-        weights=count_bytes([*parameters, *model.buffers()]),
+        weights=count_bytes([*parameters, *model.buffers(), *codes]),
+        host_weights=sum(matrix.host_bytes for matrix in frozen),
         gradients=count_bytes(p.grad for p in parameters if p.grad is not None),
         **{kind: count_bytes(tensors) for kind, tensors in held.items()},
     )

@@ -25,7 +25,7 @@ from layersample.optim.host_copies import wait_for_copies
 from layersample.optim.masters import AT_REST, MASTER, combine, follow, split
 from layersample.projection.low_rank import PREFIX, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
-from layersample.unwrapping import unwrap_optimizer
+from layersample.unwrapping import exact_values, unwrap_optimizer
 
 _PACKED = "layersample"
 _viewed: WeakSet[Optimizer] = WeakSet()
@@ -111,15 +111,21 @@ class OptimizerView:
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put away what frozen parameters hold: masters become remainders, and bases are forgotten."""
+        frozen = list(parameters)
+        self.put_masters_away(frozen)
+        if self._low_rank is not None:
+            for parameter in frozen:
+                if state := self._optimizer.state.get(parameter):
+                    self._low_rank.forget_basis(state)
+
+    def put_masters_away(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make remainders of the masters that frozen parameters have."""
         for parameter in parameters:
             state = self._optimizer.state.get(parameter)
-            if not state:
-                continue
-            if MASTER in state:
-                state.update(split(state.pop(MASTER), parameter.detach()))
+            if state and MASTER in state:
+                master = state.pop(MASTER)
+                state.update(split(master, exact_values(parameter).detach().to(master.device)))
                 self._versions.pop(parameter, None)
-            if self._low_rank is not None:
-                self._low_rank.forget_basis(state)
         wait_for_copies()  # of remainders, which a checkpoint may read next
 
     def forget(self) -> None:

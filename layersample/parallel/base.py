@@ -64,6 +64,13 @@ class Engine:
                 "are added up later: leave step_in_backward out."
             )
 
+    def check_frozen_weights(self) -> None:
+        """Whether each rank has whole weights, which can be rounded.
+
+        Raises:
+            ConfigError: If it has parts of them.
+        """
+
     def must_measure(self, sampler: LayerSampler) -> bool:
         """Whether a sampler may look at the model now; False if it has done so already, and can't again.
 

@@ -17,6 +17,18 @@ from layersample.sampling.weighted import MeasuredSampler
 class ShardedEngine(Engine):
     """A model of whose weights each rank holds a part."""
 
+    def check_frozen_weights(self) -> None:
+        """Shards can't be rounded.
+
+        Raises:
+            ConfigError: Always; it says what else there is.
+        """
+        raise ConfigError(
+            "frozen_weights needs whole weights on each rank, but the model is sharded: leave it out and give "
+            "fully_shard an offload_policy=CPUOffloadPolicy(), which keeps all weights exact in the host's memory; or "
+            "use DistributedDataParallel."
+        )
+
     def must_measure(self, sampler: LayerSampler) -> bool:
         """No sampler can measure here: each rank holds a shard of every weight.
 

@@ -25,6 +25,7 @@ class RunIdentity:
         options: The scheduler's options; those with the role of an identity count.
         sampler: Name of the sampler.
         projection: Name of the projection, if any.
+        frozen_weights: Name of the format of frozen weights, if any.
         period: Optimizer steps between draws.
         layers: Names of all that is sampled.
     """
@@ -35,12 +36,14 @@ class RunIdentity:
         *,
         sampler: str,
         projection: str | None,
+        frozen_weights: str | None,
         period: int,
         layers: Sequence[str],
     ) -> None:
         names = names_with(SchedulerOptions, Role.IDENTITY)
         values = {name: getattr(options, name) for name in sorted(names)}
-        values |= {"sampler": sampler, "projection": projection, "period": period, "seed": options.seed or 0}
+        values |= {"sampler": sampler, "projection": projection}
+        values |= {"frozen_weights": frozen_weights, "period": period, "seed": options.seed or 0}
         self._values = {
             **{name: _to_json(value) for name, value in values.items()},
             "layers": list(layers),

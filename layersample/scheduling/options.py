@@ -101,6 +101,12 @@ class UpdateOptions(Options):
     step_in_backward: bool | object = option(
         False, "Update each parameter in the backward pass, as soon as its gradient is whole.", *_RUN
     )
+    frozen_weights: str | object | None = option(
+        None,
+        "Hold the matrices of frozen layers in 8 or 4 bits (int8, nf4), and their exact values in the host's memory.",
+        *_RUN,
+        Role.SHOWN,
+    )
 
 
 class SchedulerOptions(SamplingOptions, ProjectionOptions, UpdateOptions):

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from layersample.choices import Rule, StatePolicyName
 from layersample.errors import ConfigError
+from layersample.frozen.formats import FrozenFormat
 from layersample.layers.costs import layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
@@ -27,6 +28,7 @@ from layersample.sampling.calibration import Batches, reader_of
 from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw, find_inclusion
+from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
 from layersample.scheduling.switch import Switch
@@ -34,7 +36,7 @@ from layersample.scheduling.switch import Switch
 logger = logging.getLogger(__name__)
 
 
-class LayerScheduler:
+class LayerScheduler(SeesExactWeights):
     """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
 
     The first set of layers is active once the scheduler is made; :meth:`step`, called after each
@@ -70,6 +72,8 @@ class LayerScheduler:
         step_in_backward: Update each parameter in the backward pass, as soon as its gradient is whole, and free the
             gradient; the loop's ``optimizer.step()`` then finds nothing left to do. ``True`` is ``StepInBackward()``;
             ``False`` leaves it to the loop.
+        frozen_weights: Format in which the device holds the matrices of frozen layers: ``"int8"``, ``"nf4"`` or one
+            of your own. Exact values wait in the host's memory, or in the file that the model was loaded from.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -114,6 +118,7 @@ class LayerScheduler:
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
         step_in_backward: StepInBackward | bool = False,
+        frozen_weights: str | FrozenFormat | None = None,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
@@ -152,6 +157,7 @@ class LayerScheduler:
             options,
             sampler=self._sampler_name,
             projection=projection_name,
+            frozen_weights=None if self.frozen is None else self.frozen.format,
             period=self.period,
             layers=self.layers,
         )
@@ -281,13 +287,6 @@ class LayerScheduler:
     ) -> None:
         self.close(check=error is None)
 
-    def fp32_state_dict(self) -> dict[str, Tensor]:
-        """The model's weights as they are, in fp32: bf16 weights with what their masters hold beyond them.
-
-        Rounded to bf16 they are the model's weights, also where those have been changed since the last step.
-        """
-        return self._switch.fp32_weights()
-
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
         return {
@@ -370,6 +369,6 @@ class LayerScheduler:
             changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
             batches=self._batches,
         )
-        with unchanged(self._model, only_after_errors=True):
+        with self._switch.exact_weights(), unchanged(self._model, only_after_errors=True):
             self.sampler.measure(measurement)
         self._history.changed.clear()

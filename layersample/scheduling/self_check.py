@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from layersample.choices import StatePolicyName
 from layersample.optim.masters import AT_REST, combine
-from layersample.unwrapping import local_part, unwrap_optimizer
+from layersample.unwrapping import exact_values, local_part, unwrap_optimizer
 
 
 class SelfCheckError(RuntimeError):
@@ -91,9 +91,9 @@ class SelfCheck:
 
     def _digest(self, parameter: nn.Parameter) -> bytes:
         """A hash of a parameter's bits; of its exact fp32 values where it has them beyond bf16."""
-        exact = parameter.detach()
+        exact = exact_values(parameter).detach()
         if parameter.dtype == torch.bfloat16:
-            exact = combine(parameter, self._optimizer.state.get(parameter, {}))
+            exact = combine(exact, self._optimizer.state.get(parameter, {}))
         data = local_part(exact).contiguous().cpu().reshape(-1).view(torch.uint8)
         return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
+from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
 from layersample.layers.modules import is_inside
 from layersample.layers.rules import Units, check_optimizer
@@ -23,6 +24,7 @@ from layersample.projection.targets import find_targets
 from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
+from layersample.unwrapping import exact_values
 
 
 class Switch:
@@ -57,6 +59,8 @@ class Switch:
         stepping = how_to_step(options.step_in_backward)
         if stepping is not None:
             engine.check_step_in_backward()
+        if options.frozen_weights is not None:
+            engine.check_frozen_weights()
         self.stepper: BackwardStepper | None = None
         self._self_check: SelfCheck | None = None
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
@@ -71,6 +75,9 @@ class Switch:
                 seed=options.seed or 0,
             )
             made.callback(self.view.close)
+            self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights)
+            if self.frozen is not None:
+                made.callback(self.frozen.close)
             if options.check:
                 self._self_check = SelfCheck(optimizer, options.state)
                 made.callback(self._self_check.close)
@@ -92,6 +99,8 @@ class Switch:
             round: Number of the period.
         """
         names = {name for own in self._units.training(active).values() for name in own}
+        if self.frozen is not None:
+            self.frozen.activate(names)
         training = {}
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(name in names)
@@ -99,6 +108,10 @@ class Switch:
                 training[name] = parameter
             else:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        if self.frozen is not None:
+            # What masters hold beyond their weights is found while the weights are there.
+            self.view.put_masters_away(p for p in self._model.parameters() if not p.requires_grad)
+            self.frozen.freeze(names)
         self.view.project({name: p for name, p in training.items() if name in self.projected})
         if self.stepper is not None:
             self.stepper.watch(training.values())
@@ -138,13 +151,28 @@ class Switch:
 
         A weight that was changed behind its master, by whatever means, wins where the two disagree.
         """
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
         return {
-            name: self._exact(value) if value.dtype == torch.bfloat16 else value.detach()
+            name: self._exact(value, parameters.get(name))
+            if value.dtype == torch.bfloat16
+            else value.detach()
             for name, value in self._model.state_dict(keep_vars=True).items()
         }
 
-    def _exact(self, weight: Tensor) -> Tensor:
-        state = self._optimizer.state.get(weight, {})
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The model's state but for what is still as in the file that it is mapped from, which isn't read."""
+        frozen = {} if self.frozen is None else self.frozen.mapped
+        parameters = dict(self._model.named_parameters())
+        found = {name: exact_values(p).detach() for name, p in parameters.items() if name not in frozen}
+        return found | {name: buffer.detach() for name, buffer in self._model.named_buffers()}
+
+    def exact_weights(self) -> AbstractContextManager[None]:
+        """Have the model show, and compute with, the exact values of frozen weights."""
+        return nullcontext() if self.frozen is None else self.frozen.exact()
+
+    def _exact(self, weight: Tensor, parameter: Tensor | None) -> Tensor:
+        """A weight in fp32; the optimizer knows it by its parameter, which may be held rounded."""
+        state = self._optimizer.state.get(parameter, {}) if parameter is not None else {}
         exact = combine(weight, state)
         return follow(exact.clone(), weight) if MASTER in state else exact
 
@@ -161,4 +189,6 @@ class Switch:
         parameters = dict(self._model.named_parameters())
         for name, trainable in self._units.trainable.items():
             parameters[name].requires_grad_(trainable)
+        if self.frozen is not None:
+            self.frozen.close()
         self._engine.close()

@@ -18,6 +18,7 @@ def test_counts_a_known_model_exactly() -> None:
         "offloaded_state": 0,
         "master_weights": 0,
         "master_remainders": 0,
+        "host_weights": 0,
     }
     model(torch.ones(1, 10)).sum().backward()
     optimizer.step()
