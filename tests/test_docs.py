@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 import tomllib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,6 +40,7 @@ from tests.documents import (
     text_of,
 )
 from tests.helpers import make_batch, make_llama
+from tests.test_structure import ROOMS
 
 PYTHON = blocks("python")
 
@@ -47,8 +50,10 @@ PYTHON = blocks("python")
 def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(8)]
-    names: dict[str, Any] = {
-        "__name__": "readme",
+    module = ModuleType("a_page")  # in sys.modules, where dataclasses look for the module of a class
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = module.__dict__
+    names |= {
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": [make_batch(i) for i in range(3)],
@@ -213,6 +218,13 @@ def test_every_public_name_is_in_the_reference() -> None:
     public = [name for name in layersample.__all__ if name not in ("metrics", "__version__")]
     shown = set(re.findall(r"^::: layersample\.(\w+)$|^\| `(\w+)` \|", text, re.MULTILINE))
     assert set(public) <= {name for names in shown for name in names}
+
+
+def test_every_room_is_on_the_page_of_the_architecture() -> None:
+    rooms = re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "docs" / "architecture.md"), re.MULTILINE)
+    assert rooms == [room for room in ROOMS if room in rooms], "in the order of tests/test_structure.py"
+    folders = {path.parent.name for path in (ROOT / "layersample").glob("*/__init__.py")}
+    assert folders <= set(rooms)
 
 
 def test_pictures_of_the_stored_benchmark_are_the_stored_ones() -> None:
