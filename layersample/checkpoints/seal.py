@@ -81,12 +81,21 @@ def check(folder: Path, *, verify: bool = True, allow_changes: bool = False) -> 
         raise CheckpointError(f"The checkpoint {folder} can't be used: {problem}. {offer}")
 
 
-def sealed_files(checkpoint: Path) -> list[str]:
-    """The files that a checkpoint's seal lists; none where it can't be read."""
+def check_resumable(checkpoint: Path) -> None:
+    """Make sure that a Trainer's checkpoint holds the optimizer, and not the model alone.
+
+    Raises:
+        CheckpointError: If it doesn't.
+    """
     try:
-        return list(_read(checkpoint).sizes)
-    except _SealError:
-        return []
+        files = _read(checkpoint).sizes
+    except _SealError:  # which check() tells
+        return
+    if files and not any(file.startswith("optimizer") for file in files):
+        raise CheckpointError(
+            f"A run must be resumed with its optimizer, but the checkpoint {checkpoint} holds the model alone, as "
+            "save_only_model asks for: load the model from it and begin a new run, or save without that option."
+        )
 
 
 def find_last(folder: Path) -> Path | None:

@@ -14,13 +14,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
 from layersample.checkpoints.seal import (
-    CheckpointError,
     check,
+    check_resumable,
     find_last,
     last_number,
     remove_oldest,
     seal,
-    sealed_files,
 )
 from layersample.files import replace_folder
 
@@ -133,17 +132,3 @@ def protect_checkpoints(trainer: Trainer, *, verify: bool, allow_changes: bool) 
     if not isinstance(protected, ProtectedCheckpoints):
         protected = ProtectedCheckpoints(trainer)
     protected.verify, protected.allow_changes = verify, allow_changes
-
-
-def check_resumable(checkpoint: Path) -> None:
-    """Make sure that a checkpoint holds the optimizer, and not the model alone.
-
-    Raises:
-        CheckpointError: If it doesn't.
-    """
-    files = sealed_files(checkpoint)
-    if files and not any(file.startswith("optimizer") for file in files):
-        raise CheckpointError(
-            f"A run must be resumed with its optimizer, but the checkpoint {checkpoint} holds the model alone, as "
-            "save_only_model asks for: load the model from it and begin a new run, or save without that option."
-        )

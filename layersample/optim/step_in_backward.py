@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layersample.choices import ClipBy
 from layersample.errors import ConfigError
+from layersample.projection.low_rank import NonFiniteGradientError
 from layersample.unwrapping import unwrap_optimizer
 
 
@@ -84,6 +85,7 @@ class BackwardStepper:
         self._passes: dict[Tensor, int] = {}
         self._standing = 0  # bytes of the gradients that exist now
         self._stepping = False
+        self._updated = 0  # parameters, in the step that is under way
         self._squares: list[Tensor] = []
         self.norm: float | None = None
         """Norm of all gradients of the last whole step, before clipping; ``None`` before there was one."""
@@ -140,10 +142,13 @@ class BackwardStepper:
             for index, group in enumerate(groups):
                 group["params"] = [parameter] if index == self._group_of[parameter] else []
             self._optimizer.step()
+        except NonFiniteGradientError as error:  # the other weights of this step may have been updated by now
+            raise NonFiniteGradientError(error.where, self._updated) from error
         finally:
             for group, parameters in zip(groups, before, strict=True):
                 group["params"] = parameters
             self._stepping = False
+        self._updated += 1
         parameter.grad = None
 
     def _is_whole(self, parameter: Tensor) -> bool:
@@ -176,7 +181,7 @@ class BackwardStepper:
             if passes and parameter.grad is not None:
                 self._clip(parameter)
         self._passes.clear()
-        self._standing = 0
+        self._standing = self._updated = 0
         if self._squares:
             norm = math.sqrt(float(torch.stack(self._squares).sum()))
             self.norm = norm if math.isfinite(norm) else self.norm

@@ -26,7 +26,22 @@ _SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "exp
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient that is to be projected is NaN or infinite; the message says where and when."""
+    """A gradient that is to be projected is NaN or infinite; the message says where and when.
+
+    Args:
+        where: The weight, and its step.
+        updated: How many weights the same step has changed already: with a step in backward, those behind it.
+    """
+
+    def __init__(self, where: str, updated: int = 0) -> None:
+        self.where = where
+        changed = (
+            f"{updated} weights that come later in the model have been updated in this step already: go back to the "
+            "last checkpoint and skip this batch"
+            if updated
+            else "Nothing has changed: skip this batch (zero_grad() and go on)"
+        )
+        super().__init__(f"The gradient of {where}. {changed}, or lower the learning rate.")
 
 
 @dataclass
@@ -82,8 +97,7 @@ class LowRank:
             return
         steps = int(self._optimizer.state.get(bad, {}).get(STEPS, 0))
         raise NonFiniteGradientError(
-            f"The gradient of {self.names[bad]} is NaN or infinite at its step {steps + 1} since it was activated. "
-            f"Nothing has changed: skip this batch (zero_grad() and go on), or lower the learning rate."
+            f"{self.names[bad]} is NaN or infinite at its step {steps + 1} since it was activated"
         )
 
     def begin(

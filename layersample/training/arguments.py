@@ -62,6 +62,17 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         made = SFTConfig(**{**arguments, **(config.trainer or {}), "output_dir": str(checkpoints)})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The training options don't go together: {error}") from error
+    if made.save_only_model:
+        raise ConfigError(
+            "trainer: save_only_model must be off, because a checkpoint of the model alone resumes no run: "
+            "the folder of a run holds its model beside the checkpoints in any case."
+        )
+    exact = config.precision == "bf16" and config.save_precision == "fp32"
+    if made.load_best_model_at_end and exact:
+        raise ConfigError(
+            "save_precision fp32 saves bf16 weights with what their masters hold beyond them, which a "
+            "checkpoint's model lacks: leave out trainer: load_best_model_at_end, or choose save_precision model."
+        )
     # Of several GPUs in one process the Trainer would make nn.DataParallel.
     made._n_gpu = min(made.n_gpu, 1)
     return made

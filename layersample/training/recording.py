@@ -106,6 +106,12 @@ class RunRecorder(TrainerCallback):
         self._raise_peak(use)
         self._trainable = sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the Trainer log each step, whatever its ``logging_steps``: there is a line a step."""
+        control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

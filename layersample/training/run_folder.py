@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from layersample.checkpoints.saving import remove_unfinished
-from layersample.checkpoints.seal import check, find_last
+from layersample.checkpoints.seal import check, check_resumable, find_last
 from layersample.config import TrainConfig, check_same_run
 from layersample.errors import ConfigError
 from layersample.files import LOCK, only_one
@@ -58,6 +58,7 @@ class RunFolder:
                     "them every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
                 )
             check(last, verify=config.verify, allow_changes=config.allow_changes)
+            check_resumable(last)
             check_same_run(config, path / "config.yaml")
         folder._check_writable()
         return folder

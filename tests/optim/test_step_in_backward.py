@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from layersample import Checkpoints, ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
+from layersample.projection.low_rank import NonFiniteGradientError
 from tests.helpers import make_batch, make_llama
 
 OPTIMIZERS: dict[str, Any] = {
@@ -236,3 +237,22 @@ def test_the_running_norm_survives_a_checkpoint(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         StepInBackward(**options)
+
+
+def test_a_gradient_that_is_no_number_says_how_many_weights_have_changed() -> None:
+    model = make_llama(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    galore = {"projection": "galore", "projection_options": {"rank": 4}}
+    scheduler = LayerScheduler(
+        model, optimizer, "full", num_active=2, step_in_backward=StepInBackward(), **galore
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.model.layers[0].mlp.register_full_backward_hook(
+        lambda module, inputs, outputs: tuple(g * float("nan") for g in inputs)
+    )
+    with pytest.raises(NonFiniteGradientError, match=r"updated in this step already") as raised:
+        model(**make_batch()).loss.backward()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed and f"{len(changed)} weights that come later" in str(raised.value)
+    assert "Nothing has changed" not in str(raised.value)
+    scheduler.close(check=False)

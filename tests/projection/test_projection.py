@@ -481,6 +481,8 @@ def test_a_gradient_that_is_no_number_is_named_and_changes_nothing() -> None:
     model.weight.grad[2, 3] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"layers\.0\.weight is NaN or infinite at its step 2"):
         optimizer.step()
+    with pytest.raises(NonFiniteGradientError, match=r"Nothing has changed: skip this batch"):
+        optimizer.step()
     assert torch.equal(model.weight, weight)
     after = optimizer.state[model.weight]
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from layersample import ConfigError
 from layersample.config import make_config
 from layersample.training.arguments import training_arguments
 from layersample.training.finetune import finetune
-from layersample.training.trainer import NonFiniteLossError
+from layersample.training.trainer import NonFiniteLossError, stop_on_signal
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
 
@@ -69,6 +70,70 @@ def test_writes_all_that_a_run_is(options: dict[str, Any]) -> None:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(folder / "model")
     assert not list(folder.rglob("*.bin")), "nothing pickled but the Trainer's own checkpoints"
+
+
+@pytest.mark.parametrize("trainer", [{"logging_steps": 50}, {"logging_strategy": "no"}])
+def test_there_is_a_line_a_step_however_seldom_the_trainer_logs(
+    options: dict[str, Any], trainer: dict[str, Any]
+) -> None:
+    summary = run(options, trainer=trainer)
+    lines = [line for line in records(Path(options["output"])) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and summary["steps"] == 6
+    run(options, overwrite=True)
+    each = [line for line in records(Path(options["output"])) if "loss" in line]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in each]
+
+
+def test_a_run_that_is_resumed_at_its_end_only_finishes(options: dict[str, Any]) -> None:
+    """As after a kill in the final evaluation or while the model was saved."""
+    run(options, save_steps=4)
+    folder = Path(options["output"])
+    ended = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    lines = records(folder)
+    assert lines[-1].keys() == {"step", "held_out_loss"}
+    for evaluated in (True, False):
+        (folder / "summary.json").unlink()
+        shutil.rmtree(folder / "model")
+        if not evaluated:
+            kept = [json.dumps(line) + "\n" for line in lines[:-1]]
+            (folder / "metrics.jsonl").write_text("".join(kept))
+        summary = run(options, save_steps=4, resume=True)
+        assert summary["steps"] == 6 and (folder / "summary.json").exists()
+        assert records(folder) == lines
+        again = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+        assert all(torch.equal(ended[name], again[name]) for name in ended)
+
+
+def test_ctrl_c_twice_ends_at_once_and_leaves_the_handlers_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": {"save_only_model": True}}, "save_only_model must be off"),
+        (
+            {
+                "trainer": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
+                "precision": "bf16",
+                "save_precision": "fp32",
+                "save_steps": 3,
+            },
+            "leave out trainer: load_best_model_at_end",
+        ),
+    ],
+)
+def test_options_of_the_trainer_that_could_not_keep_what_is_promised(
+    options: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(options, **change)
+    assert not Path(options["output"]).exists()
 
 
 def test_memory_is_counted_from_the_tensors(options: dict[str, Any]) -> None:
