@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from layersample.notices import warn_once
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,12 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside of accelerate's wrapper."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, without the second or more that importing them takes where there are none."""
+    module = sys.modules.get("torch.distributed.tensor")  # what isn't imported makes none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

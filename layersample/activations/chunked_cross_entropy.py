@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
+
+from layersample.unwrapping import is_dtensor
 
 _BLOCK = 8192  # rows of the vocabulary
 # float16 holds nothing below 6e-8: there gradients are formed as this times those of a sum of losses, whose size is
@@ -99,8 +100,10 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 def _gather(tensor: Tensor) -> Tensor:
     """A tensor as it is; of a shard, the whole, whose gradient is the mean over ranks, as FSDP's own is."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
+    from torch.distributed.tensor import Partial
+
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 

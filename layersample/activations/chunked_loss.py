@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from layersample.activations.chunked_cross_entropy import LogitTransform, chunked_cross_entropy, shift_labels
+from layersample.activations.chunked_fit import inner_model, why_not_by_look
 from layersample.errors import ConfigError
-from layersample.unwrapping import unwrap
 
 logger = logging.getLogger(__name__)
+
+_REFUSED = (
+    "A chunked loss can't take the place of this model's own: {}. Train it without: loss_chunk=None, or "
+    "--loss-chunk 0 of the command line."
+)
 
 # What the head gives in place of logits; the model's own forward then shows what it does to them.
 _PROBES = (0.0, 1e-6, 1.0, -1.0, 3.0, 40.0, 1e30)
@@ -29,6 +34,10 @@ class ChunkedLoss:
     losses and autocast included. What it does to its logits (a scale, a softcap) is found by what it does to
     a few numbers.
 
+    Whether the model's loss is nothing else (it may use its logits afterwards, in a z-loss say, or compute its loss by
+    itself) shows in a trial: four tokens go through it twice when this is made, with and without, and the two
+    losses must be the same.
+
     TRL's trainers bring a fused head of their own and don't ask for the model's loss; they are left alone.
 
     Args:
@@ -36,7 +45,8 @@ class ChunkedLoss:
         chunk_size: Positions at a time, at least 1; memory is chunk_size · vocabulary · 4 bytes.
 
     Raises:
-        ConfigError: If the model has no linear head, or its loss isn't that of the next token.
+        ConfigError: If the model has no linear head, or its loss isn't that of the next token alone; it says
+            why. :func:`why_not_chunked` tells without raising.
 
     Example:
         >>> with ChunkedLoss(model):  # doctest: +SKIP
@@ -46,12 +56,15 @@ class ChunkedLoss:
     def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
         if chunk_size < 1:
             raise ConfigError(f"chunk_size must be at least 1 position, but got chunk_size={chunk_size}.")
-        self._model = _causal_lm(model)
+        self._model = inner_model(model)
+        reason = why_not_by_look(self._model)
+        if reason is not None:
+            raise ConfigError(_REFUSED.format(reason))
         self._head: nn.Linear = self._model.get_output_embeddings()
         self._chunk_size = chunk_size
         self._transform: LogitTransform | None = None
         self._hidden: Tensor | None = None
-        self._asked, self._answered = False, False
+        self._asked, self._answered, self._paused = False, False, False
         self._loss_before = self._model.__dict__.get("_loss_function")
         self._handles = [
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -60,6 +73,14 @@ class ChunkedLoss:
         self._head.forward = self._forward_head
         self._original_loss = self._model.loss_function
         self._model.loss_function = self._loss
+        try:
+            reason = self._try()
+        except BaseException:
+            self.close()
+            raise
+        if reason is not None:
+            self.close()
+            raise ConfigError(_REFUSED.format(reason))
 
     def close(self) -> None:
         """Put the model's own head and loss back. Safe to call twice."""
@@ -74,6 +95,55 @@ class ChunkedLoss:
         else:
             self._model.loss_function = self._loss_before
 
+    @torch.no_grad()
+    def _try(self) -> str | None:
+        """Compare the two losses of a few tokens, without a trace; return why they aren't the same."""
+        weight, name = self._head.weight, type(self._model).__name__
+        if isinstance(weight, FakeTensor) or weight.is_meta:  # of a plan
+            return None
+        # Ids below the number of probes: a model that looks its labels up in what it takes for logits finds them.
+        tokens = torch.tensor([[1, 2, 3, 1]], device=_device_of(self._model))
+        batch = {"input_ids": tokens, "labels": tokens.clone()}
+        modes = {module: module.training for module in self._model.modules()}
+        state = torch.get_rng_state()
+        try:
+            self._model.eval()  # no dropout, no counts that change; but what the model itself does in training
+            self._model.training = True
+            own = self._own_loss(batch)
+            if own is None:
+                return None
+            try:
+                chunked = self._model(**batch).loss
+            except ConfigError:
+                raise
+            except Exception as error:  # of the model's own code, on what it takes for logits
+                if not self._answered:
+                    return _goes_around(self._model)
+                return f"{name} does more with its logits ({type(error).__name__}: {error})"
+        finally:
+            torch.set_rng_state(state)
+            for module, training in modes.items():
+                module.training = training
+        tolerance = 1e-4 if self._head.weight.itemsize >= 4 else 3e-2
+        if not torch.allclose(chunked.double(), own.double(), rtol=tolerance, atol=tolerance):
+            return (
+                f"{name} does more with its logits than the loss of the next token: of four tokens its own loss is "
+                f"{float(own):.6g}, and {float(chunked):.6g} in chunks"
+            )
+        return None
+
+    def _own_loss(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The model's own loss of a batch; ``None`` where it needs more than tokens, and can't be tried."""
+        self._paused = True
+        try:
+            loss = self._model(**batch).loss
+        except Exception as error:
+            logger.debug("%s can't be tried on a few tokens: %s", type(self._model).__name__, error)
+            return None
+        finally:
+            self._paused = False
+        return loss if isinstance(loss, Tensor) else None
+
     def __enter__(self) -> ChunkedLoss:
         return self
 
@@ -84,7 +154,7 @@ class ChunkedLoss:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None
-        self._asked = module.training and has_labels and not kwargs.get("fused_lm_head")
+        self._asked = module.training and has_labels and not self._paused and not kwargs.get("fused_lm_head")
         self._answered = False
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -92,10 +162,7 @@ class ChunkedLoss:
         if not asked or output is None:  # no output where the forward has failed
             return
         if not self._answered:
-            raise RuntimeError(
-                f"A chunked loss needs a model that calls its head and then its loss_function, but "
-                f"{type(module).__name__} doesn't: train it without."
-            )
+            raise RuntimeError(_REFUSED.format(_goes_around(module)))
         if hasattr(output, "logits"):
             output.logits = None  # the probes, of no use to anyone
 
@@ -147,25 +214,30 @@ class ChunkedLoss:
 _shift = shift_labels  # the loss has an argument of that name
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    inner: Any = unwrap(model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    name = type(inner).__name__
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if not isinstance(head, nn.Linear):
-        found = "has none" if head is None else f"has a {type(head).__name__}"
-        raise ConfigError(
-            f"A chunked loss needs a language model with a linear head, but {name} {found}: train it without, "
-            f"or load it with AutoModelForCausalLM."
-        )
-    # transformers takes the next token's loss where the class name says nothing (GPT2LMHeadModel).
-    next_token = getattr(inner, "loss_type", None) in ("ForCausalLM", None)
-    if not next_token or getattr(inner.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"A chunked loss is that of the next token, but {name} isn't trained on it: train it without."
-        )
-    return inner
+def why_not_chunked(model: nn.Module) -> str | None:
+    """Why a model can't have a chunked loss, in a sentence; ``None`` where it can.
+
+    Args:
+        model: The model, as it is or wrapped. It is as it was afterwards.
+    """
+    try:
+        ChunkedLoss(model).close()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where token ids belong: beside the embedding, or what else there is."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight: Tensor = next((embeddings or model).parameters())
+    return weight.device
+
+
+def _goes_around(model: nn.Module) -> str:
+    return (
+        f"it needs a model that calls its head and then its loss_function, but {type(model).__name__} doesn't"
+    )
 
 
 def _find_transform(probed: Tensor, model: str) -> LogitTransform:
@@ -181,7 +253,6 @@ def _find_transform(probed: Tensor, model: str) -> LogitTransform:
         transform = LogitTransform(scale, softcap=float(found[-1]))
     if not torch.allclose(transform(probes), found, rtol=1e-5, atol=0):
         raise ConfigError(
-            f"A chunked loss knows models that scale or softcap their logits, but {model} does something else to "
-            f"them: train it without."
+            _REFUSED.format(f"it knows models that scale or softcap logits, but {model} does something else")
         )
     return transform

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
+from layersample.errors import ConfigError
 from layersample.unwrapping import unwrap
 
+_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
@@ -26,7 +28,8 @@ class SelectiveRecompute:
     its input gives again; and, in 16 bits, the float32 copy of its input that a norm makes. Both are replaced
     by what they come from, through torch's hooks on saved tensors: values are the same to the bit.
 
-    Layers under gradient checkpointing keep nothing anyway, and are left alone.
+    Layers under gradient checkpointing keep nothing anyway, and are left alone. Hooks of the user's around the
+    forward (``torch.autograd.graph.save_on_cpu``) get what is kept.
 
     Args:
         model: The model, as it is or wrapped by DDP or ``torch.compile``.
@@ -69,13 +72,34 @@ class SelectiveRecompute:
         self.close()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._contexts.append(saved_tensors_hooks(self._pack, _unpack))
+        outer = _outer_hooks()
+        pack, unpack = (self._pack, _unpack) if outer is None else self._inside(*outer)
+        self._contexts.append(saved_tensors_hooks(pack, unpack))
         self._contexts[-1].__enter__()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._contexts.pop().__exit__(None, None, None)
         self._made.clear()
         self._norm_input = None
+
+    def _inside(self, keep: Callable[[Tensor], Any], give_back: Callable[[Any], Tensor]) -> _Hooks:
+        """Our hooks around the user's, who get what we would keep, and may hold it elsewhere."""
+
+        def pack(tensor: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, Any]:
+            packed = self._pack(tensor)
+            if isinstance(packed, _Again):
+                return packed.function, keep(packed.source)
+            return None, keep(packed)
+
+        def unpack(held: tuple[Callable[[Tensor], Tensor] | None, Any]) -> Tensor:
+            function, kept = held
+            tensor = give_back(kept)
+            if function is None:
+                return tensor
+            with torch.no_grad():
+                return function(tensor)
+
+        return pack, unpack
 
     def _remember_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._contexts and torch.is_grad_enabled() and len(args) == 1 and isinstance(output, Tensor):
@@ -122,6 +146,18 @@ class _Cast:
 
     def __call__(self, source: Tensor) -> Tensor:
         return source.to(self.dtype)
+
+
+def _outer_hooks() -> _Hooks | None:
+    """The hooks that are in force: torch applies the innermost alone, so ours must call them."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        raise ConfigError(
+            "SelectiveRecompute must find the hooks on saved tensors that are in force, but torch "
+            f"{torch.__version__} doesn't tell: train without it (recompute=False)."
+        )
+    found: _Hooks | None = top(True)
+    return found
 
 
 def _unpack(packed: Tensor | _Again) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -12,9 +14,16 @@ from layersample.activations.recompute import SelectiveRecompute
 from layersample.errors import ConfigError
 from layersample.unwrapping import unwrap
 
+logger = logging.getLogger(__name__)
+
 
 def save_memory(
-    model: nn.Module, *, loss_chunk: int | None, recompute: bool, gradient_checkpointing: bool = False
+    model: nn.Module,
+    *,
+    loss_chunk: int | None,
+    recompute: bool,
+    gradient_checkpointing: bool = False,
+    strict: bool = True,
 ) -> ExitStack:
     """Switch on what makes a training step hold less between forward and backward.
 
@@ -26,6 +35,8 @@ def save_memory(
             leaves the model its own loss.
         recompute: Keep fewer activations, exactly, see :class:`~layersample.SelectiveRecompute`.
         gradient_checkpointing: Keep no activations inside of layers, and run each layer again in backward.
+        strict: Whether a model that can't have a chunked loss is an error. Otherwise it keeps its own loss, and the
+            reason is logged: for callers whose user hasn't asked for it.
 
     Returns:
         What has been switched on: its ``close()`` puts the model back as it was, and a ``with`` block does at its
@@ -42,10 +53,24 @@ def save_memory(
         if gradient_checkpointing:
             _checkpoint_layers(unwrap(model), stack)
         if loss_chunk:
-            stack.enter_context(ChunkedLoss(model, chunk_size=loss_chunk))
+            _chunk_loss(model, loss_chunk, stack, strict)
         if recompute:
             stack.enter_context(SelectiveRecompute(model))
         return stack.pop_all()
+
+
+def _chunk_loss(model: nn.Module, positions: int, stack: ExitStack, strict: bool) -> None:
+    try:
+        stack.enter_context(ChunkedLoss(model, chunk_size=positions))
+    except ConfigError as error:
+        if strict:
+            raise
+        _say_once(f"{type(unwrap(model)).__name__} keeps its own loss. {error}")
+
+
+@lru_cache(maxsize=64)
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _checkpoint_layers(model: Any, stack: ExitStack) -> None:

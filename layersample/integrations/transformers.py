@@ -148,7 +148,10 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         if not saved and (reach := self.scheduler.reach(state.max_steps - state.global_step)):
             logger.warning("%s", reach)
         self._savers = save_memory(
-            kwargs["model"], loss_chunk=self._chunk_positions(args, trainer), recompute=self.options.recompute
+            kwargs["model"],
+            loss_chunk=self._chunk_positions(args, trainer),
+            recompute=self.options.recompute,
+            strict=self.options.loss_chunk != "auto",
         )
         if state.global_step and not saved:
             logger.warning(

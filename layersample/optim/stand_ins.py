@@ -17,7 +17,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
@@ -25,7 +24,7 @@ from layersample.optim.host_copies import wait_for_copies
 from layersample.optim.masters import AT_REST, MASTER, combine, follow, split
 from layersample.projection.low_rank import PREFIX, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
-from layersample.unwrapping import exact_values, unwrap_optimizer
+from layersample.unwrapping import exact_values, is_dtensor, unwrap_optimizer
 
 _PACKED = "layersample"
 _viewed: WeakSet[Optimizer] = WeakSet()
@@ -71,7 +70,7 @@ class OptimizerView:
         self._optimizer = unwrap_optimizer(optimizer)
         self._master_weights = master_weights
         self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
-        if any(isinstance(p, DTensor) and self.has_master(p) for p in _parameters(self._optimizer)):
+        if any(is_dtensor(p) and self.has_master(p) for p in _parameters(self._optimizer)):
             raise ConfigError(
                 "Master weights of sharded bf16 parameters aren't kept: shard the model in float32 with "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16), whose shards are the masters, or choose "
@@ -265,7 +264,7 @@ class OptimizerView:
             index: states.pop(key)
             for index, (key, parameter) in enumerate(zip(ids, _parameters(optimizer), strict=False))
             if key in states
-            and (shards or not isinstance(parameter, DTensor))
+            and (shards or not is_dtensor(parameter))
             and (self.has_master(parameter) or _loses(optimizer, parameter, states[key]))
         }
         if packed:

@@ -100,6 +100,7 @@ def simulate_step(
                 loss_chunk=config.chunk_positions,
                 recompute=config.recompute,
                 gradient_checkpointing=config.gradient_checkpointing,
+                strict=config.loss_chunk != "auto",
             )
         )
         with live, _unmasked_attention():

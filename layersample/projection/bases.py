@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Replicate
+
+from layersample.unwrapping import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,9 @@ def draw_normal(size: tuple[int, ...], generator: torch.Generator, like: Tensor)
     They are of the type and on the device of a tensor; in float32 for a 16-bit one.
     """
     numbers = torch.randn(size, generator=generator, dtype=torch.float32).to(like.device, wide_type(like))
-    if isinstance(like, DTensor):
+    if is_dtensor(like):
+        from torch.distributed.tensor import DTensor, Replicate
+
         mesh = like.device_mesh
         return DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return numbers
@@ -118,7 +121,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype == right.dtype:
         return left @ right
     dtype = torch.promote_types(left.dtype, right.dtype)
-    if left.dim() > 2 or isinstance(left, DTensor):
+    if left.dim() > 2 or is_dtensor(left):
         return left.to(dtype) @ right.to(dtype)
     result = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
     if left.dtype != dtype:
@@ -142,7 +145,7 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> No
     if weight.dtype == left.dtype:
         add_in_place = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
         add_in_place(left, right, alpha=scale)
-    elif weight.dim() > 2 or isinstance(weight, DTensor):
+    elif weight.dim() > 2 or is_dtensor(weight):
         weight.add_((left @ right).mul_(scale))
     else:
         for rows, block in zip(_parts(weight), _parts(left), strict=True):
@@ -162,7 +165,9 @@ def wide_type(tensor: Tensor) -> torch.dtype:
 
 def replicate(tensor: Tensor) -> Tensor:
     """A tensor as it is; of a DTensor, the whole of it on every rank."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import Replicate
+
         return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
     return tensor
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from layersample.projection.bases import product, wide_type
 from layersample.projection.projection import LowRankStep, Projection, ProjectionContext
 from layersample.projection.weight_decay import decays_decoupled, scales_by_weight
+from layersample.unwrapping import is_dtensor
 
 PREFIX = "projection_"
 BASIS, STEPS = f"{PREFIX}basis", f"{PREFIX}steps"
@@ -198,7 +198,7 @@ class LowRank:
         assert gradient is not None
         decay = group.get("weight_decay", 0)
         coupled = bool(decay) and not decays_decoupled(self._optimizer, group)  # a part of the gradient
-        if widen or coupled or scale is not None or isinstance(gradient, DTensor):
+        if widen or coupled or scale is not None or is_dtensor(gradient):
             gradient = gradient.to(wide_type(gradient))
         if scale is not None:
             gradient = gradient / scale
@@ -232,13 +232,15 @@ class LowRank:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is; of a DTensor, its whole value."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def share(low_rank: Tensor) -> Tensor:
     """A low-rank gradient ``(rank, n)`` as it is; of a DTensor that ranks must add up, one part of n for each rank."""
-    if not isinstance(low_rank, DTensor):
+    if not is_dtensor(low_rank):
         return low_rank
+    from torch.distributed.tensor import Shard
+
     parts = [Shard(low_rank.dim() - 1) if p.is_partial() else p for p in low_rank.placements]
     return low_rank.redistribute(placements=parts)
 

@@ -132,7 +132,7 @@ class _Run:
             callbacks=[self.recorder],
         )
         if config.chunk_positions is not None:
-            self.trainer.chunk_loss(config.chunk_positions)
+            self.trainer.chunk_loss(config.chunk_positions, strict=config.loss_chunk != "auto")
         self.trainer.remove_callback(PrinterCallback)
         self.sampling.attach(
             self.trainer, verify=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections.abc import Iterator
@@ -20,9 +21,12 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from layersample.activations.chunked_loss import why_not_chunked
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.seal import find_last
 from layersample.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {"train": "training", "eval": "held_out"}  # what SFTTrainer calls the data, and what we do
 
@@ -72,9 +76,17 @@ class CheckedTrainer(SFTTrainer):
             )
         return ready
 
-    def chunk_loss(self, positions: int) -> None:
-        """Compute the training loss from the logits of some positions at a time."""
+    def chunk_loss(self, positions: int, *, strict: bool = True) -> None:
+        """Compute the training loss from the logits of some positions at a time.
+
+        Args:
+            positions: How many, at least 1.
+            strict: Whether a model that can't is an error; otherwise it keeps TRL's loss, and the reason is logged.
+        """
         assert self.model is not None
+        if not strict and (reason := why_not_chunked(self.model)) is not None:
+            logger.warning("The loss isn't computed in chunks. %s", reason)
+            return
         save_memory(self.model, loss_chunk=positions, recompute=False)
         self._chunks_loss = True
 

@@ -214,8 +214,9 @@ def test_models_that_have_no_such_loss_are_refused() -> None:
 def test_a_tail_that_it_does_not_know_is_refused() -> None:
     model = make_llama().train()
     model.lm_head.register_forward_hook(lambda module, args, output: output**2)
-    with ChunkedLoss(model), pytest.raises(ConfigError, match="LlamaForCausalLM does something else"):
-        model(**make_batch())
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does something else"):
+        ChunkedLoss(model)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_a_model_that_goes_around_its_loss_is_told() -> None:

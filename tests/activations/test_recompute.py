@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from layersample.activations.recompute import SelectiveRecompute
 from tests.helpers import causal_lm, make_batch, make_llama
@@ -75,6 +76,45 @@ def test_a_frozen_layer_keeps_what_its_input_gradient_needs_and_no_more(
         2 * tokens + 2 * tokens
     )  # in float32: a number a norm and position, a number a head and position
     assert sizes[1] - sizes[0] == kept + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_of_the_user_get_what_is_kept(dtype: torch.dtype) -> None:
+    def run(recompute: bool) -> tuple[int, int, dict[str, torch.Tensor]]:
+        model, packed, unpacked = make_llama(2, dtype=dtype).train(), [], []
+
+        def pack(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+            packed.append(tensor.nbytes)
+            return len(packed), tensor.detach().clone()
+
+        def unpack(held: tuple[int, torch.Tensor]) -> torch.Tensor:
+            unpacked.append(held[0])
+            return held[1]
+
+        with SelectiveRecompute(model) if recompute else nullcontext(), saved_tensors_hooks(pack, unpack):
+            model(**make_batch(), use_cache=False).loss.backward()
+        assert unpacked
+        return len(packed), sum(packed), {name: p.grad for name, p in model.named_parameters()}
+
+    plain, ours = run(False), run(True)
+    assert 0 < ours[0] <= plain[0] and 0 < ours[1] <= plain[1]
+    assert all(torch.equal(plain[2][name], ours[2][name]) for name in plain[2])
+
+
+def test_what_is_kept_goes_to_where_save_on_cpu_puts_it() -> None:
+    model, seen = make_llama(2).train(), []
+
+    class Noting(save_on_cpu):
+        def __init__(self) -> None:
+            super().__init__()
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: seen.append(tensor.shape) or pack(tensor)
+
+    plain = gradients(model, False)
+    with SelectiveRecompute(model), Noting():
+        model(**make_batch(), use_cache=False).loss.backward()
+    assert seen
+    assert all(torch.equal(plain[name], p.grad) for name, p in model.named_parameters())
 
 
 def test_gradient_checkpointing_is_left_alone() -> None:
