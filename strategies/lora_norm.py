@@ -89,6 +89,7 @@ class LoraNorm(_MeasureOption, MeasuredSampler):
             steps=self.probe_steps,
             rank=self.probe_rank,
             learning_rate=self.probe_learning_rate,
+            report=measurement.report,
         )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Literal, get_args
 
 from layersample import ConfigError, MeasuredSampler, Measurement, register
@@ -76,13 +75,14 @@ class OwLore(MeasuredSampler):
         # Weights that have trained are never met again: only the first measurement is worth keeping on disk.
         cache = not self.scores
         some = replace(measurement, model_layers=replace(measurement.model_layers, layers=tuple(changed)))
+        progress = measurement.pace("Spectra of the layers' matrices")
         if self.metric == "outlier":
             self.scores.update(self._count_outliers(some))
         elif self.metric == "alpha":
-            metrics = layer_metrics(some.model, some.model_layers, ("alpha",), cache=cache)
+            metrics = layer_metrics(some.model, some.model_layers, ("alpha",), cache=cache, progress=progress)
             self.scores.update({name: 1 / alpha for name, alpha in metrics.by_layer("alpha").items()})
         else:
-            metrics = layer_metrics(some.model, some.model_layers, ("hill",), cache=cache)
+            metrics = layer_metrics(some.model, some.model_layers, ("hill",), cache=cache, progress=progress)
             for layer in changed:
                 self._hills[layer.name] = {
                     m.name.removeprefix(layer.name): m.values["hill"] / self._expected_hill(m.shape)
@@ -91,6 +91,11 @@ class OwLore(MeasuredSampler):
                 }
             self.scores = _invert(_relate(self._hills) if self.baseline == "module" else self._hills)
         logger.info("scores of %s by layer: %s", self.metric, self.scores)
+
+    @property
+    def outlier_threshold(self) -> float | None:  # type: ignore[override]
+        """The M that serves, where outliers are counted."""
+        return self._serving if self.metric == "outlier" else None
 
     def state_dict(self) -> dict[str, Any]:
         """The scores, what they come from, and the M that serves."""
@@ -113,15 +118,17 @@ class OwLore(MeasuredSampler):
         thresholds = sorted({*DEFAULT_THRESHOLDS, self._serving})
         ratios = outlier_ratios(
             measurement.model,
-            islice(measurement.batches(), self.num_batches),
+            measurement.read("Counting outliers", self.num_batches),
             measurement.model_layers,
             thresholds,
         )
         if not self.scores:  # the first measurement: all layers
-            self._choose_threshold(ratios, measurement.num_active)
+            self._choose_threshold(ratios, measurement.num_active, measurement.warn)
         return {layer: by_threshold[self._serving] for layer, by_threshold in ratios.items()}
 
-    def _choose_threshold(self, ratios: Mapping[str, Mapping[float, float]], num_active: int) -> None:
+    def _choose_threshold(
+        self, ratios: Mapping[str, Mapping[float, float]], num_active: int, warn: Callable[[str], None]
+    ) -> None:
         wanted = self._serving
         for threshold in [wanted, *(t for t in reversed(DEFAULT_THRESHOLDS) if t < wanted)]:
             found = sum(by_threshold[threshold] > 0 for by_threshold in ratios.values())
@@ -130,11 +137,9 @@ class OwLore(MeasuredSampler):
         else:
             return  # the draw will say that there are too few
         if threshold != wanted:
-            logger.warning(
-                "At M=%g too few of the %d layers have outliers to draw from; M=%g is used.",
-                wanted,
-                len(ratios),
-                threshold,
+            warn(
+                f"At M={wanted:g} too few of the {len(ratios)} layers have outliers to draw from; "
+                f"M={threshold:g} is used."
             )
             self._serving = threshold
 

@@ -45,6 +45,9 @@ def main() -> None:
     logging.basicConfig(
         level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
+    logging.getLogger("layersample.progress").setLevel(
+        "INFO"
+    )  # what a measurement reads and how long it takes
     try:
         app()
     except ConfigError as error:

@@ -26,7 +26,13 @@ def profile_command(
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 4 examples.")] = 8,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example, at most.")] = 256,
-    threshold: Annotated[float, typer.Option(help="M: an outlier is above M times the layer's mean.")] = 5.0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="M: an outlier is above M times the layer's mean; by default that of the first sampler that counts "
+            "them, or 5."
+        ),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of this model.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Path of the ModuleList of layers, if it can't be found.")

@@ -29,6 +29,9 @@ _COLUMNS = (
 )
 
 
+_WIDE = 100  # columns of a terminal that has room for the scores of several samplers
+
+
 class ProfileProgress:
     """A bar for each part of the measurement; nothing where there is no terminal."""
 
@@ -62,12 +65,19 @@ def print_profile(console: Console, profile: Profile) -> None:
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     for title in ("size", *(title for _, title, _ in columns)):
         table.add_column(title, justify="right", no_wrap=True)
-    for number, _ in enumerate(profile.samplers, 1):
+    scored = [name for name in profile.samplers if any(row.get(f"score:{name}") is not None for row in rows)]
+    if len(profile.samplers) > 1 and console.width < _WIDE:  # the files have them
+        scored = []
+    for number, name in enumerate(profile.samplers, 1):
+        if name in scored:
+            table.add_column(f"({number})\nscore", justify="right")
         table.add_column(f"({number})\n%", justify="right")
     for row in rows:
         cells = [plain(row["layer"][len(prefix) :]), _size(row["parameters"])]
         cells += [_cell(row[key], style) for key, _, style in columns]
-        cells += [_chances(row, sampler) for sampler in profile.samplers]
+        for sampler in profile.samplers:
+            cells += [_cell(row[f"score:{sampler}"], "{:.3g}")] if sampler in scored else []
+            cells.append(_chances(row, sampler))
         table.add_row(*cells)
     console.print(table)
     console.print()

@@ -14,6 +14,7 @@ from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
+from layersample.sampling.pace import PROGRESS, Say, paced
 
 _ADAPTER = "layersample_probe"
 
@@ -27,6 +28,7 @@ def probe_lora(
     rank: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    report: Say = PROGRESS.info,
 ) -> dict[str, LoraNorms]:
     """Train a LoRA on all linear weights of a model's layers, measure it, and take it away again.
 
@@ -42,6 +44,7 @@ def probe_lora(
         rank: Of the LoRA; its alpha is twice that.
         learning_rate: Of the LoRA.
         seed: Of its initial weights.
+        report: Is told how many steps there are, and how long they will take.
 
     Raises:
         ConfigError: If there are no batches, PEFT isn't installed, or the loss isn't a finite number.
@@ -54,7 +57,11 @@ def probe_lora(
     if not batches:
         raise ConfigError("A LoRA probe needs at least one training batch, but got none.")
     with _with_lora(model, layers, rank, seed):
-        _train(model, islice(cycle(batches), steps), learning_rate)
+        _train(
+            model,
+            paced(cycle(batches), "Training a LoRA to see its norms, steps", steps, report),
+            learning_rate,
+        )
         # The wrappers have changed the names of the parameters, not those of the layers.
         found = find_layers(model, [layer.name for layer in layers.layers])
         return lora_norms(model, layers=found, adapter_name=_ADAPTER)

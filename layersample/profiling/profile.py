@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from layersample.errors import ConfigError, some
 from layersample.layers.costs import layer_costs
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.rules import Units
+from layersample.layers.unchanged import unchanged
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
 from layersample.sampling.calibration import Batches
 from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
-from layersample.sampling.weighted import WeightedSampler
+from layersample.sampling.weighted import MeasuredSampler, WeightedSampler
 from layersample.unwrapping import unwrap
 
 SamplerChoice = str | tuple[str, Mapping[str, Any]]
 Progress = Callable[[str, int, int | None], None]
 _SPECTRAL = ("alpha", "hill", "stable_rank")
+_THRESHOLD = 5.0  # M of the outliers, where no sampler counts them
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LayerProfile:
         lora_ratio: ‖s·BA‖_F / ‖W‖_F of the adapter.
         probabilities: By sampler, the layer's share of the draws.
         inclusion: By sampler, the chance that the layer trains in the first period.
+        scores: By sampler that measures the model, the layer's score.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerProfile:
     lora_ratio: float | None
     probabilities: dict[str, float | None]
     inclusion: dict[str, float | None]
+    scores: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Profile:
     def to_rows(self) -> list[dict[str, Any]]:
         """One flat row a layer, of JSON types, with the same keys in all of them.
 
-        A sampler's columns are ``probability:SAMPLER`` and ``inclusion:SAMPLER``.
+        A sampler's columns are ``probability:SAMPLER``, ``inclusion:SAMPLER`` and, where it measures the model,
+        ``score:SAMPLER``.
         """
         return [
             {
@@ -88,6 +93,7 @@ class Profile:
                 "lora_ratio": layer.lora_ratio,
                 **{f"probability:{name}": value for name, value in layer.probabilities.items()},
                 **{f"inclusion:{name}": value for name, value in layer.inclusion.items()},
+                **{f"score:{name}": value for name, value in layer.scores.items()},
             }
             for index, layer in enumerate(self.layers)
         ]
@@ -99,7 +105,7 @@ def profile(
     samplers: Sequence[SamplerChoice] = (),
     num_active: int = 2,
     batches: Batches | None = None,
-    threshold: float = 5.0,
+    threshold: float | None = None,
     adapter: str | Path | nn.Module | None = None,
     layers: str | Sequence[str | nn.Module] | None = None,
     cache: bool = True,
@@ -116,7 +122,7 @@ def profile(
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
         batches: Calibration batches, for outliers and for samplers that measure with data: mappings of the
             model's arguments, in an iterable that can be read more than once, or a function that gives one.
-        threshold: M of the outliers, above 0.
+        threshold: M of the outliers, above 0; by default that of the first of the samplers that counts them, or 5.
         adapter: Folder of a LoRA adapter of this model, or a live PeftModel.
         layers: Where the layers are, if they can't be found: see ``find_layers``.
         cache: Whether to keep the spectral metrics on disk and take them from there. A sampler decides for
@@ -138,7 +144,7 @@ def profile(
         raise ConfigError(
             f"num_active must be between 1 and the {count} layers, but got num_active={num_active}."
         )
-    if not (math.isfinite(threshold) and threshold > 0):
+    if threshold is not None and not (math.isfinite(threshold) and threshold > 0):
         raise ConfigError(f"threshold must be finite and above 0, but got {threshold}.")
     # What the user may have got wrong comes first, what takes long last.
     made = _create_all(samplers)
@@ -146,8 +152,17 @@ def profile(
     notes: list[str] = []
     lora = _lora_ratios(model, found, adapter, notes)
     spectra = _spectra(model, found, cache, report, notes)
-    outliers = _outliers(model, found, batches, threshold, report, notes)
     chances = _ask_all(made, _measurement(model, found, num_active, batches), report, notes)
+    if threshold is None:  # once they have measured: an M that serves may not be the one that was asked for
+        counted = (sampler.outlier_threshold for sampler in made.values())
+        threshold = next((m for m in counted if m is not None), _THRESHOLD)
+    outliers = _outliers(model, found, batches, threshold, report, notes)
+    for label, sampler in made.items():
+        if sampler.outlier_threshold not in (None, threshold):
+            notes.append(
+                f"{label} counts outliers above {sampler.outlier_threshold:g} times the layer's mean, the column "
+                f"those above {threshold:g} times."
+            )
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     profiles = tuple(
         LayerProfile(
@@ -158,6 +173,11 @@ def profile(
             lora_ratio=lora.get(layer.name),
             probabilities={name: chance[0][index] for name, chance in chances.items()},
             inclusion={name: chance[1][index] for name, chance in chances.items()},
+            scores={
+                name: sampler.scores.get(layer.name)
+                for name, sampler in made.items()
+                if isinstance(sampler, MeasuredSampler)
+            },
         )
         for index, layer in enumerate(found.layers)
     )
@@ -272,8 +292,10 @@ def _ask_all(
     chances: dict[str, _Chances] = {}
     for done, (label, sampler) in enumerate(samplers.items(), 1):
         try:
-            with _noting(label, notes), _quiet("layersample.metrics.model"):
-                sampler.measure(measurement)
+            # What it warns of, another threshold that it chose say, belongs beside its figures.
+            told = replace(measurement, warn=lambda text, label=label: notes.append(f"{label}: {text}"))
+            with unchanged(measurement.model, only_after_errors=True), _quiet("layersample.metrics.model"):
+                sampler.measure(told)
                 chances[label] = _ask(sampler, context)
         except Exception as error:  # a sampler may be a user's own and raise anything
             notes.append(f"No probabilities of {label}: {_describe(error)}")
@@ -295,28 +317,6 @@ def _ask(sampler: LayerSampler, context: SamplingContext) -> _Chances:
         if len(values) != context.num_layers or any(v is not None and not math.isfinite(v) for v in values):
             raise ValueError(f"{what} must be {context.num_layers} finite numbers, but are {list(values)}.")
     return probabilities, inclusion
-
-
-class _Notes(logging.Handler):
-    """Notes down what is logged."""
-
-    def __init__(self, label: str, notes: list[str]) -> None:
-        super().__init__(level=logging.WARNING)
-        self._label, self._notes = label, notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._notes.append(f"{self._label}: {record.getMessage()}")
-
-
-@contextmanager
-def _noting(label: str, notes: list[str]) -> Iterator[None]:
-    """Note down what a sampler warns of: that it chose another threshold belongs beside its figures."""
-    handler = _Notes(label, notes)
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
 
 
 @contextmanager

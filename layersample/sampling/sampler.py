@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from layersample.errors import ConfigError
 from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
 from layersample.sampling.faults import SamplerError
+from layersample.sampling.pace import PROGRESS, Say, pace, paced
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Measurement:
         changed: Names of the layers that have trained since the last measurement; all of them at the first.
         batches: Gives the calibration batches anew at each call, each a mapping of the model's arguments;
             ``None`` where the user gave none.
+        report: Is told what is read and how long it will take; the log by default, which the command line shows.
+        warn: Is told what the user should know of the result; the log by default.
     """
 
     model: nn.Module
@@ -101,6 +106,28 @@ class Measurement:
     num_active: int
     changed: tuple[str, ...]
     batches: Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    report: Say = PROGRESS.info
+    warn: Say = logging.getLogger(__name__).warning
+
+    def read(self, what: str, count: int) -> Iterator[Mapping[str, Any]]:
+        """The first calibration batches, with a word on how long they take.
+
+        Args:
+            what: What is done with them, in a few words.
+            count: Most batches.
+
+        Raises:
+            ConfigError: If the user gave none.
+        """
+        if self.batches is None:
+            raise ConfigError(
+                f"{what} needs calibration batches, but got none: give batches= to the scheduler."
+            )
+        return paced(self.batches(), f"{what}, batches", count, self.report)
+
+    def pace(self, what: str) -> Callable[[int, int], None]:
+        """A callback for progress (done, all of them), that says once how long the rest takes."""
+        return pace(what, self.report)
 
 
 class LayerSampler(ABC):
@@ -117,6 +144,9 @@ class LayerSampler(ABC):
 
     fixed_size: bool = False
     """Whether every draw holds exactly ``num_active`` layers."""
+
+    outlier_threshold: float | None = None
+    """M of the outliers that it counts, if it does: those that a profile shows beside its probabilities."""
 
     trains_everything: bool = False
     """Whether it trains the whole model in every period, the towers beside a language model too."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -33,7 +35,7 @@ from layersample import (
     register,
 )
 from layersample.cli import app as cli
-from layersample.cli.profile_report import write_profile
+from layersample.cli.profile_report import print_profile, write_profile
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.plots import plot_profile
 from layersample.profiling.profile import profile
@@ -210,6 +212,33 @@ def test_what_a_sampler_warns_of_is_noted() -> None:
         make_llama(), samplers=[("owlore", {"threshold": 1e6})], batches=[make_batch()], cache=False
     )
     assert any("At M=1e+06 too few of the 4 layers" in note for note in found.notes)
+
+
+def test_the_column_of_outliers_is_that_of_the_sampler_beside_it() -> None:
+    samplers = [("owlore", {"threshold": 7.0}), ("owlore", {"threshold": 3.0})]
+    found = profile(make_llama(), samplers=samplers, batches=[make_batch()], cache=False, num_active=1)
+    served = found.threshold
+    assert served in (3.0, 5.0, 7.0)  # that of the first, where enough layers have outliers
+    rows = found.to_rows()
+    assert [row["outlier_percent"] for row in rows] == [row["score:owlore:threshold=7.0"] for row in rows]
+    disagree = [n for n in found.notes if "counts outliers above" in n]
+    assert len(disagree) == (served != 3.0)
+    given = profile(make_llama(), samplers=samplers[:1], batches=[make_batch()], cache=False, threshold=2.0)
+    assert given.threshold == 2.0
+    assert any("the column those above 2 times" in note for note in given.notes)
+    assert profile(make_llama(), batches=[make_batch()], cache=False).threshold == 5.0
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_what_a_sampler_measured_is_shown() -> None:
+    samplers = [("lora_norm", {"probe_steps": 1}), "lisa"]
+    found = profile(make_llama(), samplers=samplers, batches=[make_batch()], cache=False)
+    scores = [row["score:lora_norm:probe_steps=1"] for row in found.to_rows()]
+    assert all(score > 0 for score in scores) and "score:lisa" not in found.to_rows()[0]
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_profile(console, found)
+    text = console.export_text()
+    assert "score" in text and f"{scores[0]:.3g}" in text
 
 
 def test_batches_that_the_model_can_t_run_are_noted() -> None:
