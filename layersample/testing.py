@@ -253,8 +253,10 @@ class ProjectionContract:
         torch.save([part.state_dict() for part in first], file)
         file.seek(0)
         second = self._start(self.make())
-        for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
-            part.load_state_dict(state)
+        weights, state, schedule = torch.load(file, weights_only=True)
+        second[0].load_state_dict(weights)
+        second[1].load_state_dict(state)
+        second[2].load_state_dict(schedule)
         self._train(*second, range(half, self.steps))
         for one, other in zip(second[0].parameters(), whole[0].parameters(), strict=True):
             assert torch.equal(one, other)

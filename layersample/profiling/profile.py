@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def _ask_all(
     for done, (label, sampler) in enumerate(samplers.items(), 1):
         try:
             # What it warns of, another threshold that it chose say, belongs beside its figures.
-            told = replace(measurement, warn=lambda text, label=label: notes.append(f"{label}: {text}"))
+            told = replace(measurement, warn=partial(_note, label, notes))
             with unchanged(measurement.model, only_after_errors=True), _quiet("layersample.metrics.model"):
                 sampler.measure(told)
                 chances[label] = _ask(sampler, context)
@@ -302,6 +303,10 @@ def _ask_all(
             chances[label] = [None] * count, [None] * count
         report("samplers", done, len(samplers))
     return chances
+
+
+def _note(label: str, notes: list[str], text: str) -> None:
+    notes.append(f"{label}: {text}")
 
 
 def _ask(sampler: LayerSampler, context: SamplingContext) -> _Chances:
