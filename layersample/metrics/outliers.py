@@ -14,6 +14,7 @@ from layersample.errors import ConfigError
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.expert_inputs import watch_experts
+from layersample.metrics.fast_products import fast_products
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
 from layersample.unwrapping import unwrap
@@ -36,7 +37,8 @@ def outlier_ratios(
     Only a sum of squares per input channel is kept, never an activation. Tokens that a 2-D
     ``attention_mask`` leaves out don't count, except inside of experts, where the tokens of a batch are
     mixed. The model runs in eval mode without gradients; its mode, hooks and experts' implementation are
-    those of before when this returns or raises.
+    those of before when this returns or raises. On a CPU without bf16 instructions bf16 products are computed in fp32
+    and rounded, see :func:`~layersample.metrics.fast_products.fast_products`.
 
     Args:
         model: Any model that ``find_layers`` works on.
@@ -60,7 +62,8 @@ def outlier_ratios(
     layers = find_layers(model) if layers is None else layers
     inputs = _ChannelNorms(model, weight_matrices(model, layers))
     count = 0
-    with unchanged(model), inputs.listening(model), torch.no_grad():
+    # Around what listens to experts, which must see the weights themselves.
+    with unchanged(model), fast_products(model), inputs.listening(model), torch.no_grad():
         model.eval()
         for batch in batches:
             _run(model, batch, inputs)

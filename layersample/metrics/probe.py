@@ -14,6 +14,7 @@ from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
+from layersample.metrics.fast_products import fast_products
 from layersample.sampling.pace import PROGRESS, Say, paced
 
 _ADAPTER = "layersample_probe"
@@ -56,7 +57,7 @@ def probe_lora(
     batches = list(islice(batches, steps))
     if not batches:
         raise ConfigError("A LoRA probe needs at least one training batch, but got none.")
-    with _with_lora(model, layers, rank, seed):
+    with fast_products(model, report), _with_lora(model, layers, rank, seed):
         _train(
             model,
             paced(cycle(batches), "Training a LoRA to see its norms, steps", steps, report),
