@@ -1,4 +1,4 @@
-"""The long torture: ``python -m tests.torture --kills 500 --schedules 1000 --damage 500 --seed 0``.
+"""The long torture: ``python -m tests.torture --kills 500 --schedules 1000 --damage 500 --ranks 100``.
 
 It prints how many ended wrong, 0 if all is well, and ends with 1 otherwise. What is done is kept in ``--output``: the
 same command goes on where it was stopped.

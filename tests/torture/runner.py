@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import write_sums, write_tiny_model
-from tests.torture import loops, schedules
+from tests.torture import loops, schedules, two_ranks
 from tests.torture.damage import Damage
 from tests.torture.kills import Kills
 
-KINDS = ("kills", "schedules", "damage")
+KINDS = ("schedules", "damage", "ranks", "kills")
 KILLS_A_CASE = 10  # of which each needs one run that isn't killed, to compare with
 
 
@@ -50,7 +50,13 @@ class Torture:
 
     def run(self, kind: str, count: int, report: Callable[[str], None] = lambda _: None) -> int:
         """Do the first tortures of a kind, but for those that are done; give how many of them ended wrong."""
-        do = {"kills": self._kill, "schedules": self._schedule, "damage": self._damage_one}[kind]
+        tortures: dict[str, Callable[[int], tuple[Any, str | None]]] = {
+            "schedules": self._schedule,
+            "damage": self._damage_one,
+            "ranks": self._ranks,
+            "kills": self._kill,
+        }
+        do = tortures[kind]
         done = {line["index"] for line in self.results if line["kind"] == kind}
         for index in range(count):
             if index in done:
@@ -73,6 +79,12 @@ class Torture:
     def _schedule(self, index: int) -> tuple[Any, str | None]:
         case = schedules.draw(self.seed, index)
         return case, schedules.run(case)
+
+    def _ranks(self, index: int) -> tuple[Any, str | None]:
+        case, folder = two_ranks.draw(self.seed, index), self._runs / "ranks"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return case, two_ranks.run(case, folder)
 
     def _kill(self, index: int) -> tuple[Any, str | None]:
         number = index // KILLS_A_CASE

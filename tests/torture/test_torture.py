@@ -37,6 +37,12 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     assert wrong(torture) == []
 
 
+def test_two_ranks_end_as_one_process_does(tmp_path: Path) -> None:
+    torture = Torture(tmp_path, 100)
+    torture.run("ranks", 4)
+    assert wrong(torture) == []
+
+
 def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The torture can fail: with a naive loop that forgets the weight decay, and one kind of damage let through."""
     with monkeypatch.context() as patch:
