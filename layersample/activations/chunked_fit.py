@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
 from layersample.unwrapping import unwrap
-
-# Of transformers, because a chunked loss stands where the model's own forward calls them.
-_NEEDED = ("get_output_embeddings", "loss_function")
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -37,10 +35,14 @@ def why_not_by_look(model: Any) -> str | None:
         )
     if "forward" in vars(head):
         return f"the forward of {name}'s head has been replaced already, by another chunked loss or a library"
-    lacking = [needed for needed in _NEEDED if not hasattr(model, needed)]
-    if lacking:
-        return f"{name} has no {lacking[0]}, as models of transformers have"
+    # A property over _loss_function, in place of which ours is put and taken away again.
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        return f"{name} has no property loss_function, as models of transformers 5 have ({_installed()})"
     return _why_not_its_loss(model)
+
+
+def _installed() -> str:
+    return f"transformers {version('transformers')} is installed"
 
 
 def _why_not_its_loss(model: Any) -> str | None:

@@ -160,6 +160,32 @@ def test_text_of_multimodal_models_is_the_same_in_chunks(kind: str) -> None:
         torch.testing.assert_close(model(**batch).loss, own, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_the_property_is_refused_with_the_version() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head, self.config, self.loss_function = nn.Linear(4, 8), None, OwnLoss.squared
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    reason = why_not_chunked(Own())
+    assert reason is not None and f"transformers {transformers.__version__} is installed" in reason
+
+
+def test_what_the_room_uses_of_transformers_that_is_private_is_there() -> None:
+    model = make_llama().train()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    assert model.get_input_embeddings() is not None
+    assert any(getattr(module, "_require_grads_hooks", None) for module in model.modules())
+    layer = model.model.layers[0]
+    assert layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords == {
+        "use_reentrant": True
+    }
+    model.loss_function = OwnLoss.squared
+    assert vars(model)["_loss_function"] is OwnLoss.squared
+
+
 def test_models_that_only_scale_or_have_no_z_loss_are_let_through() -> None:
     assert why_not_chunked(with_z_loss(0.0)) is None
     for kind, options in (
