@@ -174,7 +174,11 @@ class LayerScheduler(SeesExactWeights):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of all that is sampled, from the input to the output."""
+        """Names of all that is sampled, from the input to the output.
+
+        These are the model's layers, and the groups whose rule is ``"sample"``. Where the layers are, which the
+        argument ``layers`` says, is in :attr:`model_layers`.
+        """
         return tuple(unit.name for unit in self._units.sampled)
 
     @property
