@@ -86,14 +86,34 @@ class ModelOptions(ActivationOptions):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", *_RUN)
 
 
+def _read_columns(value: Any) -> Any:
+    """Read ``prompt=question,completion=answer``, as the command line gives it."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise ValueError("Input should be NAME=COLUMN,NAME=COLUMN")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
 class DataOptions(Options):
     """The data."""
 
     data: str = option(
         BUILTIN_DATA,
-        "Built-in name; JSONL, CSV or Parquet file in TRL's prompt-completion or conversational format; or hub id.",
+        "Built-in name; JSONL, JSON, CSV, Parquet or text file, or .gz of one; several with commas; a folder; or hub "
+        "id. Formats: chat, ShareGPT, prompt and completion, Alpaca, text2text, plain text.",
         Role.IDENTITY,
         Role.SHOWN,
+        Role.SUITE,
+    )
+    columns: Annotated[dict[str, str], BeforeValidator(_read_columns)] = option(
+        {}, "Columns under other names: prompt=question,completion=answer.", Role.IDENTITY, Role.SUITE
+    )
+    train_on: Literal["answers", "all"] = option(
+        "answers",
+        "What is learned: answers and completions, or all that the model reads.",
+        Role.IDENTITY,
         Role.SUITE,
     )
     eval_data: str | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -14,15 +15,71 @@ from typing import Any
 
 import platformdirs
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, short
 
 LOCK = ".lock"
+_LONGEST_NAME = 255  # bytes of a file's name, on every file system in common use
 
 
 def cache_folder() -> Path:
     """Where models and metrics are kept: ``$LAYERSAMPLE_CACHE``, or the user's cache folder."""
     override = os.environ.get("LAYERSAMPLE_CACHE")
     return Path(override).expanduser() if override else platformdirs.user_cache_path("layersample")
+
+
+def check_output(path: Path, what: str = "output folder") -> None:
+    """Make sure, before any work, that a path can be written; nothing is made.
+
+    Args:
+        path: Of a file or folder that needn't be there yet.
+        what: What it is called in messages.
+
+    Raises:
+        ConfigError: If no file or folder can be there: a name that is too long, links in a circle or to nowhere, a
+            parent that is a file or can't be written.
+    """
+    try:
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, f"a name has at most {_LONGEST_NAME} bytes")
+        if path.is_symlink() and not path.exists():
+            raise OSError(errno.ENOENT, "it is a link to nowhere, or in a circle")
+        there = next(parent for parent in (path, *path.absolute().parents) if _is_there(parent))
+        if there != path and not there.is_dir():
+            raise OSError(errno.ENOTDIR, f"{there} is a file")
+        if not os.access(there, os.W_OK):
+            raise OSError(errno.EACCES, f"there is no permission to write {there}")
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a NUL character; RuntimeError: a circle
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"The {what} must be writable, but for {short(str(path))}: {reason}.") from error
+
+
+def check_output_file(path: Path, what: str) -> None:
+    """As :func:`check_output`, for a file whose folder must be there.
+
+    Raises:
+        ConfigError: If it can't be written, is a folder, or its folder is missing.
+    """
+    check_output(path, what)
+    if path.is_dir():
+        raise ConfigError(f"The {what} must be a file, but {short(str(path))} is a folder.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"The {what} must lie in a folder that exists, but there is no {str(path.parent)!r}."
+        )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:  # below a file: the file itself is looked at next
+        return False
+    return True
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def load_group(group: str) -> dict[str, Any]:
     for entry in installed(group):
         try:
             loaded[entry.name] = entry.load()
-        except Exception as error:  # whatever a package of someone else's raises
+        except (Exception, SystemExit) as error:  # whatever a package of someone else's raises
             package = entry.dist.name if entry.dist is not None else entry.value
             logger.warning(
                 "The package %s is left out, because loading its entry point %s raised %s: %s",

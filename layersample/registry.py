@@ -224,16 +224,28 @@ def load_plugin(path: str | Path) -> ModuleType:
         raise ConfigError(f"A plug-in must be a Python file (.py), but got {str(path)!r}.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    registries: tuple[Registry[Any], ...] = (SAMPLERS, PROJECTIONS)
+    before = [(names, dict(names.classes)) for names in registries]
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if all were well
+        # What it registered up to there must not stay: it would take the names when the mended file comes.
         del sys.modules[name]
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        raise ConfigError(
-            f"The plug-in {path}, line {line}, raised {type(error).__name__}: {error}"
-        ) from error
+        for names, classes in before:
+            names.classes.clear()
+            names.classes.update(classes)
+        file = str(module.__file__)  # absolute, as in the traceback
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        line = (getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None) or (
+            lines[-1] if lines else "?"
+        )
+        what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else _raised(error)
+        raise ConfigError(f"The plug-in {path}, line {line}, {what}") from error
     return module
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {error}"
 
 
 def _identity(cls: type[Any]) -> tuple[str, str]:

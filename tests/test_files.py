@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from layersample import files
-from layersample.files import replace_folder, write_json, write_text
+from layersample import ConfigError, files
+from layersample.files import check_output, check_output_file, replace_folder, write_json, write_text
 
 
 def test_writes_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -59,3 +59,28 @@ def test_a_folder_is_there_at_every_moment_while_it_is_replaced(
     with pytest.raises(KeyboardInterrupt):
         replace_folder(new, target)
     assert (target / "name").read_text() == "new"
+
+
+def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "deep")
+    check_output(tmp_path)
+    check_output_file(tmp_path / "x.png", "picture")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("not-there")
+    for path, message in (
+        (tmp_path / ("x" * 256), "a name has at most 255 bytes"),
+        (tmp_path / ("ä" * 128), "a name has at most 255 bytes"),
+        (tmp_path / "loop", "circle|Too many levels"),
+        (tmp_path / "loop" / "x", "circle|Too many levels"),
+        (tmp_path / "nowhere", "a link to nowhere"),
+        (tmp_path / "file" / "x", "file is a file"),
+        (Path("a\0b"), "null"),
+    ):
+        with pytest.raises(ConfigError, match=f"The output folder must be writable, but for .*({message})"):
+            check_output(path)
+    with pytest.raises(ConfigError, match="picture must be a file, but .* is a folder"):
+        check_output_file(tmp_path, "picture")
+    with pytest.raises(ConfigError, match="picture must lie in a folder that exists"):
+        check_output_file(tmp_path / "no" / "x.png", "picture")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop", "nowhere"]

@@ -33,6 +33,7 @@ ROOMS = (
         "options",
         "choices",
         "strict_yaml",
+        "model_files",
         "files",
     ),
     *("plugins", "errors"),

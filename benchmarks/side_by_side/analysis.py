@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .comparison import Difference, Estimate, compare, estimate, pareto_front
 from .rates import choose_rate, read_losses
-from .results import Line
+from .stored_lines import Line
 from .suite import MethodEntry, Suite
 
 

@@ -13,6 +13,7 @@ from rich.progress import TaskID
 
 from layersample.cli.display import make_bar, plain
 from layersample.errors import ConfigError
+from layersample.files import check_output
 from layersample.option_files import parse_pairs, read_yaml
 
 from ..methods.catalog import list_baselines
@@ -91,6 +92,7 @@ def benchmark(
     """
     if context.invoked_subcommand is not None:
         return
+    check_output(output)
     sources = _sources(suite, output)
     given: dict[str, Any] = {
         "methods": None if methods is None else _rows(_split(methods), make_suite(*sources)),

@@ -17,7 +17,8 @@ from .analysis import Analysis, Row, analyze
 from .clock import PHASES
 from .comparison import Difference, Estimate
 from .live_bytes import KINDS
-from .results import Line, read_results
+from .results import read_results
+from .stored_lines import Line
 from .tasks import get_task
 
 PICTURES = {

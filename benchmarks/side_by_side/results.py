@@ -7,18 +7,17 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from layersample.errors import ConfigError
-from layersample.files import write_text
+from layersample.files import check_output, write_text
 from layersample.option_files import read_yaml
 
+from .stored_lines import Line, check_line
 from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
 
-Line = dict[str, Any]
 _LOCK = ".lock"
 _Key = tuple[str, float]  # a final run's own key leaves out the learning rate
 
@@ -56,6 +55,7 @@ class Results:
             ConfigError: If the folder holds another suite or something else, another benchmark writes into it, or
                 it can't be written. What it holds stays as it was.
         """
+        check_output(self.folder)
         stored = self.folder / "suite.yaml"
         if not stored.is_file() and self.folder.exists() and not _is_empty(self.folder):
             raise ConfigError(
@@ -186,15 +186,19 @@ def read_lines(path: Path) -> Iterable[Line]:
     Raises:
         ConfigError: If another line is no JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: must be readable text, but: {error}.") from error
     for number, text in enumerate(lines, 1):
+        place = f"{path}, line {number}"
         try:
-            yield json.loads(text)
-        except json.JSONDecodeError as error:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ConfigError(
-                    f"{path}, line {number}: must be one JSON object, but: {error.msg}."
-                ) from error
+                raise ConfigError(f"{place}: must be one JSON object, but: {error}.") from error
+            return
+        yield check_line(content, place)
 
 
 def read_results(folder: Path) -> tuple[Suite, list[Line]]:
@@ -207,7 +211,14 @@ def read_results(folder: Path) -> tuple[Suite, list[Line]]:
     if not stored.is_file():
         raise ConfigError(f"The folder must be that of a benchmark, but {folder} holds no suite.yaml.")
     suite = make_suite((str(stored), read_yaml(stored)))
-    latest = {_key(line): line for line in read_lines(folder / "results.jsonl")}
+    path = folder / "results.jsonl"
+    lines = list(read_lines(path))
+    latest = {_key(line): line for line in lines}
+    rows = {entry.name for entry in suite.entries}
+    if strange := sorted({line["method"] for line in lines} - rows):
+        raise ConfigError(
+            f"{path}: every run must be of a method in suite.yaml, but {strange[0]!r} isn't there."
+        )
     return suite, _in_order(suite, latest.values())
 
 

@@ -77,8 +77,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
         arguments = training_arguments(config, Path(scratch))
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
-        if config.chunk_positions is not None:
-            trainer.chunk_loss(config.chunk_positions)
+        trainer.chunk_loss(config.chunk_positions or 0, strict=config.loss_chunk != "auto")
         # The callback does it, where there is one.
         save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report

@@ -11,6 +11,7 @@ import typer
 from rich.logging import RichHandler
 
 from layersample.cli.consoles import errors
+from layersample.cli.data_report import data_command
 from layersample.cli.display import plain
 from layersample.cli.flags import with_options
 from layersample.cli.groups import Commands, PanelCommand
@@ -55,6 +56,7 @@ def main() -> None:
         sys.exit(2)
 
 
+app.command("data", cls=PanelCommand)(data_command)
 app.command("list", cls=PanelCommand)(list_command)
 app.command("profile", cls=PanelCommand)(profile_command)
 app.command("plan", cls=PanelCommand)(

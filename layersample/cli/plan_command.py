@@ -14,6 +14,7 @@ from layersample.cli.consoles import console, errors
 from layersample.cli.display import plain
 from layersample.cli.flags import own_option
 from layersample.cli.settings import gather_settings
+from layersample.files import check_output_file
 
 OWN_OPTIONS = (
     own_option(
@@ -22,7 +23,9 @@ OWN_OPTIONS = (
         inspect.Parameter.empty,
         typer.Argument(help="Built-in shape, folder or hub id; an unknown name lists the shapes."),
     ),
-    own_option("gpus", int, 1, typer.Option(min=1, help="GPUs that the run is sharded over (FSDP).")),
+    own_option(
+        "gpus", int, 1, typer.Option(min=1, max=10**9, help="GPUs that the run is sharded over (FSDP).")
+    ),
     own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
     own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),
     own_option("baselines", bool, True, typer.Option(help="Plan the usual ways to train as well.")),
@@ -58,6 +61,8 @@ def plan(
     settings = gather_settings(
         config, preset, sampler_option, projection_option, None, {**flags, "model": model}
     )
+    if picture is not None:
+        check_output_file(picture, "picture")
     if settings.plugin is not None:
         load_plugin(settings.plugin)
     with errors.status("Planning") as status:  # seconds a step, on a large model

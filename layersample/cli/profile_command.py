@@ -12,6 +12,7 @@ from layersample.cli.consoles import console
 from layersample.cli.display import plain
 from layersample.cli.settings import parse_sampler
 from layersample.errors import ConfigError
+from layersample.files import check_output
 from layersample.plugins import settings_files
 
 
@@ -20,17 +21,19 @@ def profile_command(
     sampler: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME:key=value,key=value; may be repeated.")
     ] = None,
-    num_active: Annotated[int, typer.Option(min=1, help="Layers that train at a time (γ).")] = 2,
+    num_active: Annotated[int, typer.Option(min=1, max=10**9, help="Layers that train at a time (γ).")] = 2,
     data: Annotated[
         str | None, typer.Option(help="Calibration data, as train takes it; needed for outliers.")
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 4 examples.")] = 8,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example, at most.")] = 256,
+    batches: Annotated[int, typer.Option(min=1, max=10**9, help="Calibration batches of 4 examples.")] = 8,
+    max_length: Annotated[int, typer.Option(min=8, max=10**9, help="Tokens of an example, at most.")] = 256,
     threshold: Annotated[
         float | None,
         typer.Option(
+            min=0,
+            max=1e9,
             help="M: an outlier is above M times the layer's mean; by default that of the first sampler that counts "
-            "them, or 5."
+            "them, or 5.",
         ),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of this model.")] = None,
@@ -61,6 +64,7 @@ def profile_command(
     for name, _ in chosen:
         SAMPLERS.get(name)  # a misspelt one is told before the model loads
     if output is not None:
+        check_output(output)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -51,7 +51,7 @@ def _run(settings: TrainConfig) -> None:
     datasets.disable_progress_bars()
     print_config(console, settings)
     try:
-        summary = finetune(settings, progress=LiveProgress(console), report=console.print)
+        summary = finetune(settings, progress=LiveProgress(console), report=_report)
     except NonFiniteLossError as error:
         errors.print(f"[bold red]Stopped:[/] {plain(error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -67,3 +67,8 @@ def _run(settings: TrainConfig) -> None:
         errors.print("Interrupted, without a new checkpoint.")
         raise typer.Exit(130) from error
     print_summary(console, summary)
+
+
+def _report(sentence: str) -> None:
+    # Sentences quote data and names, whose brackets are no styles of rich's.
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from trl import SFTConfig
 
 from layersample.config import TrainConfig
-from layersample.errors import ConfigError, unknown
+from layersample.errors import ConfigError
+from layersample.training.trainer_options import check_trainer_options, make_arguments
 
 
 def callback_arguments(config: TrainConfig) -> dict[str, Any]:
@@ -29,10 +29,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     Raises:
         ConfigError: If an option of ``trainer`` is unknown, or they don't go together.
     """
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    for key in config.trainer or {}:
-        if key not in known:
-            raise ConfigError(f"trainer: {unknown('option of SFTConfig', key, known)}")
+    given = check_trainer_options(config.trainer or {})
     arguments: dict[str, Any] = {
         "max_steps": config.steps if config.epochs is None else -1,
         "num_train_epochs": config.epochs or 1,
@@ -46,6 +43,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "weight_decay": config.weight_decay,
         "max_grad_norm": 0.0 if config.step_in_backward else config.clip or 0.0,
         "max_length": config.max_length,
+        # None: prompts aren't learned; of conversations, what is learned is the trainer's to mark.
+        "completion_only_loss": False if config.train_on == "all" else None,
         "bf16": config.precision == "bf16-mixed",
         "fp16": config.precision == "fp16-mixed",
         "seed": config.run_seed,
@@ -58,10 +57,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    try:
-        made = SFTConfig(**{**arguments, **(config.trainer or {}), "output_dir": str(checkpoints)})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The training options don't go together: {error}") from error
+    made = make_arguments({**arguments, **given, "output_dir": str(checkpoints)})
     if made.save_only_model:
         raise ConfigError(
             "trainer: save_only_model must be off, because a checkpoint of the model alone resumes no run: "

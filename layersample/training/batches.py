@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError
+from layersample.training.answers import render
 from layersample.training.data import load_data
+from layersample.training.models import load_tokenizer
 
 _BATCH_SIZE = 4
 
@@ -38,11 +40,10 @@ def make_batches(
     """
     data = load_data(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # OSError, ValueError, KeyError, ImportError: as the model's kind has it
+        tokenizer = load_tokenizer(path)
+    except ConfigError as error:
         raise ConfigError(
-            f"--data holds text, so the model must have a tokenizer, but {path} has none that loads: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__} "
+            f"--data holds text, so the model must have a tokenizer, but {path} has none that loads. {error} "
             "Leave --data out to profile the weights alone."
         ) from error
     texts = [_text(row, tokenizer) for row in data.select(range(min(len(data), count * _BATCH_SIZE)))]
@@ -60,7 +61,7 @@ def _text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in messages)
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return render(tokenizer, row, messages)
 
 
 def _pad(rows: Sequence[Sequence[int]], model: PreTrainedModel) -> dict[str, Tensor]:

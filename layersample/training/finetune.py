@@ -15,17 +15,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
 from layersample.environment import warn_of_slow_bf16
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, short
 from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
+from layersample.training.answers import show_learned
 from layersample.training.arguments import callback_arguments, training_arguments
 from layersample.training.data import load_split
 from layersample.training.models import load_model
@@ -64,13 +66,23 @@ def finetune(
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
     if slow := warn_of_slow_bf16(config.precision):
         report(slow)
-    data = load_split(config.data, config.eval_data, eval_size=config.eval_size, seed=config.run_seed)
+    train, held_out = data = load_split(
+        config.data,
+        config.eval_data,
+        eval_size=config.eval_size,
+        seed=config.run_seed,
+        columns=config.columns,
+    )
+    source = "that were held out of it" if config.eval_data is None else f"of {config.eval_data}"
+    report(
+        f"{train.info.description} {len(train)} train; the held-out loss is measured on {len(held_out)} {source}."
+    )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, tokenizer = load_model(config.model, dtype, report)
     check_length(config, model.config)
     with folder.open() as checkpoint:
         run = _Run(config, folder.path, data, model, tokenizer, arguments, checkpoint, progress)
-        run.say_what_is_cut(report)
+        run.say_what_is_learned(report)
         try:
             run.train()
         finally:
@@ -113,6 +125,8 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.tokenizer, self.checkpoint = config, folder, tokenizer, checkpoint
         self.train_data, self.held_out_data = data
+        # The Trainer turns off the cache, and TRL notes its own padding: neither is the model's.
+        self.as_it_came = {key: getattr(model.config, key, None) for key in ("use_cache", "pad_token_id")}
         # A later --resume takes what the run is from here; how it was begun is the command's own.
         own = config.model_copy(update={"resume": False, "overwrite": False, "allow_changes": False})
         write_text(folder / "config.yaml", write_yaml(own))
@@ -130,22 +144,45 @@ class _Run:
             eval_dataset=self.held_out_data,
             processing_class=tokenizer,
             callbacks=[self.recorder],
+            train_on=config.train_on,
         )
-        if config.chunk_positions is not None:
-            self.trainer.chunk_loss(config.chunk_positions, strict=config.loss_chunk != "auto")
+        self.own_loss = self.trainer.chunk_loss(
+            config.chunk_positions or 0, strict=config.loss_chunk != "auto"
+        )
+        for callback in self.trainer.callback_handler.callbacks:
+            # TensorBoard's files lie beside the run's, not among its checkpoints.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder / "tensorboard")
         self.trainer.remove_callback(PrinterCallback)
         self.sampling.attach(
             self.trainer, verify=False
         )  # RunFolder has done that, before anything was loaded
 
-    def say_what_is_cut(self, report: Report) -> None:
-        """Report the examples that are longer than the model is trained on."""
+    def say_what_is_learned(self, report: Report) -> None:
+        """Report what became of the data, and by which loss it is learned."""
+        if self.own_loss:
+            report(
+                f"The loss is TRL's own, by the Trainer's option {self.own_loss}: loss_chunk has no effect on it."
+            )
+        if self.trainer.gave_template:
+            report(
+                "The tokenizer has no chat template, so it gets a plain one: User: …, Assistant: …, end of text."
+            )
+        if self.trainer.lost_answers:
+            report(
+                f"{self.trainer.lost_answers} answers aren't learned, because the chat template renders them "
+                "differently once others follow."
+            )
         for name, count in self.trainer.too_long.items():
             if count:
                 kind = name.replace("_", "-")
                 report(
                     f"{count} {kind} examples are longer than {self.config.max_length} tokens and are cut."
                 )
+        first: Any = self.trainer.train_dataset[0]  # type: ignore[index]
+        pieces = show_learned(self.tokenizer, first["input_ids"], first["labels"])
+        shown = "".join(f"«{text}»" if learned else text for text, learned in pieces)
+        report(f"The first example, with what is learned in «»: {short(shown, 400)}")
 
     def train(self) -> None:
         """Train, and measure the held-out loss before and after.
@@ -170,6 +207,8 @@ class _Run:
         """Write the model into ``model/``, in the precision that the configuration asks for."""
         assert self.sampling.scheduler is not None
         trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for key, value in self.as_it_came.items():
+            setattr(trained.config, key, value)
         exact = self.config.save_precision == "fp32"
         weights = self.sampling.scheduler.fp32_state_dict() if exact else None
         _save_model(trained, weights, self.tokenizer, self.folder / "model")

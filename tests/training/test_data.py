@@ -60,7 +60,11 @@ def test_reads_csv(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1: .* but it is a list"),
         ("a.jsonl", '{"prompt": "a", "completion": 3}\n', "line 1: .* but 'completion' is 3"),
         ("a.jsonl", '{"prompt": "a", "completion": " "}\n', "line 1: 'completion' must not be empty"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: .* but 'messages' is"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}]}\n',
+            "line 1: message 1 of 'messages' must have content that is text",
+        ),
         (
             "a.jsonl",
             '{"prompt": "a", "completion": [{"role": "x", "content": "y"}]}\n',
@@ -75,7 +79,7 @@ def test_reads_csv(tmp_path: Path) -> None:
         ("a.csv", "question,answer\na,b\n", "line 2: an example must have"),
         ("a.csv", 'prompt,completion\n"a,b\n', "a.csv, line .*: must be CSV"),
         ("a.parquet", "not parquet", "a.parquet: must be a Parquet file"),
-        ("a.txt", "x", "must end in .jsonl, .csv, .parquet, but got"),
+        ("a.xlsx", "x", "must end in .jsonl, .json, .csv, .parquet, .txt .or one of them and .gz., but got"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -28,7 +28,7 @@ def test_loads_a_local_folder(tiny_model: Path) -> None:
     ("name", "message"),
     [
         ("smollm2-135", "Unknown model 'smollm2-135'. Did you mean 'smollm2-135m'"),
-        ("/no/such/folder", "A folder or a hub id"),
+        ("/no/such/folder", "A folder, a .gguf file or a hub id"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -37,7 +37,9 @@ def test_unknown_names(name: str, message: str) -> None:
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="could not be loaded as a folder or from the hub"):
+    with pytest.raises(
+        ConfigError, match="must be a folder with config.json or a .gguf file, but it holds none"
+    ):
         load_model(str(tmp_path))
 
 
@@ -47,7 +49,7 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     with pytest.raises(
-        ConfigError, match="couldn't connect to the hub. Without a network, choose a built-in"
+        ConfigError, match="couldn't connect to the hub. More. Without a network, choose a built-in"
     ):
         load_model("someone/something")
 

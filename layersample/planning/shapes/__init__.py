@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from layersample.errors import ConfigError, unknown
+from layersample.model_files import check_folder, loading
 
 
 def list_shapes() -> list[str]:
@@ -34,11 +35,8 @@ def load_shape(model: str) -> PretrainedConfig:
         raise ConfigError(
             f"{unknown('model', model, list_shapes())} A folder with config.json or a hub id will do too."
         )
-    try:
+    if Path(model).is_dir():
+        check_folder(Path(model), model)
+    with loading(model, f"Without a network there are: {', '.join(list_shapes())}."):
         loaded: PretrainedConfig = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The configuration of {model!r} must be a folder's config.json or on the hub, but: "
-            f"{str(error).strip().splitlines()[0]} Without a network there are: {', '.join(list_shapes())}."
-        ) from error
     return loaded

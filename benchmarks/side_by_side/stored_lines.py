@@ -1,0 +1,122 @@
+"""A line of a benchmark's ``results.jsonl``: what it must hold for a report to be made of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from layersample.errors import ConfigError, short
+
+Line = dict[str, Any]
+
+
+class _Part(BaseModel):
+    """Measurements may grow, so unknown ones stay; JSON has the right types already, so nothing is converted."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Run(_Part):
+    key: str
+    method: str
+    stage: Literal["search", "final"]
+    seed: int = Field(ge=0, lt=2**32)
+    learning_rate: FiniteFloat = Field(ge=0)
+    fingerprint: str
+
+
+class _Failed(_Run):
+    error: str
+
+
+class _Loss(_Part):
+    steps: list[int] = Field(min_length=1)
+    held_out: list[float]  # a run that diverged may have ended at inf
+
+    @model_validator(mode="after")
+    def _alike(self) -> _Loss:
+        if len(self.steps) != len(self.held_out):
+            raise ValueError(f"has {len(self.steps)} steps and {len(self.held_out)} losses")
+        return self
+
+
+class _OtherLoss(_Part):
+    before: float
+    after: float
+
+
+class _Tensors(_Part):
+    total: int = Field(ge=0)
+    at_peak: dict[str, int]
+
+
+class _Peak(_Part):
+    process: int = Field(ge=0)
+    tensors: _Tensors | None
+
+
+class _Seconds(_Part):
+    cpu: dict[str, FiniteFloat]
+    wall: dict[str, FiniteFloat]
+    before_training: dict[str, FiniteFloat]
+
+
+class _Measured(_Run):
+    training_loss: list[float] = Field(min_length=1)
+    loss: _Loss
+    right: FiniteFloat | None
+    other_loss: _OtherLoss | None
+    peak_bytes: _Peak
+    seconds: _Seconds
+    tokens_per_second: FiniteFloat
+    layers: list[str] = Field(min_length=1)
+    active: list[tuple[int, int, list[int]]]
+    coverage: FiniteFloat = Field(ge=0, le=1)
+    staleness: FiniteFloat
+    inclusion_probabilities: list[FiniteFloat] | None
+    summary: str
+    parameters: int = Field(gt=0)
+    trainable_parameters: FiniteFloat
+    environment: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Measured:
+        if self.stage == "final" and self.other_loss is None:
+            raise ValueError("is a final run without other_loss")
+        indices = [index for _, _, active in self.active for index in active]
+        if any(not 0 <= index < len(self.layers) for index in indices):
+            raise ValueError(f"names a layer that none of its {len(self.layers)} layers is")
+        return self
+
+
+def check_line(content: Any, place: str) -> Line:
+    """Check one line.
+
+    Args:
+        content: What JSON holds.
+        place: The file and line, for messages.
+
+    Raises:
+        ConfigError: If something is missing, or of another type.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{place}: must be one JSON object, but is a {type(content).__name__}.")
+    try:
+        # By JSON's rules: a pair of numbers is a list there, and a whole number is a number.
+        (_Failed if "error" in content else _Measured).model_validate(_tuples(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "it"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{place}: must be what a run has measured, but {key}: {message}, and it is {short(first['input'])}."
+        ) from error
+    return content
+
+
+def _tuples(content: Line) -> Line:
+    spans = content.get("active")
+    if isinstance(spans, list):
+        return {**content, "active": [tuple(span) if isinstance(span, list) else span for span in spans]}
+    return content

@@ -1,0 +1,73 @@
+"""Models in GGUF files: their weights in a fresh model that can be trained and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layersample.errors import ConfigError, some
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that is meant by a path; ``None`` where it is another kind of model.
+
+    Args:
+        path: A file, or a folder; one with ``config.json`` is no GGUF model.
+
+    Raises:
+        ConfigError: If a folder holds several.
+    """
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf")
+    if len(files) > 1:
+        raise ConfigError(
+            f"The folder {str(path)!r} must hold one GGUF file, but holds {some(p.name for p in files)}: give the "
+            "file itself."
+        )
+    return files[0] if files else None
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a GGUF file, dequantized.
+
+    Args:
+        file: The file.
+        dtype: Type of the weights.
+
+    Raises:
+        ConfigError: If the package that reads them isn't installed.
+    """
+    _need_gguf()
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    # A model that was loaded from GGUF counts as quantized: it can neither be saved nor trained.
+    config = loaded.config
+    del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model, load_gguf_tokenizer(file)
+
+
+def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file.
+
+    Raises:
+        ConfigError: If the package that reads them isn't installed.
+    """
+    _need_gguf()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return tokenizer
+
+
+def _need_gguf() -> None:
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            'GGUF files and built-in models need the demo extra: pip install "layersample[demo]".'
+        ) from error

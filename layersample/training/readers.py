@@ -1,0 +1,195 @@
+"""Rows of data out of files: JSONL, JSON, CSV, Parquet and plain text, compressed or not, one or many."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from layersample.errors import ConfigError, some
+
+Place = tuple[str, Any]
+"""Where a row is, for messages, and what it holds."""
+
+_HOLDERS = ("instances", "data", "train", "examples", "rows")  # of a JSON mapping that holds the examples
+
+_BROKEN = (OSError, EOFError, zlib.error, UnicodeDecodeError)  # of a file that can't be read to its end
+
+
+def is_file_source(source: str) -> bool:
+    """Whether data is meant to come from files: there is such a path, or the name ends as files do."""
+    return any(_suffix(Path(part)) in READERS or _exists(Path(part)) for part in _parts(source))
+
+
+def read_rows(source: str) -> Iterator[Place]:
+    """The rows of a file, of several files (with commas), or of all files in a folder.
+
+    Raises:
+        ConfigError: If a file is missing, empty or malformed; it names the file and line.
+    """
+    for path in _files(source):
+        empty = True
+        for place in READERS[_suffix(path)](path):
+            empty = False
+            yield place
+        if empty:
+            raise ConfigError(f"{path}: the file must hold at least one example, but is empty.")
+
+
+def _files(source: str) -> list[Path]:
+    files: list[Path] = []
+    for part in _parts(source):
+        path = Path(part)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in READERS)
+            if not inside:
+                held = some(sorted(p.name for p in path.iterdir()))
+                raise ConfigError(f"A folder of data must hold files of {_KNOWN}, but {part!r} holds {held}.")
+            files += inside
+        elif not _exists(path):
+            raise ConfigError(f"The data file must exist, but there is no file {part!r}.")
+        elif _suffix(path) not in READERS:
+            raise ConfigError(f"A data file must end in {_KNOWN}, but got {part!r}.")
+        else:
+            files.append(path)
+    return files
+
+
+def _parts(source: str) -> list[str]:
+    if "," not in source or _exists(Path(source)):
+        return [source]
+    return [part.strip() for part in source.split(",") if part.strip()]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or a NUL character
+        return False
+
+
+def _suffix(path: Path) -> str:
+    """How a file ends, but for its compression."""
+    return (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _open(path: Path) -> TextIO:
+    # utf-8-sig: Windows' programs begin a file with a byte order mark, which is no part of the first name.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return file.read()
+    except _BROKEN as error:
+        raise ConfigError(f"{path}: must be UTF-8 text, but: {error}.") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Place]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield place, _parse(line, place)
+    except _BROKEN as error:
+        raise ConfigError(f"{path}, after line {number}: must be UTF-8 text, but: {error}.") from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place}: must be one JSON object, but: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise ConfigError(f"{place}: must be one JSON object, but: {str(error).split(';')[0]}.") from error
+
+
+def _read_json(path: Path) -> Iterator[Place]:
+    """A list of examples, a mapping that holds one (LMFlow's ``instances``), or lines of JSON under this name."""
+    text = _read_text(path)
+    if not text.strip():
+        return
+    first, _, rest = text.strip().partition("\n")
+    if rest and _is_object(first):
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+        return
+    content = _parse(text, str(path))
+    if isinstance(content, Mapping):
+        lists = [key for key in _HOLDERS if isinstance(content.get(key), list)]
+        content = content[lists[0]] if lists else [content]
+    if not isinstance(content, list):
+        raise ConfigError(f"{path}: must hold a list of examples, but holds a {type(content).__name__}.")
+    for number, row in enumerate(content, 1):
+        yield f"{path}, example {number}", row
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_csv(path: Path) -> Iterator[Place]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ConfigError(
+                    f"{place}: must have {len(reader.fieldnames or ())} fields, as the first line."
+                )
+            yield place, row
+    except csv.Error as error:
+        raise ConfigError(
+            f"{path}, line {reader.line_num + 1}: must be CSV in UTF-8, but: {error}."
+        ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Place]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, *_BROKEN) as error:
+        where = f", after row {number}" if number else ""
+        raise ConfigError(f"{path}{where}: must be a Parquet file, but: {error}") from error
+
+
+def _read_plain(path: Path) -> Iterator[Place]:
+    """Plain text: an example for each piece between empty lines."""
+    line = 1
+    for piece in re.split(r"(\r?\n[ \t]*(?:\r?\n)+)", _read_text(path)):
+        if piece.strip():
+            blank = len(piece) - len(piece.lstrip())
+            yield f"{path}, line {line + piece.count(chr(10), 0, blank)}", {"text": piece.strip()}
+        line += piece.count("\n")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Place]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_plain,
+}
+_KNOWN = f"{', '.join(READERS)} (or one of them and .gz)"

@@ -1,0 +1,182 @@
+"""What a user gives for TRL's SFTConfig: checked by its types, and never beside an option of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, get_type_hints
+
+import torch
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl import SFTConfig
+
+from layersample.errors import ConfigError, short, unknown
+from layersample.model_files import reason
+from layersample.option_files import check_plain
+
+# One thing, two names: the option of layersample, and what the Trainer calls it. Given both, one of them would be
+# dropped without a word; given the Trainer's alone, the run's own configuration would say something else.
+SAME_THING: dict[str, str] = {
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_gpu_train_batch_size": "batch_size",
+    "auto_find_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "clip",
+    "max_length": "max_length",
+    "bf16": "precision",
+    "fp16": "precision",
+    "bf16_full_eval": "precision",
+    "fp16_full_eval": "precision",
+    "seed": "seed",
+    "save_steps": "save_steps",
+    "save_strategy": "save_steps",
+    "resume_from_checkpoint": "resume",
+    "output_dir": "output",
+    "assistant_only_loss": "train_on",
+    "completion_only_loss": "train_on",
+    "dataset_text_field": "columns",
+}
+
+# What a run of `layersample train` is built on.
+_NOT_OURS_TO_CHANGE = {
+    "logging_steps": "every step is recorded in metrics.jsonl",
+    "logging_strategy": "every step is recorded in metrics.jsonl",
+    "logging_first_step": "every step is recorded in metrics.jsonl",
+    "eval_on_start": "the held-out loss is measured before the first step of every run",
+    "dataset_kwargs": "the data is prepared by layersample train",
+    "model_init_kwargs": "the model is loaded by layersample train: choose its --precision",
+    "deepspeed": "the run has one process: use examples/torchrun for several",
+    "fsdp": "the run has one process: use examples/torchrun for several",
+    "fsdp_config": "the run has one process: use examples/torchrun for several",
+    "parallelism_config": "the run has one process: use examples/torchrun for several",
+}
+
+_AT_LEAST_1 = {"per_device_eval_batch_size", "dataset_num_proc", "eval_steps", "save_total_limit"}
+_MAY_BE_NEGATIVE = {"local_rank", "past_index"}
+
+
+def check_trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the options of ``trainer`` before any work.
+
+    Args:
+        given: Names of SFTConfig's fields, and values as a file or the command line gave them.
+
+    Returns:
+        The values, converted to the types that SFTConfig declares.
+
+    Raises:
+        ConfigError: If a name is unknown, belongs to an option of ours, or a value is of another type or out of
+            bounds; it names the option, and the value that came.
+    """
+    fields = {field.name: field for field in dataclasses.fields(SFTConfig)}
+    checked = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise ConfigError(f"trainer: {unknown('option of SFTConfig', name, fields)}")
+        if ours := SAME_THING.get(name):
+            raise ConfigError(
+                f"trainer: {name} must be left out, but got {short(value)}: layersample's own option for it is "
+                f"{ours} (--{ours.replace('_', '-')})."
+            )
+        if why := _NOT_OURS_TO_CHANGE.get(name):
+            raise ConfigError(f"trainer: {name} must be left out, but got {short(value)}: {why}.")
+        checked[name] = _check_value(name, value)
+        if choices := fields[name].metadata.get("choices"):
+            if checked[name] not in choices:
+                raise ConfigError(
+                    f"trainer: {name} must be {' or '.join(map(repr, choices))}, but got {short(value)}."
+                )
+    return checked
+
+
+def _check_value(name: str, value: Any) -> Any:
+    hint = _hints()[name]
+    try:
+        check_plain(value, hint)
+        read = _adapter(name).validate_python(value)
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"trainer: {name}: {fault}, but got {short(value)}.") from error
+    except ValueError as error:  # of check_plain
+        raise ConfigError(f"trainer: {name}: {error}, but got {short(value)}.") from error
+    if isinstance(read, int | float) and not isinstance(read, bool) and name not in _MAY_BE_NEGATIVE:
+        least = 1 if name in _AT_LEAST_1 and isinstance(read, int) else 0
+        if not least <= read < 2**63:
+            raise ConfigError(
+                f"trainer: {name} must be at least {least} and fit in 64 bits, but got {short(value)}."
+            )
+    return value if read == value and type(value) is not str else read
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(SFTConfig)
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(_hints()[name], config=ConfigDict(allow_inf_nan=False))
+    except PydanticSchemaGenerationError:  # a class of the libraries' own
+        return TypeAdapter(Any)
+
+
+def make_arguments(arguments: Mapping[str, Any]) -> SFTConfig:
+    """Make the Trainer's arguments, and what it would only make once the model is loaded.
+
+    Raises:
+        ConfigError: If the options don't go together, or ask for a package that isn't installed.
+    """
+    # SFTConfig and what it calls raise what they like; nothing but the user's options goes in.
+    try:
+        made = SFTConfig(**arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for callback in get_reporting_integration_callbacks(made.report_to):
+                callback()
+        _try_optimizer_and_schedule(made)
+        if made.torch_compile and made.torch_compile_backend not in torch._dynamo.list_backends(None):
+            raise ValueError(f"torch_compile_backend {made.torch_compile_backend!r} is none of torch's.")
+    except Exception as error:
+        raise ConfigError(f"The training options don't go together: {reason(error)}") from error
+    return made
+
+
+def _try_optimizer_and_schedule(made: SFTConfig) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    if not made.optim_target_modules:  # those look into the model itself
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(made)
+        if made.optim in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"):
+            cls([parameter], **options)  # bounds of betas and the like are the optimizer's to know
+    get_scheduler(
+        made.lr_scheduler_type,
+        optimizer=torch.optim.SGD([parameter]),
+        num_warmup_steps=0,
+        num_training_steps=10,
+        scheduler_specific_kwargs=dict(made.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+    )
+
+
+def own_loss(arguments: TrainingArguments) -> str | None:
+    """The option by which the Trainer computes another loss than the model's; ``None`` where it doesn't."""
+    assert isinstance(arguments, SFTConfig)
+    if arguments.loss_type != "nll":
+        return f"loss_type={arguments.loss_type}"
+    if arguments.label_smoothing_factor:
+        return f"label_smoothing_factor={arguments.label_smoothing_factor:g}"
+    if arguments.use_liger_kernel:
+        return "use_liger_kernel"
+    return None
