@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layersample.checkpoints.checksums import checksums
+from layersample.checkpoints.saving import saving_folder
 from layersample.errors import ConfigError
 from layersample.files import write_json
 
@@ -107,23 +108,29 @@ def find_last(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def in_order(folder: Path, *, unreadable: float = math.inf) -> list[Path]:
+def in_order(folder: Path, *, damaged_first: bool = False) -> list[Path]:
     """The checkpoints in a folder, from the first saved to the last.
 
     The order is that of a counter in their seals: clocks change, and steps repeat where a run has gone back.
 
     Args:
         folder: Where they are: ``checkpoint-STEP`` each.
-        unreadable: Where those stand whose seal can't be read: last, by default, so that the damage is told.
+        damaged_first: Whether those whose seal can't be read all stand first; by default one with the highest step
+            stands last, so that the damage is told.
     """
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    numbers: dict[Path, float] = {}
+    for checkpoint in found:
+        try:
+            numbers[checkpoint] = _read(checkpoint).number
+        except _SealError:
+            continue
+    highest = max(map(step_of, numbers), default=-1)
 
     def place(checkpoint: Path) -> tuple[float, int]:
-        try:
-            return _read(checkpoint).number, step_of(checkpoint)
-        except _SealError:
-            return unreadable, step_of(checkpoint)
+        unreadable = math.inf if step_of(checkpoint) > highest and not damaged_first else -1
+        return numbers.get(checkpoint, unreadable), step_of(checkpoint)
 
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=place)
 
 
@@ -146,11 +153,13 @@ def remove_oldest(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> N
         keep: How many stay.
         spare: Checkpoints that stay too, and are among the ``keep``.
     """
-    ours = [path for path in in_order(folder, unreadable=-1) if (path / SEAL).exists()]
+    ours = [path for path in in_order(folder, damaged_first=True) if (path / SEAL).exists()]
     stay = {*spare, *ours[-1:]} & set(ours)
     excess = len(ours) - max(keep, len(stay))
     for old in [path for path in ours if path not in stay][: max(excess, 0)]:
-        shutil.rmtree(old)
+        aside = saving_folder(folder, step_of(old))  # a kill must not leave a part of it under its name
+        old.rename(aside)
+        shutil.rmtree(aside)
 
 
 def step_of(checkpoint: Path) -> int:

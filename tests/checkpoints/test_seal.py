@@ -116,3 +116,21 @@ def test_what_is_removed_is_ours_and_not_spared(tmp_path: Path) -> None:
     make(tmp_path, 5, 5)
     remove_oldest(tmp_path, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-9"]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, last = make(tmp_path, 4, 1), make(tmp_path, 6, 2)
+
+    def killed(folder: Path) -> None:
+        (folder / SEAL).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_oldest(tmp_path, 1)
+    assert not old.exists() and find_last(tmp_path) == last
+    make(tmp_path, 2, 3)
+    (tmp_path / "checkpoint-2" / SEAL).unlink()  # as the Trainer, which removes some itself, may leave it
+    assert find_last(tmp_path) == last
