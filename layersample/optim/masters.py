@@ -21,8 +21,9 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
 
     The remainder is the difference of the bit patterns as integers, so that subnormals and values that round
     to infinity need no care. Rounding to the nearest leaves a difference from -2¹⁵ to 2¹⁵: one value more than
-    16 bits hold, which ties make about once in 10⁵ elements. Those, and NaN, are listed whole. Any other difference
-    that doesn't fit is of a weight that was changed behind its master, which then wins.
+    16 bits hold, which ties make about once in 10⁵ elements. Those, NaN, and what rounds to zero without being zero
+    are listed whole: a weight of zero has no remainder, so that one that is pruned later is zero exactly. Any other
+    difference that doesn't fit is of a weight that was changed behind its master, which then wins.
 
     Args:
         master: fp32 values, any shape.
@@ -34,12 +35,13 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """
     difference = master.view(torch.int32) - _bits(weight)
     remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
-    wrong = (remainder != difference).flatten().nonzero().flatten()
+    unfit = (remainder != difference) | ((weight == 0) & (difference != 0))
+    wrong = unfit.flatten().nonzero().flatten()
     exceptions: dict[str, Tensor] = {}
     if wrong.numel():
         values = master.flatten()[wrong]
         agree = _agree(values, weight.flatten()[wrong])
-        remainder = torch.where(remainder != difference, 0, remainder)
+        remainder = torch.where(unfit, 0, remainder)
         wrong, values = wrong[agree], values[agree]
         if wrong.numel():
             exceptions = {EXCEPTIONS: wrong.cpu(), EXCEPTION_VALUES: values.cpu()}
@@ -56,7 +58,8 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
 
     Returns:
         fp32, the same shape: the master itself where there is one, whatever the weight is by now (see
-        :func:`follow`). What is made of a remainder rounds to the weight, also where that was changed since.
+        :func:`follow`). What is made of a remainder rounds to the weight, also where that was changed since; where
+        the weight is zero, or can't be what the remainder is of, it is the weight.
     """
     if MASTER in state:
         master: Tensor = state[MASTER]
@@ -65,11 +68,15 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
         return weight.detach().float()
     bits: Tensor = _bits(weight.detach()) + state[REMAINDER].to(weight.device, non_blocking=True)
     exact: Tensor = bits.view(torch.float32)
+    # A weight that was written since may be anything: the bits of zero minus one are those of a NaN, infinity's plus
+    # one as well, and a tie rounds to the even neighbour alone.
+    written = weight.detach()
+    torch.where(_agree(exact, written) & (written != 0), exact, written, out=exact)
     if EXCEPTIONS in state:
         places = state[EXCEPTIONS].to(weight.device)
         values = state[EXCEPTION_VALUES].to(weight.device)
         # They are whole values, which wouldn't follow a changed weight as remainders do.
-        are = weight.detach().flatten()[places]
+        are = written.flatten()[places]
         # put_ has no deterministic implementation.
         exact[torch.unravel_index(places, exact.shape)] = torch.where(_agree(values, are), values, are)
     return exact

@@ -80,8 +80,8 @@ class OptimizerView:
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
         self._skips = False
-        # Of each parameter, how often it had been written to when its master was last right.
-        self._versions: dict[nn.Parameter, int] = {}
+        # Of each parameter, what :func:`_writes` was when its master was last right.
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
         self._unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
@@ -208,7 +208,7 @@ class OptimizerView:
         own = {key: value for key, value in state.items() if key not in kept}
         if self.has_master(parameter):
             # A look at every element would cost some percent of a step, and a write is seldom: torch counts them.
-            if MASTER in kept and self._versions.get(parameter) != parameter._version:
+            if MASTER in kept and self._versions.get(parameter) != _writes(parameter):
                 follow(kept[MASTER], parameter)
             kept[MASTER] = combine(parameter, kept)
             for key in AT_REST:
@@ -236,7 +236,7 @@ class OptimizerView:
             done.kept = self._low_rank.finish(done.low_rank, weight, done.group, done.kept)
         if MASTER in done.kept:
             done.parameter.detach().copy_(weight)
-            self._versions[done.parameter] = done.parameter._version
+            self._versions[done.parameter] = _writes(done.parameter)
 
     def _restore(self) -> None:
         """Put the user's parameters back; after a step that raised, its state as well."""
@@ -336,6 +336,11 @@ def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, A
     read_there = group.get("capturable") or (key == "step" and group.get("fused"))
     counts = value.dim() == 0 and (key.startswith(PREFIX) or not read_there)
     return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
+
+
+def _writes(parameter: nn.Parameter) -> tuple[int, int]:
+    """How often a parameter has been written to, and where its values are: ``weight.data = other`` isn't counted."""
+    return parameter._version, parameter.untyped_storage()._cdata
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
