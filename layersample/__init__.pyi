@@ -11,6 +11,7 @@ from .errors import ConfigError as ConfigError
 from .frozen.formats import FrozenFormat as FrozenFormat
 from .frozen.formats import list_formats as list_formats
 from .frozen.formats import register_format as register_format
+from .frozen.loading import load_frozen as load_frozen
 from .integrations.transformers import LayerSamplingCallback as LayerSamplingCallback
 from .layers.costs import LayerCosts as LayerCosts
 from .layers.costs import layer_costs as layer_costs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -19,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 FROZEN = "_layersample_frozen"
 """Attribute of a parameter that is held rounded: its layersample.frozen.matrix.FrozenMatrix; or None."""
+
+
+FROZEN_WEIGHTS = "_layersample_frozen_weights"
+"""Attribute of a model with weights that are held rounded: its layersample.frozen.weights.FrozenWeights."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -64,3 +69,10 @@ def exact_values(weight: torch.Tensor) -> torch.Tensor:
     frozen = getattr(weight, FROZEN, None)
     exact: torch.Tensor = weight if frozen is None else frozen.exact()
     return exact
+
+
+def exact_model(model: nn.Module) -> AbstractContextManager[None]:
+    """For a while, have a model show and compute with the exact values of weights that are held rounded."""
+    frozen = getattr(unwrap(model), FROZEN_WEIGHTS, None)
+    shown: AbstractContextManager[None] = nullcontext() if frozen is None else frozen.exact()
+    return shown

@@ -102,9 +102,13 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("offloaded_state", "optimizer state, offloaded"),
         ("master_weights", "fp32 masters, at most"),
         ("master_remainders", "fp32 remainders, in CPU memory"),
+        ("host_weights", "exact weights of frozen layers, in CPU memory"),
     ):
         if peak[kind]:
             rows.insert(-2, (title, _bytes(peak[kind])))
+    if saved := summary.get("held_out_loss_as_saved"):
+        rows[0] = ("held-out loss, as trained", rows[0][1])
+        rows.insert(1, ("held-out loss, as saved", f"{saved['before']:.4f} → {saved['after']:.4f}"))
     if peak["device"] is not None:
         rows.insert(-1, ("GPU, at most", _bytes(peak["device"])))
     table = Table(box=None, show_header=False, pad_edge=False)

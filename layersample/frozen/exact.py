@@ -75,3 +75,32 @@ def _stamp(path: str) -> tuple[int, int, int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_host(needed: int, form: str) -> None:
+    """Make sure that the host's memory suffices for exact values, once every layer has trained.
+
+    Args:
+        needed: Bytes that will be kept there, and aren't yet.
+        form: Name of the format.
+
+    Raises:
+        ConfigError: If it doesn't; with both figures.
+    """
+    there = available_memory()
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"frozen_weights={form!r} keeps the exact values of the layers in the host's memory, which takes up to "
+            f"{needed / 2**30:.2f} GiB once all of them have trained, but only {there / 2**30:.2f} GiB are available "
+            "there: use a host with more memory, or a smaller model."
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of the host's memory that can be had without swapping; None where the system doesn't say."""
+    file = Path("/proc/meminfo")
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

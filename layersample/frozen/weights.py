@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from layersample.errors import ConfigError, some
-from layersample.frozen.exact import Mappings
+from layersample.frozen.exact import Mappings, check_host
 from layersample.frozen.formats import FORMATS
 from layersample.frozen.forward import FrozenModule
 from layersample.frozen.holdable import find_holdable, is_conv1d
 from layersample.frozen.matrix import FrozenMatrix
 from layersample.layers.find import ModelLayers
 from layersample.optim.host_copies import wait_for_copies
+from layersample.unwrapping import FROZEN_WEIGHTS
 
 logger = logging.getLogger(__name__)
-
-_OWNER = "_layersample_frozen_weights"
 
 
 class FrozenWeights:
@@ -73,11 +72,13 @@ class FrozenWeights:
             matrix = FrozenMatrix(name, module, own, chosen, transposed=is_conv1d(module), file=file)
             self._matrices[name] = matrix
             by_module.setdefault(path, []).append(matrix)
+        away = [m for m in self._matrices.values() if m.is_mapped or m.parameter.device.type != "cpu"]
+        check_host(sum(m.parameter.nbytes for m in away), self.format)
         self._modules = {
             path: FrozenModule(model.get_submodule(path), own) for path, own in by_module.items()
         }
         self._look = model.register_forward_hook(self._look_at_first_output)
-        setattr(model, _OWNER, self)
+        setattr(model, FROZEN_WEIGHTS, self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,6 +94,16 @@ class FrozenWeights:
     def host_bytes(self) -> int:
         """Bytes of exact values in the host's memory now; those in the model's own files count nothing."""
         return sum(matrix.host_bytes for matrix in self._matrices.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What is held how, of JSON types."""
+        return {
+            "format": self.format,
+            "matrices": len(self._matrices),
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "exact_on_the_device": dict(self.kept),
+        }
 
     def activate(self, training: Container[str]) -> None:
         """Make whole what trains from now on.
@@ -155,7 +166,7 @@ class FrozenWeights:
             module.close()
         self._modules.clear()
         self._look.remove()
-        vars(self._model).pop(_OWNER, None)
+        vars(self._model).pop(FROZEN_WEIGHTS, None)
 
     def _show(self, exact: bool) -> None:
         for module in self._modules.values():
@@ -205,5 +216,5 @@ def hold_frozen(model: nn.Module, layers: ModelLayers, form: Any) -> FrozenWeigh
 
 def find_frozen_weights(model: nn.Module) -> FrozenWeights | None:
     """The frozen weights of a model, if it has any."""
-    found: FrozenWeights | None = getattr(model, _OWNER, None)
+    found: FrozenWeights | None = getattr(model, FROZEN_WEIGHTS, None)
     return found

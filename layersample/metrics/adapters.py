@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layersample.errors import ConfigError
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.metrics.adapter_files import LowRankUpdate, read_adapter_folder, read_live_adapter
-from layersample.unwrapping import unwrap
+from layersample.unwrapping import exact_values, unwrap
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _oriented(module: Any) -> Tensor:
     """A module's weight as B·A has it, ``(out, in)``; of a convolution flattened."""
     from transformers.pytorch_utils import Conv1D
 
-    weight: Tensor = module.weight.detach()
+    weight = exact_values(module.weight).detach()
     return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight.flatten(1)
 
 

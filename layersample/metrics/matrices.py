@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from layersample.layers.find import Layer, ModelLayers, find_layers
-from layersample.unwrapping import unwrap
+from layersample.unwrapping import exact_values, unwrap
 
 # What PEFT's wrappers call the module that they wrap; all else inside of them is the adapter.
 _WRAPPED = ("base_layer", "original_module")
@@ -84,7 +84,7 @@ def _is_weight(name: str, parameter: Tensor, modules: dict[str, nn.Module]) -> b
 
 
 def _split(layer: str, name: str, parameter: Tensor) -> list[WeightMatrix]:
-    weight = parameter.detach()
+    weight = exact_values(parameter).detach()
     if weight.dim() == 2:
         return [WeightMatrix(name, layer, name, None, weight)]
     return [

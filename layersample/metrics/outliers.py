@@ -17,7 +17,7 @@ from layersample.metrics.expert_inputs import watch_experts
 from layersample.metrics.fast_products import fast_products
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
-from layersample.unwrapping import unwrap
+from layersample.unwrapping import exact_model, unwrap
 
 DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
 
@@ -60,6 +60,16 @@ def outlier_ratios(
     limits = _check_thresholds(thresholds)
     model = unwrap(model)
     layers = find_layers(model) if layers is None else layers
+    with exact_model(model):
+        return _measure(model, layers, batches, limits)
+
+
+def _measure(
+    model: nn.Module,
+    layers: ModelLayers,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    limits: Sequence[float],
+) -> dict[str, dict[float, float]]:
     inputs = _ChannelNorms(model, weight_matrices(model, layers))
     count = 0
     # Around what listens to experts, which must see the weights themselves.
@@ -126,7 +136,10 @@ class _ChannelNorms:
         if squares is None:
             return None
         norms = squares.sqrt()
-        return matrix.weight.abs().float(), norms if self._by_column[matrix.name] else norms[:, None]
+        weight = (
+            matrix.weight.abs().float().to(norms.device)
+        )  # exact values of a frozen one are in the host's memory
+        return weight, norms if self._by_column[matrix.name] else norms[:, None]
 
     def _hook(self, name: str, by_column: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

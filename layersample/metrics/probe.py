@@ -16,6 +16,7 @@ from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
 from layersample.metrics.fast_products import fast_products
 from layersample.sampling.pace import PROGRESS, Say, paced
+from layersample.unwrapping import exact_model
 
 _ADAPTER = "layersample_probe"
 
@@ -57,7 +58,7 @@ def probe_lora(
     batches = list(islice(batches, steps))
     if not batches:
         raise ConfigError("A LoRA probe needs at least one training batch, but got none.")
-    with fast_products(model, report), _with_lora(model, layers, rank, seed):
+    with exact_model(model), fast_products(model, report), _with_lora(model, layers, rank, seed):
         _train(
             model,
             paced(cycle(batches), "Training a LoRA to see its norms, steps", steps, report),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
+from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
 from layersample.layers.modules import is_inside
@@ -53,6 +54,7 @@ class Switch:
     ) -> None:
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self._layers, self._units = model_layers, units
+        refuse_quantized(self._model, model_layers)
         check_optimizer(self._model, optimizer, units)
         self._policy = create_policy(options.state)
         self.projected = find_targets(self._model, model_layers, projection)

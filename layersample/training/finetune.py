@@ -24,6 +24,7 @@ from layersample.config import TrainConfig, check_length, write_yaml
 from layersample.environment import warn_of_slow_bf16
 from layersample.errors import ConfigError, short
 from layersample.files import replace_folder, write_json, write_text
+from layersample.frozen.loading import freeze_model
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
@@ -80,6 +81,9 @@ def finetune(
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, tokenizer = load_model(config.model, dtype, report)
     check_length(config, model.config)
+    if config.frozen_weights is not None:
+        # Before the Trainer moves it: a device that is too small for the whole model never has it whole.
+        freeze_model(model, config.frozen_weights, arguments.device, config.layers)
     with folder.open() as checkpoint:
         run = _Run(config, folder.path, data, model, tokenizer, arguments, checkpoint, progress)
         run.say_what_is_learned(report)
@@ -200,7 +204,8 @@ class _Run:
             saved = find_last(Path(str(self.trainer.args.output_dir)))
             assert saved is not None
             raise Interrupted(stop.received, saved)
-        if "held_out_loss" not in self.recorder.records[-1]:  # the Trainer may have evaluated the last step
+        # The Trainer may have evaluated the last step.
+        if not any("held_out_loss" in record for record in self.recorder.records[-2:]):
             self.trainer.evaluate()
 
     def save_model(self) -> None:
@@ -228,6 +233,8 @@ class _Run:
                 **{f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()},
             },
         )
+        if self.sampling.scheduler.frozen is not None:
+            summary["frozen_weights"] = self.sampling.scheduler.frozen.describe()
         write_pictures(self.folder, summary, self.recorder.records)
         write_json(self.folder / "summary.json", summary)
         return summary

@@ -109,8 +109,14 @@ class RunRecorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the Trainer log each step, whatever its ``logging_steps``: there is a line a step."""
+        """Have the Trainer log each step, whatever its ``logging_steps``: there is a line a step.
+
+        With frozen weights also evaluate the last step, while they are still as they were trained with.
+        """
         control.should_log = True
+        scheduler = self._scheduler()
+        if scheduler is not None and scheduler.frozen is not None and state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
     def on_log(
         self,
@@ -125,6 +131,8 @@ class RunRecorder(TrainerCallback):
             self._write({"step": state.global_step, "held_out_loss": logs["eval_loss"]})
             if self._progress:
                 self._progress.held_out(state.global_step, logs["eval_loss"])
+        elif logs and "saved_loss" in logs:
+            self._write({"step": state.global_step, "held_out_loss_as_saved": logs["saved_loss"]})
         elif logs and "loss" in logs:
             scheduler = self._scheduler()
             assert scheduler is not None

@@ -39,6 +39,9 @@ def summarize(
     trainable = [record["trainable_parameters"] for record in steps]
     rounds = [record for record in steps if "inclusion_probabilities" in record]
     last_round = {index: record["round"] for record in steps for index in record["active"]}
+    as_saved = [
+        record["held_out_loss_as_saved"] for record in recorder.records if "held_out_loss_as_saved" in record
+    ]
     return {
         "output": str(folder),
         "files": list(FILES),
@@ -47,6 +50,8 @@ def summarize(
         "data": config.data,
         "steps": len(steps),
         "held_out_loss": {"before": held_out[0]["held_out_loss"], "after": held_out[-1]["held_out_loss"]},
+        # With frozen weights: held_out_loss is that of the rounded model that trains, this that of the saved one.
+        **({"held_out_loss_as_saved": {"before": as_saved[0], "after": as_saved[-1]}} if as_saved else {}),
         "examples": examples,
         "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},

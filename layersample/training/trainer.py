@@ -27,8 +27,10 @@ from layersample.activations.chunked_loss import why_not_chunked
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.seal import find_last
 from layersample.errors import ConfigError
+from layersample.frozen.weights import find_frozen_weights
 from layersample.training.answers import give_template, is_conversation, mark_answers
 from layersample.training.trainer_options import own_loss
+from layersample.unwrapping import exact_model
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +145,15 @@ class CheckedTrainer(SFTTrainer):
         save_memory(self.model, loss_chunk=positions, recompute=False)
         self._chunks_loss = True
         return None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As SFTTrainer does; with frozen weights once more with their exact values, which will be saved."""
+        metrics = super().evaluate(*args, **kwargs)
+        assert self.model is not None
+        if find_frozen_weights(self.accelerator.unwrap_model(self.model)) is not None:
+            with exact_model(self.accelerator.unwrap_model(self.model)):
+                metrics |= super().evaluate(*args, **{**kwargs, "metric_key_prefix": "saved"})
+        return metrics
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The chunked loss in training, where it is on; else SFTTrainer's own.

@@ -112,6 +112,14 @@ def check_low_rank_and_masters_stay_the_same_on_all_ranks(folder: Path) -> None:
         assert torch.equal(first, parameter)
 
 
+def check_frozen_weights_are_exact(folder: Path) -> None:
+    for form in ("int8", "nf4"):
+        reference = alone(frozen_weights=form)
+        ddp = wrapped()
+        train_ddp(ddp, frozen_weights=form)
+        assert_close(ddp, reference)
+
+
 def check_unused_parameters_are_the_fallback(folder: Path) -> None:
     reference = alone()
     ddp = wrapped(find_unused_parameters=True)

@@ -11,7 +11,13 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -414,3 +420,19 @@ def check_masters_of_shards_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="shard the model in float32 with"):
         LayerScheduler(model, adamw(model), "lisa")
     LayerScheduler(model, adamw(model), "lisa", master_weights=False).close()
+
+
+def check_frozen_weights_of_shards_are_refused(folder: Path) -> None:
+    model = sharded()
+    with pytest.raises(ConfigError, match="needs whole weights on each rank, but the model is sharded"):
+        LayerScheduler(model, adamw(model), "lisa", frozen_weights="nf4")
+
+
+def check_offloaded_weights_are_streamed_exactly(folder: Path) -> None:
+    """What to do where frozen weights must stay exact: they are in the host's memory, a unit at a time on the device."""
+    options: dict[str, Any] = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()))
+    scheduler = run(model, **options)
+    assert_close(model, alone(**options))
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert scheduler.coverage > 0.5

@@ -136,6 +136,30 @@ def test_options_of_the_trainer_that_could_not_keep_what_is_promised(
     assert not Path(options["output"]).exists()
 
 
+def test_frozen_weights_are_saved_exactly_and_both_losses_are_told(options: dict[str, Any]) -> None:
+    options |= {
+        "embeddings": "freeze",
+        "head": "freeze",
+        "norm": "freeze",
+        "num_active": 1,
+        "precision": "bf16",
+    }
+    summary = run(options, frozen_weights="nf4", save_steps=3)
+    trained, saved = summary["held_out_loss"], summary["held_out_loss_as_saved"]
+    assert trained["before"] != saved["before"] and trained["after"] != saved["after"]
+    assert saved["after"] < saved["before"]
+    folder = Path(options["output"])
+    lines = records(folder)
+    assert [line["step"] for line in lines if "held_out_loss_as_saved" in line] == [0, 6]
+    assert summary["frozen_weights"]["format"] == "nf4" and summary["frozen_weights"]["matrices"] > 0
+    assert summary["frozen_weights"]["exact_on_the_device"] == {}
+    weights = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert all(value.isfinite().all() for value in weights.values())
+    plain = run(options, overwrite=True, sampler="lisa")
+    assert plain["peak_bytes"]["weights"] > summary["peak_bytes"]["weights"]
+    assert plain["held_out_loss"]["before"] == saved["before"] and "held_out_loss_as_saved" not in plain
+
+
 def test_memory_is_counted_from_the_tensors(options: dict[str, Any]) -> None:
     peak = run(options, embeddings="freeze", head="freeze", norm="freeze", trainer={"optim": "adamw_torch"})[
         "peak_bytes"

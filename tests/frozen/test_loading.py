@@ -1,0 +1,127 @@
+"""Models that are loaded rounded, come quantized, or don't fit the host; metrics that see through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from layersample import ConfigError, LayerScheduler, load_frozen, metrics
+from layersample.frozen.weights import find_frozen_weights
+from tests.helpers import Given, make_batch, make_llama, weights_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_llama(3, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_is_loaded_rounded_trained_and_saved_exactly(folder: Path, tmp_path: Path) -> None:
+    before = weights_of(make_llama(3, dtype=torch.bfloat16))
+    model: Any = load_frozen(folder, frozen_weights="int8", device="cpu")
+    frozen = find_frozen_weights(model)
+    assert frozen is not None and frozen.host_bytes == 0 and frozen.device_bytes > 0
+    assert all(model.get_parameter(name).untyped_storage().nbytes() == 2 for name in frozen.names)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for wrong in (None, "nf4"):
+        with pytest.raises(ConfigError, match=r"must be made with frozen_weights='int8', but got"):
+            LayerScheduler(model, optimizer, Given((1,)), frozen_weights=wrong)
+    with LayerScheduler(model, optimizer, Given((1,)), num_active=1, frozen_weights="int8"):
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+    assert frozen.host_bytes == sum(before[n].nbytes for n in frozen.names if ".layers.1." in n)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".layers.0." in name or ".layers.2." in name)
+
+
+def test_another_type_than_the_files_is_kept_in_memory(folder: Path) -> None:
+    frozen = find_frozen_weights(load_frozen(folder, device="cpu", dtype=torch.float32))
+    assert frozen is not None and not frozen.mapped and frozen.host_bytes > 0
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a folder or a hub id that can be loaded"):
+        load_frozen(tmp_path)
+
+
+def test_a_host_that_is_too_small_is_told_both_figures(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("layersample.frozen.exact.available_memory", lambda: 2**10)
+    with pytest.raises(ConfigError, match=r"takes up to 0\.00 GiB .* but only 0\.00 GiB are available"):
+        load_frozen(folder, device="cpu")
+
+
+class _Packed(nn.Module):
+    """As GPTQ and AWQ keep a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(16, 2, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(16))
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda: _Packed(), "_Packed"),
+        (lambda: _linear(torch.zeros(16, 8, dtype=torch.uint8)), "Linear, uint8"),
+        (lambda: _linear(torch.zeros(16, 8, dtype=torch.int8)), "Linear, int8"),
+        (lambda: _linear(torch.zeros(16, 16).to(torch.float8_e4m3fn)), "Linear, float8_e4m3fn"),
+    ],
+)
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_a_model_that_comes_quantized_is_refused(module: Any, said: str, form: str | None) -> None:
+    model: Any = make_llama(3)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = module()
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match=rf"came quantized \({said}\).*Load the original model"):
+        LayerScheduler(model, optimizer, "lisa", frozen_weights=form)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_bitsandbytes_own_layers_are_refused_but_for_adapters() -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = make_llama(3)
+    for layer in model.model.layers:
+        quantized = Linear4bit(16, 32, bias=False, quant_type="nf4")
+        quantized.load_state_dict(layer.mlp.up_proj.state_dict())
+        layer.mlp.up_proj = quantized.to("cpu")
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="came quantized"):
+        LayerScheduler(model, optimizer, "lisa")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    LayerScheduler(adapted, torch.optim.AdamW(trained), "lisa").close()
+
+
+def test_metrics_see_exact_weights() -> None:
+    model = make_llama(3)
+    batches = [make_batch(seed) for seed in range(2)]
+
+    def measure() -> list[Any]:
+        return [
+            metrics.layer_metrics(model, cache=False).matrices,
+            metrics.outlier_ratios(model, batches, thresholds=(2.0,)),
+            metrics.probe_lora(model, batches, steps=2),
+        ]
+
+    expected = measure()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LayerScheduler(model, optimizer, Given((1,)), frozen_weights="nf4") as scheduler:
+        assert measure() == expected
+        assert scheduler.frozen is not None and model(**make_batch()).loss.isfinite()
