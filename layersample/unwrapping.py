@@ -55,6 +55,12 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor has no values, as in a plan."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank holds: of a DTensor its shard, of any other all of it."""
     to_local = getattr(tensor, "to_local", None)

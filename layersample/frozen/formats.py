@@ -10,10 +10,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from layersample.errors import ConfigError
 from layersample.registry import Registry
+from layersample.unwrapping import is_fake
 
 _BLOCK = 64  # elements of NF4 that share a scale
 _GROUP = 256  # scales that share a scale of their own
@@ -127,7 +127,7 @@ class NF4(FrozenFormat):
         codes, scales, of_group = tensors
         roots = _padded(scales.float(), _GROUP)
         largest = roots.square_().mul_(of_group[:, None]).flatten()[: len(scales)]
-        kernel = dtype in (torch.float32, torch.bfloat16, torch.float16) and not isinstance(codes, FakeTensor)
+        kernel = dtype in (torch.float32, torch.bfloat16, torch.float16) and not is_fake(codes)
         flat = (_by_kernel if kernel else by_table)(codes, largest, dtype)
         return flat[: prod(shape)].view(shape)
 

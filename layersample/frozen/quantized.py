@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from layersample.errors import ConfigError, some
 from layersample.layers.find import ModelLayers
+from layersample.unwrapping import is_dtensor, is_fake
 
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 # Names under which GPTQ, AWQ, HQQ and the like keep a matrix as whole numbers.
@@ -51,7 +50,7 @@ def _quantized(module: nn.Module) -> str | None:
             and type(tensor) is nn.Parameter
         ):
             continue
-        plain = type(tensor.data) in (Tensor, nn.Parameter, DTensor, FakeTensor)
+        plain = type(tensor.data) in (Tensor, nn.Parameter) or is_dtensor(tensor) or is_fake(tensor.data)
         if tensor.dtype not in _TRAINABLE:
             return f"{type(module).__name__}, {str(tensor.dtype).removeprefix('torch.')}"
         if not plain:
