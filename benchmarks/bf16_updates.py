@@ -99,7 +99,7 @@ def measure_steps(folder: str, batches: list[dict[str, Tensor]], rounds: int) ->
 def main(
     model: Annotated[str, typer.Option(help="Built-in name or folder.")] = "smollm2-135m",
     period: Annotated[int, typer.Option(min=1, help="Optimizer steps of each of the 10 periods.")] = 4,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-5,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 1e-5,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each method.")] = 12,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:

@@ -73,7 +73,7 @@ def make_contestant(name: str, folder: str, precision: str) -> Contestant:
     """Load the model, and build what trains it.
 
     Args:
-        name: Of a row.
+        name: Name of a row.
         folder: The model's, or a built-in name.
         precision: ``"fp32"``, or ``"bf16"``, in which ours has exact masters.
     """

@@ -16,7 +16,7 @@ def flop_floor(
     train. A trained embedding takes backward to the bottom, and a tied head's weight gradient with it.
 
     Args:
-        config: Of a Llama with a tied head.
+        config: Configuration of a Llama with a tied head.
         batch: Examples of a step.
         length: Tokens of each, all with a label.
         active: Indices of the layers that train.
@@ -45,7 +45,7 @@ def memory_floor(
     needs the inputs of its matrices as well. Logits, one chunk at a time, are nothing beside it.
 
     Args:
-        config: Of a Llama with a tied head.
+        config: Configuration of a Llama with a tied head.
         batch: Examples of a step.
         length: Tokens of each.
         active: Indices of the layers that train.

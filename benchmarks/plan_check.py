@@ -38,7 +38,7 @@ class Setting:
     """What is planned and run.
 
     Args:
-        name: Of the row.
+        name: Name of the row.
         active: Indices of the layers that train.
         options: Options of the run.
         lora_rank: Rank of a LoRA in place of layers.

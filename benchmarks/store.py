@@ -37,7 +37,7 @@ def store(
         title: Heading of the Markdown.
         about: What was measured, on what, in sentences.
         command: What a user types to have it again, behind ``python -m layersample_benchmarks.``.
-        headings: Of the table's columns.
+        headings: Headings of the table's columns.
         rows: The table's cells.
         notes: Sentences below the table.
     """

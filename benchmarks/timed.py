@@ -44,7 +44,7 @@ def real_batches(folder: str, batch: int = 4, length: int = 128) -> list[dict[st
     """Worked problems as unbroken text, cut into batches without padding.
 
     Args:
-        folder: Of the model whose tokenizer cuts it, or a built-in name.
+        folder: Folder of the model whose tokenizer cuts it, or a built-in name.
         batch: Examples of each.
         length: Tokens of an example.
     """

@@ -49,7 +49,7 @@ def warn_of_slow_bf16(precision: str) -> str:
     """What bf16 will cost on this processor and what to choose, in a sentence; empty where it costs nothing more.
 
     Args:
-        precision: Of the run, as ``layersample train`` names it.
+        precision: Precision of the run, as ``layersample train`` names it.
     """
     if not precision.startswith("bf16") or torch.accelerator.is_available():
         return ""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 MOST = 10**9
-"""Of whatever is counted: a product of two such counts is still a size that torch takes."""
+"""The largest count: a product of two such counts is still a size that torch takes."""
 
 
 class Role(StrEnum):
@@ -36,7 +36,7 @@ def option(default: Any, description: str, *roles: Role, **bounds: Any) -> Any:
         default: Its default; ``None`` is off, or follows from something else that the description names.
         description: What it is, with its unit, as the command line's help prints it.
         roles: What it matters to.
-        bounds: Of a number, as pydantic names them: ``ge``, ``gt``, ``le``, ``lt``.
+        bounds: Bounds of a number, as pydantic names them: ``ge``, ``gt``, ``le``, ``lt``.
     """
     return Field(default, description=description, json_schema_extra={"roles": list(roles)}, **bounds)
 

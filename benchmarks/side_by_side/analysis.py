@@ -31,9 +31,9 @@ class Row:
         errors: Which runs failed, and why.
         runs: Its final runs that ended well, one a seed.
         loss: Held-out loss at the end, in nats a token.
-        difference: Of the loss, to the baseline's.
+        difference: Difference of the loss to the baseline's.
         right: Share of right answers.
-        right_difference: Of the right answers, to the baseline's.
+        right_difference: Difference of the right answers to the baseline's.
         forgotten: Loss on other text after training minus before, in nats a token.
         curve: Held-out loss along the run: pairs of a step and an estimate.
     """

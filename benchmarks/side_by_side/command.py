@@ -60,7 +60,7 @@ def benchmark(
         str | None, typer.Option(help="gsm_symbolic, sarcasm, or data as train takes it.")
     ] = None,
     answer_marker: Annotated[
-        str | None, typer.Option(help="Of data of your own: what the answer follows.")
+        str | None, typer.Option(help="Text that the answer follows, in data of your own.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which ones, with commas.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run.")] = None,
@@ -83,7 +83,7 @@ def benchmark(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     output: Annotated[
-        Path, typer.Option(help="Folder of the results; one with results is gone on with.")
+        Path, typer.Option(help="Folder of the results; a benchmark in it is continued.")
     ] = Path("runs/benchmark"),
 ) -> None:
     """Run every method with every seed, each in a process of its own, and write a report.

@@ -54,7 +54,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 
     Args:
         values: At least one.
-        confidence: Of the interval.
+        confidence: Confidence of the interval.
     """
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2:
@@ -75,9 +75,9 @@ def compare(
     the difference is called one.
 
     Args:
-        values: Of each method, the value of each seed.
+        values: For each method, the value of each seed.
         baseline: The method that the others are compared with.
-        confidence: Of the test as a whole.
+        confidence: Confidence of the test as a whole.
 
     References:
         Holm, A simple sequentially rejective multiple test procedure, 1979.

@@ -29,7 +29,7 @@ class TimedTrainer(CheckedTrainer):
         problems: What the trained model is to answer.
 
     Attributes:
-        tokens: Of the step's batches, without padding.
+        tokens: Tokens of the step's batches, without padding.
     """
 
     def __init__(self, *, clock: PhaseClock, problems: list[dict[str, Any]], **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ class Recorder(TrainerCallback):
 
     Attributes:
         steps: What was measured of each step that has ended.
-        peaks: Of all live tensors, in the traced steps.
+        peaks: Peaks of all live tensors, in the traced steps.
         preparation: CPU and wall seconds of what the sampler measured before the first step.
         on_step: Told of each step that has ended.
     """

@@ -24,7 +24,7 @@ def mean_loss(trainer: Trainer, name: str) -> float:
 
     Args:
         trainer: Its model and its evaluation sets.
-        name: Of the set.
+        name: Name of the set.
     """
     total, tokens = 0.0, 0
     model: Any = trainer.model
@@ -60,7 +60,7 @@ def share_right(
         tokenizer: Its tokenizer.
         task: Says how an answer is read, or what there is to choose from.
         rows: Problems with ``prompt`` and ``completion``, both text.
-        max_new_tokens: Of an answer.
+        max_new_tokens: Tokens of an answer, at most.
 
     Raises:
         ConfigError: If the data has no prompts and completions, or a right answer can't be read.

@@ -91,7 +91,7 @@ class Suite(Options):
 
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
     task: str = Field("gsm_symbolic", description="Built-in task, or data as train takes it.")
-    answer_marker: str | None = Field(None, description="Of data of your own: what the answer follows.")
+    answer_marker: str | None = Field(None, description="Text that the answer follows, in data of your own.")
     other_text: str = Field("book", description="Text that isn't trained on, to see what is forgotten.")
     other_size: int = Field(8, ge=1, le=10**9, description="Pieces of that text.")
     methods: list[MethodEntry | str] = Field(
@@ -102,7 +102,7 @@ class Suite(Options):
     baseline: str | None = Field(
         None, description="The method that the others are compared with; default: full, or the first."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Of data order, dropout and draws.")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Seeds of data order, dropout and draws.")
     steps: int = Field(60, ge=1, le=10**9, description="Optimizer steps of a run.")
     batch_size: int = Field(4, ge=1, le=10**9, description="Examples of a step.")
     max_length: int = Field(256, ge=8, le=10**9, description="Tokens of an example, at most.")
@@ -130,7 +130,9 @@ class Suite(Options):
         3, ge=1, le=10**9, description="Held-out losses along a run, after the first one."
     )
     trace_every: int = Field(10, ge=0, le=10**9, description="Steps between traces of memory; 0: never.")
-    confidence: float = Field(0.95, gt=0, lt=1, description="Of intervals, and of the test as a whole.")
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="Confidence of intervals, and of the test as a whole."
+    )
     threads: int | None = Field(None, ge=1, le=10**9, description="Threads of a run; default: cores / jobs.")
     options: dict[str, Any] = Field({}, description="Options of `layersample train` for every method.")
     plugin: Path | None = Field(None, description="Python file with samplers or baselines of your own.")
@@ -259,7 +261,7 @@ class Job:
     Args:
         row: Name of the method's row.
         stage: ``"search"`` for a learning rate, measured on the validation split, or ``"final"``.
-        seed: Of data order, dropout and draws.
+        seed: Seed of data order, dropout and draws.
         learning_rate: The peak.
         steps: Optimizer steps.
     """
@@ -329,7 +331,7 @@ def fingerprint(suite: Suite, entry: MethodEntry) -> str:
 
 @cache
 def _digest(path: Path, changed: int) -> str:
-    """Of a file's content, read once for all rows; ``changed`` is when it was written."""
+    """Hash of a file's content, read once for all rows; ``changed`` is when it was written."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -67,7 +67,7 @@ def get_task(name: str, answer_marker: str | None = None) -> Task:
 
     Args:
         name: A built-in task, or data as ``layersample train`` takes it.
-        answer_marker: Of data of the user's: what the answer follows; ``None`` measures the loss alone.
+        answer_marker: Text that the answer follows, in data of the user's; ``None`` measures the loss alone.
 
     Raises:
         ConfigError: If a marker is given for a built-in task, or is empty.
@@ -119,7 +119,7 @@ def split(task: Task, *, validation_size: int, test_size: int, train_size: int, 
         validation_size: Problems to choose learning rates on.
         test_size: Problems to measure the methods on.
         train_size: Examples that a run trains on, at most.
-        seed: Of the order of the training examples; the held-out problems are the same for every seed.
+        seed: Seed of the order of the training examples; the held-out problems are the same for every seed.
 
     Raises:
         ConfigError: If the data can't be read or is too small.

@@ -66,8 +66,8 @@ def chunked_cross_entropy(
 
     Args:
         hidden: Input of the head, ``(..., hidden_size)``.
-        weight: Of the head, ``(vocabulary, hidden_size)``; a sharded one is gathered.
-        bias: Of the head, ``(vocabulary,)``, or none.
+        weight: Weight of the head, ``(vocabulary, hidden_size)``; a sharded one is gathered.
+        bias: Bias of the head, ``(vocabulary,)``, or none.
         targets: Token ids, of hidden's leading shape; ``ignore_index`` where there is no label.
         transform: What the model does to the logits.
         num_items: What the sum over positions is divided by; their number by default.

@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or not there, of one process and of many."""
+"""Checkpoints of one process and of many; an unfinished one is never read."""

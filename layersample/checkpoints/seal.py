@@ -37,7 +37,7 @@ class _Seal:
     Args:
         number: How many checkpoints had been saved in the folder, this one included; 0 if that isn't known.
         sizes: Bytes of each file, by its path in the checkpoint.
-        checksums: Of each file, where they are known.
+        checksums: Checksum of each file, where it is known.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""Checkpoints of a plain training loop, whole or not there, and checked before they are used."""
+"""Checkpoints of a plain training loop: each appears at once when it is finished, and is checked before it is used."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and loads the checkpoints of a plain training loop, each whole or not at all.
 
-    A run that is killed at any moment goes on from its last checkpoint to the same bits as one that wasn't: the
-    state of torch's and Python's random generators is kept too. Make the objects as for a new run, then call
-    :meth:`load_last`.
+    A run that is killed at any moment, and resumed, ends with the same bits as one that wasn't: the state of torch's
+    and Python's random generators is kept too. Make the objects as for a new run, then call :meth:`load_last`.
 
     One run at a time saves into a folder. Which checkpoint is the last is a matter of when it was saved, not of its
     step: a run may go back to an earlier one with :meth:`load`, and on from there.

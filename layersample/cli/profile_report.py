@@ -85,7 +85,7 @@ def print_profile(console: Console, profile: Profile) -> None:
         console.print(f"({number}) {plain(sampler)}", highlight=False)
     if profile.samplers:
         console.print(
-            "Of each sampler, in percent: the layer's probability, and its chance to be among the "
+            "For each sampler, in percent: the layer's probability, and its chance to be among the "
             f"{profile.num_active} that train.",
             highlight=False,
         )

@@ -121,7 +121,7 @@ class ProtectedCheckpoints:
 
 
 def protect_checkpoints(trainer: Trainer, *, verify: bool, allow_changes: bool) -> None:
-    """Have a Trainer's checkpoints be whole or not there; once, however often it is asked for.
+    """Make a Trainer's checkpoints appear only when they are finished; a second call does nothing.
 
     Args:
         trainer: The Trainer.

@@ -38,7 +38,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
     It makes a :class:`~layersample.LayerScheduler` when training begins and switches layers at the beginning
     of a step: once per gradient accumulation, before any gradient of it, and after a checkpoint of the step
-    before. Its state is part of the Trainer's checkpoints; ``train(resume_from_checkpoint=...)`` goes on with
+    before. Its state is part of the Trainer's checkpoints; ``train(resume_from_checkpoint=...)`` continues with
     the layers that were active. Samplers that measure with data get the first training examples.
 
     The Trainer's logs get ``active_layers``, ``sampling_round``, ``layer_coverage`` (share of the layers that
@@ -87,7 +87,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     def attach(self, trainer: Trainer, *, verify: bool = True) -> LayerSamplingCallback:
         """Add this callback to a Trainer, in front of its reporters and with a view of the wrapped model.
 
-        The Trainer's checkpoints are then whole or not there: each is saved beside its place, listed and renamed,
+        An unfinished checkpoint of the Trainer is then never read: each is saved beside its place, listed, renamed,
         and checked before the Trainer resumes from it. A run that is resumed at its last step does no step more.
 
         Args:

@@ -28,7 +28,7 @@ class Units:
     Args:
         sampled: What a sampler picks from, from the input to the output.
         always: The groups that train in every period.
-        trainable: Of each parameter by name, whether it required a gradient before sampling began; one that
+        trainable: For each parameter by name, whether it required a gradient before sampling began; one that
             didn't stays frozen.
     """
 

@@ -43,8 +43,8 @@ def probe_lora(
             ``steps``.
         layers: Its layers; found by default.
         steps: Optimizer steps (AdamW, no weight decay).
-        rank: Of the LoRA; its alpha is twice that.
-        learning_rate: Of the LoRA.
+        rank: Rank of the LoRA; its alpha is twice that.
+        learning_rate: Learning rate of the LoRA.
         seed: Of its initial weights.
         report: Is told how many steps there are, and how long they will take.
 

@@ -295,7 +295,7 @@ def check_unviewed(optimizer: Optimizer) -> None:
         raise ConfigError(
             "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
             "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
-            "callback.scheduler.close()). If nothing refers to it any more, build the model and its optimizer anew."
+            "callback.scheduler.close()). If nothing refers to it any more, build the model and its optimizer again."
         )
 
 

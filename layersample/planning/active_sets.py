@@ -32,7 +32,7 @@ class ActiveSets:
         always: Parameters that always train.
         outside: Parameters outside of the layers.
         largest_layer: Parameters of the largest layer.
-        parameters: Of the whole model.
+        parameters: Number of parameters of the whole model.
         groups: Parameters of each group outside of the layers.
         can_checkpoint: Whether the model has gradient checkpointing.
         can_chunk: Whether its loss can be chunked.

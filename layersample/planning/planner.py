@@ -56,7 +56,7 @@ class Plan:
 
     Args:
         model: Name of the model.
-        parameters: Of the model.
+        parameters: Number of the model's parameters.
         config: How it is trained; its ``num_active`` is the one that a budget chose, if there is one.
         gpus: GPUs that the run is sharded over.
         worst: The set of layers that holds most.

@@ -32,7 +32,7 @@ class StepMemory:
     """What one step holds.
 
     Args:
-        moments: Of the forward pass, the backward pass and the optimizer's step: bytes by kind when most was
+        moments: For the forward pass, the backward pass and the optimizer's step: bytes by kind when most was
             held in it.
     """
 

@@ -16,7 +16,7 @@ _PARTS, _LEAST = 16, 256  # a 16-bit matrix is widened in so many parts, of at l
 
 
 def svd_basis(gradient: Tensor, rank: int, *, turned: bool = False) -> Tensor:
-    """The leading left singular vectors: the best basis there is, and the dearest.
+    """The leading left singular vectors: the best basis there is, and the most expensive.
 
     Args:
         gradient: Finite matrix ``(k, n)``, or ``(batch, k, n)``; 16 bits will do.

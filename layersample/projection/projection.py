@@ -48,7 +48,7 @@ class LowRankStep:
         basis: P, ``(k, rank)``.
         low_rank_gradient: R = PᵀG, ``(rank, n)``, which the optimizer got.
         change: What the optimizer added to a parameter of that shape, ``(rank, n)``: about -lr · Adam(R).
-        learning_rate: Of the parameter's group.
+        learning_rate: Learning rate of the parameter's group.
         descends: Whether the optimizer goes against the gradient (``maximize=False``).
         state: Tensors that this parameter keeps until its next step; they are part of checkpoints.
     """

@@ -39,7 +39,7 @@ class WeightedSampler(LayerSampler):
         cost: What weights are divided by: ``"none"``; ``"flops"``, a layer's share of the backward pass, which
             goes the deeper the lower the layer is; or ``"memory"``, the bytes of its gradients, optimizer state
             and activations. With a cost and no ``min_probability``, that is a tenth of 1 / number of layers, so
-            that no layer is too dear to be trained.
+            that the most expensive layers train too.
         cost_tokens: Tokens of a batch, for the activations of ``cost="memory"``.
     """
 

@@ -62,7 +62,7 @@ class RunFolder:
             if last is None:
                 raise ConfigError(
                     f"There must be a checkpoint to resume from, but {folder.checkpoints} has none. Runs save "
-                    "them every --save-steps steps and on Ctrl-C. Leave --resume out to begin anew."
+                    "them every --save-steps steps and on Ctrl-C. Leave --resume out to start a new run."
                 )
             check(last, verify=config.verify, allow_changes=config.allow_changes)
             check_resumable(last)

@@ -15,7 +15,7 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path, *, instead: str) ->
 
     Args:
         requirement: The pinned distribution, as pip takes it.
-        sha256: Of the wheel.
+        sha256: Checksum of the wheel.
         folder: Where to put it.
         instead: What a user without a network can do.
 

@@ -33,7 +33,7 @@ def load_shape(model: str) -> PretrainedConfig:
         return built
     if not Path(model).is_dir() and model.count("/") != 1:
         raise ConfigError(
-            f"{unknown('model', model, list_shapes())} A folder with config.json or a hub id will do too."
+            f"{unknown('model', model, list_shapes())} Or give a folder with config.json, or a hub id."
         )
     if Path(model).is_dir():
         check_folder(Path(model), model)
