@@ -22,9 +22,10 @@ from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import layersample
-from layersample import LayerSampler, LayerScheduler, register
+from layersample import LayerSampler, LayerScheduler, Projection, register
 from layersample.cli import app as cli
 from layersample.config import make_config
+from layersample.testing import ProjectionContract
 from layersample.training.data import load_data
 from layersample_benchmarks.side_by_side.suite import Suite
 from tests.documents import (
@@ -69,6 +70,15 @@ def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
         names["scheduler"] = LayerScheduler(model, names["optimizer"], "lisa")
     monkeypatch.chdir(tmp_path)
     exec(compile(block.code, str(block), "exec"), names)
+
+
+class TestTheProjectionOfThePage(ProjectionContract):
+    def make(self) -> Projection:
+        (block,) = (b for b in PYTHON if b.page == "docs/projections.md" and "class Rows" in b.code)
+        names: dict[str, Any] = {"__name__": "rows"}
+        exec(compile(block.code, str(block), "exec"), names)
+        made: Projection = names["Rows"](rank=4)
+        return made
 
 
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
