@@ -109,6 +109,7 @@ def test_commands_are_understood(
         (tmp_path / name).write_text("")
     for name in ("alternate", "mine"):
         register(name)(type(name.title(), (LayerSampler,), {"sample": lambda self, context: [0]}))
+    monkeypatch.setattr("layersample.training.data.load_data", leave)
     monkeypatch.setattr("layersample.planning.planner.plan", leave)  # what it prints is tested with it
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, shlex.split(command)[1:])
