@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from layersample.activations.chunked_cross_entropy import LogitTransform, chunked_cross_entropy, shift_labels
 from layersample.activations.chunked_fit import inner_model, why_not_by_look
 from layersample.errors import ConfigError
+from layersample.unwrapping import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class ChunkedLoss:
 
     Whether the model's loss is nothing else (it may use its logits afterwards, in a z-loss say, or compute its loss by
     itself) shows in a trial: four tokens go through it twice when this is made, with and without, and the two
-    losses must be the same.
+    losses must be the same. Under FSDP there is no trial.
 
     TRL's trainers bring a fused head of their own and don't ask for the model's loss; they are left alone.
 
@@ -100,6 +102,10 @@ class ChunkedLoss:
         """Compare the two losses of a few tokens, without a trace; return why they aren't the same."""
         weight, name = self._head.weight, type(self._model).__name__
         if isinstance(weight, FakeTensor) or weight.is_meta:  # of a plan
+            return None
+        # FSDP notes what its units need in the first forward, and leaves the root's gathered behind one that has no
+        # gradients: shards are for the training loop to gather first.
+        if any(is_dtensor(parameter) for parameter in self._model.parameters()) or _has_fsdp1(self._model):
             return None
         # Ids below the number of probes: a model that looks its labels up in what it takes for logits finds them.
         tokens = torch.tensor([[1, 2, 3, 1]], device=_device_of(self._model))
@@ -225,6 +231,11 @@ def why_not_chunked(model: nn.Module) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def _has_fsdp1(model: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what isn't imported wraps nothing
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
 
 
 def _device_of(model: Any) -> torch.device:
