@@ -38,6 +38,10 @@ def print_plan(console: Console, plan: Plan) -> None:
             f"({plan.advice.change.reason}).",
             highlight=False,
         )
+    if host := plan.worst.memory.host_bytes:
+        console.print(
+            f"In the host's memory: up to {gib(host)} GiB of exact weights of frozen layers.", highlight=False
+        )
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False)
 

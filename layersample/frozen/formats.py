@@ -123,12 +123,17 @@ class NF4(FrozenFormat):
         return (pairs[:, 0] << 4) | pairs[:, 1], scales, of_group.flatten() / 255**2
 
     def dequantize(self, tensors: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """By a kernel of bitsandbytes; in plain torch where it has none for the type, or nothing is computed."""
+        """By a kernel of bitsandbytes; in plain torch where it has none for the type."""
         codes, scales, of_group = tensors
         roots = _padded(scales.float(), _GROUP)
         largest = roots.square_().mul_(of_group[:, None]).flatten()[: len(scales)]
-        kernel = dtype in (torch.float32, torch.bfloat16, torch.float16) and not is_fake(codes)
-        flat = (_by_kernel if kernel else by_table)(codes, largest, dtype)
+        kernel = dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if kernel and is_fake(codes):
+            flat = torch.empty(
+                2 * codes.numel(), dtype=dtype, device=codes.device
+            )  # a plan counts what it makes
+        else:
+            flat = (_by_kernel if kernel else by_table)(codes, largest, dtype)
         return flat[: prod(shape)].view(shape)
 
 

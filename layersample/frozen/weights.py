@@ -18,7 +18,7 @@ from layersample.frozen.holdable import find_holdable, is_conv1d
 from layersample.frozen.matrix import FrozenMatrix
 from layersample.layers.find import ModelLayers
 from layersample.optim.host_copies import wait_for_copies
-from layersample.unwrapping import FROZEN_WEIGHTS
+from layersample.unwrapping import FROZEN_WEIGHTS, is_fake
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class FrozenWeights:
                 "A model must have its frozen weights in one format, but it has them in one already."
             )
         chosen, self.format = FORMATS.resolve(form)
-        chosen.check()
+        if not any(is_fake(parameter) for parameter in model.parameters()):  # a plan needs no kernels
+            chosen.check()
         holdable = find_holdable(model, layers)
         self.kept = holdable.kept
         """Matrices that stay exact, and why."""

@@ -102,6 +102,17 @@ class LiveMemory(FollowsStorages):  # type: ignore[no-untyped-call]
             if tensor is not None:
                 self._label(self.follow(tensor), kind)
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> int:
+        """Don't count some tensors, which aren't on the device in a run; their bytes."""
+        total = 0
+        for tensor in tensors:
+            address = self.follow(tensor)
+            size, kind = self._alive[address]
+            self._now[kind] -= size
+            self._alive[address] = 0, kind
+            total += size
+        return total
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and follow what it makes."""
         if func is torch.ops.aten.add.Tensor and self._adds_in_place(*args[:2]):

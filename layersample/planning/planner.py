@@ -95,6 +95,7 @@ class Plan:
             "num_active": self.config.num_active,
             "peak_bytes": self.peak_bytes,
             "parts": self.worst.memory.parts,
+            "host_bytes": self.worst.memory.host_bytes,
             "headroom_bytes": HEADROOM,
             "fits": self.fits,
             "sets": {"worst": _set_to_json(self.worst), "typical": _set_to_json(self.typical)},

@@ -22,6 +22,7 @@ from layersample.planning.model_kinds import Batch, ModelKind, find_kind
 from layersample.registry import create_sampler
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.scheduler import LayerScheduler
+from layersample.unwrapping import FROZEN
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 MOMENTS = ("forward", "backward", "optimizer")
@@ -34,9 +35,11 @@ class StepMemory:
     Args:
         moments: For the forward pass, the backward pass and the optimizer's step: bytes by kind when most was
             held in it.
+        host_bytes: Bytes of exact values of frozen weights in the host's memory, once all layers have trained.
     """
 
     moments: dict[str, dict[Kind, int]]
+    host_bytes: int = 0
 
     @property
     def peak_moment(self) -> str:
@@ -82,11 +85,13 @@ def simulate_step(
         live = LiveMemory(vocabulary=getattr(shape.get_text_config(), "vocab_size", None))
         live.label([*model.parameters(), *model.buffers()], "weights")
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
+        host_bytes = 0
         if lora_rank is None:
             scheduler = stack.enter_context(schedule_given(model, optimizer, config, active))
             with live:
                 _fill_state(model, optimizer, live)
             scheduler.step()  # from the set that has left its state to the one that trains
+            host_bytes = _hold_frozen(model, live, scheduler)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -107,7 +112,22 @@ def simulate_step(
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
             _step(model, optimizer, config, kind.make_batch(shape, config), live)
-        return StepMemory({name: live.moments[name] for name in MOMENTS})
+        return StepMemory({name: live.moments[name] for name in MOMENTS}, host_bytes)
+
+
+def _hold_frozen(model: nn.Module, live: LiveMemory, scheduler: LayerScheduler) -> int:
+    """Count rounded weights as what they are, and their exact values not at all: they are in the host's memory.
+
+    Returns:
+        Bytes of exact values there, once all layers have trained.
+    """
+    if scheduler.frozen is None:
+        return 0
+    for parameter in model.parameters():
+        if (frozen := getattr(parameter, FROZEN, None)) is not None:
+            live.leave_out([frozen.exact()])
+            live.label([parameter, *frozen.tensors], "weights")
+    return sum(model.get_parameter(name).nbytes for name in scheduler.frozen.names)
 
 
 def _step(

@@ -16,6 +16,8 @@ from layersample.planning.planner import plan
         ("llama-2-7b", "owlore-16gb", 14.8),
         ("llama-2-7b", "smallest", 13.2),
         ("llama-2-70b", "lisa-70b", 134.0),
+        ("llama-2-7b", "lisa-8gb", 6.3),
+        ("llama-2-7b", "lisa-12gb", 7.4),
     ],
 )
 def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
