@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def _same_randomness() -> None:
 @pytest.fixture(autouse=True)
 def _forget_new_names() -> Iterator[None]:
     """What a test registers is gone after it."""
-    before = [(names, names.list()) for names in (registry.SAMPLERS, registry.PROJECTIONS)]
+    known: tuple[registry.Registry[Any], ...] = (registry.SAMPLERS, registry.PROJECTIONS)
+    before = [(names, names.list()) for names in known]
     yield
     for names, classes in before:
         names.classes.clear()
@@ -72,7 +74,8 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
     def make(family: str = "llama", **fields: int | bool) -> PreTrainedModel:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(_config(family, **fields)).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(family, **fields)).eval()
+        return model
 
     return make
 

@@ -40,7 +40,8 @@ def make_llama(
         eos_token_id=258,
         pad_token_id=259,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    model: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+    return model
 
 
 def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
@@ -63,7 +64,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def causal_lm(kind: str, **options: Any) -> nn.Module:
+def causal_lm(kind: str, **options: Any) -> Any:
+    """A tiny model of a kind; its parts have other names in each, so its type says nothing of them."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **options})
     model = AutoModelForCausalLM.from_config(config).double().train()
@@ -72,10 +74,9 @@ def causal_lm(kind: str, **options: Any) -> nn.Module:
     return model
 
 
-def on_meta(model_type: str, name: str) -> nn.Module:
+def on_meta(model_type: str, name: str) -> Any:
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, name)(CONFIG_MAPPING[model_type]())
-    return model
+        return getattr(transformers, name)(CONFIG_MAPPING[model_type]())
 
 
 class Given(LayerSampler):
@@ -88,7 +89,9 @@ class Given(LayerSampler):
         return self._sets[context.round % len(self._sets)]
 
 
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def weights_of(model: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Copies of all weights; a Trainer's model may be None, as its type says."""
+    assert model is not None
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

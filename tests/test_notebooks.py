@@ -19,14 +19,15 @@ SMALL = {"METHODS": METHODS, "STEPS": 4, "PERIOD": 2, "SEEDS": [0, 1], "EVAL_SIZ
 
 def run(path: Path, folder: Path, settings: dict[str, Any], *, times: int) -> list[Any]:
     """Run a notebook with other settings, each cell so often, and return its code cells."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     given = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(given) == 1, "one cell holds the settings"
     for name, value in settings.items():
         if f"{name} = " in given[0].source:
             given[0].source += f"\n{name} = {value!r}"
-    notebook.cells = [nbformat.from_dict(dict(cell)) for cell in cells for _ in range(times)]
+    copies = [dict(cell) for cell in cells for _ in range(times)]
+    notebook.cells = [nbformat.from_dict(cell) for cell in copies]  # type: ignore[no-untyped-call]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
@@ -65,5 +66,5 @@ def test_the_first_one_lowers_the_loss_of_the_real_model(smollm2: Path, tmp_path
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_they_are_kept_without_outputs(path: Path) -> None:
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in nbformat.read(path, as_version=4).cells:  # type: ignore[no-untyped-call]
         assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)

@@ -67,7 +67,7 @@ def test_another_class_may_not_take_a_name() -> None:
 
 def test_only_samplers_are_registered() -> None:
     with pytest.raises(TypeError, match="must be a subclass of LayerSampler, but got <class 'int'>"):
-        register("number")(int)  # type: ignore[type-var]
+        register("number")(int)
 
 
 def test_unknown_name_lists_all_and_the_closest() -> None:

@@ -37,13 +37,15 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "n
 
 def multimodal(kind: str) -> nn.Module:
     torch.manual_seed(0)
+    model: nn.Module
     if kind == "llava":
         config: Any = transformers.LlavaConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 16, "patch_size": 8},
             image_token_index=259,
         )
-        return transformers.LlavaForConditionalGeneration(config).train()
+        model = transformers.LlavaForConditionalGeneration(config).train()
+        return model
     config = transformers.Gemma3Config(
         text_config=TEXT,
         vision_config={**VISION, "image_size": 16, "patch_size": 8},
@@ -52,7 +54,8 @@ def multimodal(kind: str) -> nn.Module:
         eoi_token_index=258,
         mm_tokens_per_image=4,
     )
-    return transformers.Gemma3ForConditionalGeneration(config).train()
+    model = transformers.Gemma3ForConditionalGeneration(config).train()
+    return model
 
 
 class OwnLoss(nn.Module):
@@ -85,7 +88,8 @@ def with_a_copied_head() -> nn.Module:
 
 
 def with_z_loss(coefficient: float = 1e-4) -> nn.Module:
-    return causal_lm("bamba", **MAMBA, z_loss_coefficient=coefficient).float()
+    model: nn.Module = causal_lm("bamba", **MAMBA, z_loss_coefficient=coefficient).float()
+    return model
 
 
 def with_a_patched_head() -> nn.Module:

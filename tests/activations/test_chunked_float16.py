@@ -38,7 +38,7 @@ def gradients(kind: str, scale: float, transform: LogitTransform, num_items: int
         else:
             logits = transform(F.linear(hidden, weight).to(dtype))
             loss = F.cross_entropy(logits, targets, reduction="sum") / num_items
-    (loss * scale).backward()
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and weight.grad is not None
     return hidden.grad.double() / scale, weight.grad.double() / scale
 
@@ -67,7 +67,7 @@ def test_a_model_in_float16_as_a_whole_has_finite_gradients_of_its_type() -> Non
     hidden, weight, targets = (t.half() if t.is_floating_point() else t for t in inputs())
     hidden.requires_grad_(True)
     weight.requires_grad_(True)
-    chunked_cross_entropy(hidden, weight, None, targets, chunk_size=20).backward()
+    chunked_cross_entropy(hidden, weight, None, targets, chunk_size=20).backward()  # type: ignore[no-untyped-call]
     exact = gradients("exact", 1.0, LogitTransform(), POSITIONS)
     for found, right in zip((hidden.grad, weight.grad), exact, strict=True):
         assert found is not None and found.dtype == torch.float16

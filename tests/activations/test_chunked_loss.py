@@ -155,7 +155,7 @@ def test_autocast_is_that_of_the_plain_loss() -> None:
 
 
 def test_logits_never_exist_whole() -> None:
-    class Widest(TorchDispatchMode):
+    class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rows = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,7 +167,7 @@ def test_logits_never_exist_whole() -> None:
     model = make_llama().train()
     model.requires_grad_(False)
     model.model.layers[0].requires_grad_(True)
-    with ChunkedLoss(model, chunk_size=4), Widest() as widest:
+    with ChunkedLoss(model, chunk_size=4), Widest() as widest:  # type: ignore[no-untyped-call]
         model(**make_batch(size=4)).loss.backward()
     assert widest.rows == 16  # the transposed weight (16, 260); 44 positions have a label
 
@@ -196,7 +196,12 @@ def test_backward_goes_through_it_once() -> None:
 
 
 def test_models_that_have_no_such_loss_are_refused() -> None:
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     t5 = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64)
     llama = make_llama()
     for model, message in [

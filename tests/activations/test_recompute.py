@@ -102,13 +102,19 @@ def test_hooks_of_the_user_get_what_is_kept(dtype: torch.dtype) -> None:
 
 
 def test_what_is_kept_goes_to_where_save_on_cpu_puts_it() -> None:
-    model, seen = make_llama(2).train(), []
+    model = make_llama(2).train()
+    seen: list[torch.Size] = []
 
     class Noting(save_on_cpu):
         def __init__(self) -> None:
             super().__init__()
             pack = self.pack_hook
-            self.pack_hook = lambda tensor: seen.append(tensor.shape) or pack(tensor)
+
+            def note(tensor: torch.Tensor) -> Any:
+                seen.append(tensor.shape)
+                return pack(tensor)
+
+            self.pack_hook = note
 
     plain = gradients(model, False)
     with SelectiveRecompute(model), Noting():
@@ -137,7 +143,7 @@ def test_what_is_changed_in_place_is_told_and_never_used() -> None:
             out = self.act(gate)
             if self.change == "output":
                 out.add_(1)
-            product = out * self.linear(x)
+            product: torch.Tensor = out * self.linear(x)
             if self.change == "input":
                 gate.mul_(2)
             return product
@@ -149,6 +155,7 @@ def test_what_is_changed_in_place_is_told_and_never_used() -> None:
     model.zero_grad()
     with SelectiveRecompute(model):
         model(x).sum().backward()
+    assert plain is not None and model.linear.weight.grad is not None
     assert torch.equal(plain, model.linear.weight.grad)
     model = Gate("input")
     with (
@@ -160,11 +167,16 @@ def test_what_is_changed_in_place_is_told_and_never_used() -> None:
 
 def test_hooks_are_gone_after_a_failed_forward_and_after_close() -> None:
     model = make_llama().train()
-    seen = []
+    seen: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tensor)
+        return tensor
+
     with SelectiveRecompute(model):
         with pytest.raises(ValueError, match="exactly one of input_ids"):
             model()
-        with saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        with saved_tensors_hooks(note, lambda t: t):
             torch.nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
     assert seen
     assert not model._forward_pre_hooks and not model._forward_hooks

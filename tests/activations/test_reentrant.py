@@ -43,7 +43,7 @@ WAYS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "torch": lambda block, hidden: checkpoint(block, hidden, use_reentrant=True),
     "torch, a closure": lambda block, hidden: checkpoint(lambda x: block(x), hidden, use_reentrant=True),
     "two in one another": twice,
-    "another library": lambda block, hidden: Elsewhere.apply(block, hidden),
+    "another library": lambda block, hidden: Elsewhere.apply(block, hidden),  # type: ignore[no-untyped-call]
 }
 
 
@@ -59,7 +59,8 @@ class Net(nn.Module):
         hidden: torch.Tensor = self.emb(x)
         for block in self.blocks:
             hidden = block(hidden) if self._way is None else self._way(block, hidden)
-        return self.head(hidden).logsumexp(-1).mean()
+        loss: torch.Tensor = self.head(hidden).logsumexp(-1).mean()
+        return loss
 
 
 def scheduled(model: nn.Module, active: int, embeddings: Any = "freeze") -> LayerScheduler:

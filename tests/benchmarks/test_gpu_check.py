@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from layersample import ConfigError
@@ -62,9 +63,7 @@ def test_adapters_without_peft_are_said_to_lack_it(monkeypatch: pytest.MonkeyPat
     assert [row.verdict for row in rows] == ["not available"] and rows[0].figures == {"needs": "peft"}
 
 
-def _app() -> object:
-    import typer
-
+def _app() -> typer.Typer:
     app = typer.Typer()
     app.command()(gpu_check.main)
     return app

@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from layersample import (
@@ -72,7 +72,7 @@ def arguments(sampler: str, state: str, projection: str | None) -> dict[str, Any
     }
 
 
-def build(precision: str) -> nn.Module:
+def build(precision: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return make_llama(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -91,7 +91,12 @@ def run_plain(
         check=True,
         **arguments(sampler, state, projection),
     )
-    kept = {"model": model, "optimizer": optimizer, "schedule": schedule, "scheduler": scheduler}
+    kept: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scheduler": scheduler,
+    }
     checkpoints = Checkpoints(folder, kept)
     for step in range(checkpoints.load_last(), STEPS):
         batch = make_batch(random.randrange(100) + int(torch.randint(100, ())))  # both generators matter
@@ -128,6 +133,7 @@ def train(
     callback.attach(trainer)
     last = find_last(folder)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    assert callback.scheduler is not None
     return callback.scheduler.fp32_state_dict()
 
 
@@ -214,9 +220,9 @@ def test_a_killed_run_ends_as_one_that_was_not(
         random.seed(0)
         torch.manual_seed(0)
         more = (tiny_model,) if loop == "sft" else ()
-        return {"plain": run_plain, "trainer": run_trainer, "sft": run_sft}[loop](
-            folder, sampler, state, projection, precision, *more
-        )  # type: ignore[operator]
+        loops: dict[str, Callable[..., dict[str, Tensor]]]
+        loops = {"plain": run_plain, "trainer": run_trainer, "sft": run_sft}
+        return loops[loop](folder, sampler, state, projection, precision, *more)
 
     killed(kill, lambda: run(tmp_path / "killed"))
     for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):
@@ -371,7 +377,7 @@ def test_changes_are_refused_with_both_values_or_allowed(tmp_path: Path) -> None
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         options = {**arguments("lisa", "keep", "galore"), "sampler": "lisa", **changes}
         scheduler = LayerScheduler(model, optimizer, **options)
-        kept = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        kept: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         checkpoints = Checkpoints(tmp_path, kept)
         for step in range(checkpoints.load_last(), checkpoints.load_last() + 4):
             model(**make_batch(step)).loss.backward()

@@ -35,7 +35,8 @@ def wide(kind: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
         }
     if dtype == torch.float64 and "num_local_experts" in options:
         options["experts_implementation"] = "eager"  # the grouped kernels have no float64
-    return causal_lm(kind, **sizes, **options).to(dtype)
+    model: nn.Module = causal_lm(kind, **sizes, **options).to(dtype)
+    return model
 
 
 def training_names(model: nn.Module, active: int) -> set[str]:

@@ -26,7 +26,7 @@ def batch() -> dict[str, torch.Tensor]:
 def train(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
     """Weights after some steps of layers 1, 2, 1, ..."""
     adamw = {"fused": options.pop("fused", False), "capturable": options.pop("capturable", False)}
-    model = make_llama(dtype=dtype).cuda().train()
+    model = make_llama(dtype=dtype).cuda().train()  # type: ignore[call-arg]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **adamw)
     with LayerScheduler(model, optimizer, Given((1,), (2,)), num_active=1, period=2, **options) as scheduler:
         for _ in range(steps):
@@ -38,7 +38,7 @@ def train(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> dic
 
 
 def test_offloaded_state_is_pinned_and_comes_back_to_the_bit() -> None:
-    model = make_llama().cuda()
+    model = make_llama().cuda()  # type: ignore[call-arg]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     weight = model.model.layers[1].mlp.up_proj.weight
     with LayerScheduler(
@@ -81,13 +81,13 @@ def test_kinds_of_optimizers_agree(kind: str, projection: str | None) -> None:
     options: dict[str, Any] = (
         {"projection": projection, "projection_options": {"rank": 4}} if projection else {}
     )
-    plain, other = train(4, **options), train(4, **{kind: True}, **options)
+    plain, other = train(4, **options), train(4, **{kind: True, **options})
     for name, weight in plain.items():
         torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_overflows_is_skipped_by_a_grad_scaler() -> None:
-    model = make_llama().cuda().train()
+    model = make_llama().cuda().train()  # type: ignore[call-arg]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=1e30)
     with LayerScheduler(model, optimizer, Given((1,)), num_active=1, period=9):
@@ -104,7 +104,7 @@ def test_a_step_that_overflows_is_skipped_by_a_grad_scaler() -> None:
 def test_savers_give_the_same_gradients_under_flash_attention() -> None:
     gradients = []
     for saving in (False, True):
-        model = make_llama(dtype=torch.bfloat16).cuda().train()
+        model = make_llama(dtype=torch.bfloat16).cuda().train()  # type: ignore[call-arg]
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             if saving:
                 with ChunkedLoss(model), SelectiveRecompute(model):

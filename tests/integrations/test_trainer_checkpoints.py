@@ -186,9 +186,10 @@ def test_trials_of_a_search_begin_anew_and_their_checkpoints_can_be_resumed(
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     trainer, seen = attached(tmp_path, **SAVING)
     trainer.model_init = lambda: make_llama()
-    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA  # type: ignore[assignment]
+    trainer.hp_space = lambda trial: {}
     for _ in range(2):
-        trainer.train(trial=Trial())
+        trainer.train(trial=Trial())  # type: ignore[arg-type]
         assert seen.take() == CYCLE
     checkpoint = tmp_path / "run-7" / "checkpoint-4"
     check(checkpoint)
@@ -282,7 +283,7 @@ def test_a_schedule_that_could_not_be_loaded_is_refused_when_it_is_saved(tmp_pat
     create = trainer.create_scheduler
 
     def create_with_numpy(*args: Any, **more: Any) -> Any:
-        schedule = create(*args, **more)
+        schedule: Any = create(*args, **more)
         schedule.history = numpy.zeros(3)
         return schedule
 

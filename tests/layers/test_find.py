@@ -218,7 +218,7 @@ def test_groups_of_a_plain_module_by_whole_words(
     groups = find_layers(Named(*parts, config=config), "blocks").groups
     found = [
         [n.removesuffix(".weight") for n in groups[g].parameters] for g in ("embeddings", "head", "other")
-    ]  # type: ignore[index]
+    ]
     assert found == [embeddings, head, other]
 
 
@@ -268,7 +268,7 @@ def test_a_module_around_two_models_has_the_layers_of_both() -> None:
 
 def test_a_dictionary_of_layers() -> None:
     llama = make_llama()
-    llama.model.layers = nn.ModuleDict({f"block{i}": layer for i, layer in enumerate(llama.model.layers)})  # type: ignore[assignment]
+    llama.model.layers = nn.ModuleDict({f"block{i}": layer for i, layer in enumerate(llama.model.layers)})
     for layers in (None, "model.layers"):
         found = find_layers(llama, layers)
         assert [layer.name for layer in found.layers] == [f"model.layers.block{i}" for i in range(4)]

@@ -33,8 +33,18 @@ def make(kind: str) -> Any:
         model.model.norm = nn.Sequential(model.model.norm, _Batches())
     else:
         torch.manual_seed(0)
-        small = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-        more = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "pad_token_id": 0}
+        small: dict[str, Any] = {
+            "vocab_size": 260,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+        }
+        more: dict[str, Any] = {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_local_experts": 2,
+            "pad_token_id": 0,
+        }
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**small, **more))
     model.train()
     model.model.layers[0].eval()
@@ -53,7 +63,8 @@ class _Batches(nn.Module):
         self.norm = nn.BatchNorm1d(16)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+        normed: torch.Tensor = self.norm(hidden.transpose(1, 2))
+        return normed.transpose(1, 2)
 
 
 def picture(model: Any) -> dict[str, Any]:

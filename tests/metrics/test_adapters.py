@@ -76,7 +76,7 @@ def test_live_and_folder_equal_pefts_delta_weights(make_model: Make, name: str, 
     live = lora_norms(wrapped)
     assert all(close(live[layer], norms) for layer, norms in expected.items())
     assert all(norms == LoraNorms(0, 0, 0, 0) for layer, norms in live.items() if layer not in expected)
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(str(tmp_path))
     model = make_model(tie_word_embeddings=False)
     folder = lora_norms(tmp_path, model)
     assert list(folder)[:2] == [layer.name for layer in find_layers(model).layers]
@@ -97,7 +97,7 @@ def test_conv1d_is_transposed(make_model: Make, tmp_path: Path) -> None:
     }
     live = lora_norms(wrapped)
     assert all(close(live[layer], norms) for layer, norms in expected.items()) and len(expected) == 2
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(str(tmp_path))
     folder = lora_norms(tmp_path, make_model("gpt2"))
     for ours, theirs in zip(folder.values(), live.values(), strict=True):
         assert vars(ours) == pytest.approx(vars(theirs), rel=1e-9)
@@ -105,7 +105,8 @@ def test_conv1d_is_transposed(make_model: Make, tmp_path: Path) -> None:
 
 def naive_norms_of_gpt2(wrapped: PeftModel) -> dict[str, LoraNorms]:
     found = {}
-    for index, block in enumerate(wrapped.get_base_model().transformer.h):
+    base: Any = wrapped.get_base_model()
+    for index, block in enumerate(base.transformer.h):
         pairs = [
             (m.get_delta_weight("default").detach().double(), m.base_layer.weight.detach().double())
             for m in block.modules()
@@ -157,7 +158,7 @@ def test_dora_is_refused(make_model: Make, tmp_path: Path) -> None:
     wrapped = train(make_model(), CONFIGS["plain"] | {"use_dora": True})
     with pytest.raises(ConfigError, match="DoRA"):
         lora_norms(wrapped)
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(str(tmp_path))
     with pytest.raises(ConfigError, match="sets use_dora"):
         lora_norms(tmp_path, make_model())
 
@@ -170,7 +171,7 @@ def test_an_adapter_on_a_parameter_is_refused(make_model: Make) -> None:
 
 @pytest.fixture
 def folder(make_model: Make, tmp_path: Path) -> Path:
-    train(make_model(), CONFIGS["plain"]).save_pretrained(tmp_path / "adapter")
+    train(make_model(), CONFIGS["plain"]).save_pretrained(str(tmp_path / "adapter"))
     return tmp_path / "adapter"
 
 
@@ -186,7 +187,7 @@ def test_an_adapter_for_another_family_or_depth(make_model: Make, folder: Path) 
     with pytest.raises(ConfigError, match=r"6 of its 6 modules aren't in GPT2LMHeadModel: 'model\.layers\.0"):
         lora_norms(folder, make_model("gpt2"))
     deep = train(make_model(num_hidden_layers=3), CONFIGS["one layer"] | {"layers_to_transform": [2]})
-    deep.save_pretrained(folder)
+    deep.save_pretrained(str(folder))
     with pytest.raises(
         ConfigError, match=r"1 of its 1 modules .*'model\.layers\.2\.self_attn\.q_proj' \(B \(32, 4\)"
     ):
@@ -249,7 +250,7 @@ def test_half_an_adapter_or_none(make_model: Make, folder: Path) -> None:
 
 
 def test_weights_that_are_not_finite(make_model: Make) -> None:
-    wrapped = train(make_model(), CONFIGS["plain"])
+    wrapped: Any = train(make_model(), CONFIGS["plain"])
     wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data[0, 0] = math.nan
     with pytest.raises(ConfigError, match="must be finite"):
         lora_norms(wrapped)
@@ -259,6 +260,6 @@ def test_an_initialisation_that_changes_the_base_warns(
     make_model: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrapped = train(make_model(), CONFIGS["plain"] | {"init_lora_weights": "pissa"})
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(str(tmp_path))
     lora_norms(tmp_path, make_model())
     assert "'pissa' changed the base weights" in caplog.text

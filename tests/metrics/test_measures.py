@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_an_unknown_metric_lists_those_there_are() -> None:
 
 
 @pytest.mark.slow
-def test_alpha_agrees_with_weightwatcher_on_all_of_smollm2(smollm2: object) -> None:
+def test_alpha_agrees_with_weightwatcher_on_all_of_smollm2(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from layersample.metrics import layer_metrics

@@ -35,7 +35,8 @@ def naive_ratio(model: nn.Module, layer: str, batches: list[Batch], threshold: f
     with torch.no_grad():
         for batch in batches:
             model(**batch)
-    [hook.remove() for hook in hooks]
+    for hook in hooks:
+        hook.remove()
     weights = {m: m.weight.T if isinstance(m, Conv1D) else m.weight for m in linears}  # (out, in)
     scores = [weights[m].abs() * torch.cat(kept[m]).norm(dim=0) for m in linears]
     flat = torch.cat([score.flatten() for score in scores])
@@ -79,7 +80,9 @@ def test_fused_experts_are_seen(make_model: Make) -> None:
         block.mlp.experts.register_forward_pre_hook(lambda _, args: routed.append((args[0], args[1]))),
         block.mlp.gate.register_forward_pre_hook(lambda _, args: router.append(args[0].flatten(0, -2))),
     ]
-    attention = {m: [] for m in block.self_attn.modules() if isinstance(m, nn.Linear)}
+    attention: dict[nn.Linear, list[Tensor]] = {
+        m: [] for m in block.self_attn.modules() if isinstance(m, nn.Linear)
+    }
     hooks += [
         m.register_forward_pre_hook(lambda m, a: attention[m].append(a[0].flatten(0, -2))) for m in attention
     ]
@@ -205,7 +208,8 @@ def test_a_layer_that_takes_no_part() -> None:
             self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.blocks[0](x)
+            out: Tensor = self.blocks[0](x)
+            return out
 
     model = Skipping()
     layers = find_layers(model, layers="blocks")

@@ -43,7 +43,7 @@ def test_policies_make_no_entries_for_parameters_without_state() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     for name in ("drop", "keep", "offload"):
-        policy = create_policy(name)  # type: ignore[arg-type]
+        policy = create_policy(name)
         policy.freeze(optimizer, model.parameters())
         policy.activate(optimizer, model.parameters())
     assert len(optimizer.state) == 0

@@ -13,6 +13,7 @@ from transformers.optimization import Adafactor
 
 from layersample import LayerScheduler, create_projection, measure_memory
 from layersample.checkpoints.sharded import load_distributed, save_distributed
+from layersample.choices import StatePolicyName
 from layersample.optim.masters import EXCEPTIONS, MASTER, REMAINDER, combine, follow, split
 from layersample.optim.stand_ins import _placed
 from tests.helpers import make_batch, make_llama
@@ -113,7 +114,8 @@ def test_a_pruned_layer_trains_on_from_what_was_written(state: Any) -> None:
     """Half of a frozen layer's weights set to zero, against masters that are set to zero as well."""
     options = {"state": state, "check": False, "sampler_options": {"order": "ascending"}}
     _, scheduler = run(4, **options)  # layers 0 and 1 are frozen, until step 6
-    model, optimizer = scheduler._model, scheduler._optimizer
+    model: Any = scheduler._model
+    optimizer = scheduler._optimizer
     weight = model.model.layers[0].mlp.up_proj.weight
     before = scheduler.fp32_state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     kept = weight.abs() > weight.abs().median()
@@ -140,7 +142,8 @@ def test_a_pruned_layer_trains_on_from_what_was_written(state: Any) -> None:
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
 def test_special_values_written_to_a_frozen_layer_stay_in_their_place(value: float) -> None:
     _, scheduler = run(4, check=False, sampler_options={"order": "ascending"})
-    weight = scheduler._model.model.layers[1].self_attn.q_proj.weight
+    model: Any = scheduler._model
+    weight = model.model.layers[1].self_attn.q_proj.weight
     with torch.no_grad():
         weight[0] = value
     exact = scheduler.fp32_state_dict()["model.layers.1.self_attn.q_proj.weight"]
@@ -166,7 +169,10 @@ def reference(steps: int, optimizer_name: str, state: str, period: int = 3) -> d
         for name, parameter in model.named_parameters():
             part = name.split(".")
             trains = part[1] != "layers" or int(part[2]) in active
-            fp32[name].grad = parameter.grad.float() if trains else None
+            fp32[name].grad = None
+            if trains:
+                assert parameter.grad is not None
+                fp32[name].grad = parameter.grad.float()
             if not trains and state == "drop":
                 optimizer.state.pop(fp32[name], None)
         optimizer.step()
@@ -179,7 +185,7 @@ def reference(steps: int, optimizer_name: str, state: str, period: int = 3) -> d
 def run(
     steps: int,
     optimizer_name: str = "adamw",
-    state: str = "drop",
+    state: StatePolicyName = "drop",
     *,
     stop: int | None = None,
     folder: Path | None = None,
@@ -213,7 +219,7 @@ def run(
 
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weights_are_those_of_masters_of_everything(name: str, state: str) -> None:
+def test_weights_are_those_of_masters_of_everything(name: str, state: StatePolicyName) -> None:
     exact, scheduler = run(14, name, state, sampler_options={"order": "ascending"})
     expected = reference(14, name, state)
     assert all(torch.equal(exact[key], value) for key, value in expected.items())
@@ -225,7 +231,11 @@ def test_weights_are_those_of_masters_of_everything(name: str, state: str) -> No
 @pytest.mark.parametrize("state", ["drop", "keep"])
 @pytest.mark.parametrize("projection", ["galore", "apollo", "fira"])
 def test_projected_weights_are_those_of_masters_of_everything(projection: str, state: Any) -> None:
-    options = {"projection": projection, "projection_options": {"rank": 4, "update_gap": 2}, "state": state}
+    options: dict[str, Any] = {
+        "projection": projection,
+        "projection_options": {"rank": 4, "update_gap": 2},
+        "state": state,
+    }
     exact, scheduler = run(14, **options)
     scheduler.close()
     whole = make_llama(dtype=torch.bfloat16).float()  # fp32 always, and run in bf16
@@ -244,8 +254,8 @@ def test_projected_weights_are_those_of_masters_of_everything(projection: str, s
 @pytest.mark.parametrize("projection", [None, "galore", "apollo", "fira"])
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
 @pytest.mark.parametrize("stop", [4, 6])
-def test_resume_is_exact(projection: str | None, state: str, stop: int, tmp_path: Path) -> None:
-    options = {"projection": projection, "projection_options": projection and {"rank": 4}}
+def test_resume_is_exact(projection: str | None, state: StatePolicyName, stop: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"projection": projection, "projection_options": projection and {"rank": 4}}
     whole, _ = run(9, state=state, **options)
     resumed, _ = run(9, state=state, stop=stop, folder=tmp_path, **options)
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
@@ -259,10 +269,13 @@ LOW_RANK: dict[str, Any] = {"projection": "galore", "projection_options": {"rank
 @pytest.mark.parametrize(("state", "stop"), [("drop", 4), ("keep", 6), ("offload", 7)])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_resume_without_masters_is_exact(
-    projection: str, state: str, stop: int, rotate: bool, tmp_path: Path
+    projection: str, state: StatePolicyName, stop: int, rotate: bool, tmp_path: Path
 ) -> None:
     """What has a low rank is fp32 beside weights in bf16; torch alone would cast it to their type."""
-    options = {"projection": projection, "projection_options": {"rank": 4, "rotate_moments": rotate}}
+    options: dict[str, Any] = {
+        "projection": projection,
+        "projection_options": {"rank": 4, "rotate_moments": rotate},
+    }
     whole, first = run(9, state=state, **WITHOUT, **options)
     resumed, second = run(9, state=state, stop=stop, folder=tmp_path, **WITHOUT, **options)
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
@@ -334,7 +347,8 @@ def test_small_updates_survive_that_bf16_loses() -> None:
 
 def test_memory_is_counted_by_kind() -> None:
     _, scheduler = run(4)  # one step into the second period
-    model, optimizer = scheduler._model, scheduler._optimizer
+    model: Any = scheduler._model
+    optimizer = scheduler._optimizer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     use = measure_memory(model, optimizer)
@@ -391,7 +405,8 @@ def by_other_data(weight: nn.Parameter) -> None:
 @pytest.mark.parametrize("steps", [4, 6], ids=["active", "frozen"])
 def test_fp32_weights_are_those_that_someone_has_changed(edit: Any, steps: int) -> None:
     before, scheduler = run(steps, sampler_options={"order": "ascending"})
-    weight = scheduler._model.model.layers[2 if steps == 4 else 0].mlp.up_proj.weight
+    model: Any = scheduler._model
+    weight = model.model.layers[2 if steps == 4 else 0].mlp.up_proj.weight
     name = next(n for n, p in scheduler._model.named_parameters() if p is weight)
     clamped = weight.abs() > 0.01
     edit(weight)
@@ -406,7 +421,8 @@ def test_fp32_weights_are_those_that_someone_has_changed(edit: Any, steps: int) 
 
 def test_a_step_goes_on_from_a_weight_that_was_changed_before_it() -> None:
     _, scheduler = run(4)
-    model, optimizer = scheduler._model, scheduler._optimizer
+    model: Any = scheduler._model
+    optimizer = scheduler._optimizer
     best = {name: value / 2 for name, value in model.state_dict().items()}
     model.load_state_dict(best)
     model(**make_batch(4)).loss.backward()
@@ -418,7 +434,8 @@ def test_a_step_goes_on_from_a_weight_that_was_changed_before_it() -> None:
 @pytest.mark.parametrize("edit", [in_place, by_other_data])
 def test_a_step_goes_on_from_an_edited_weight_however_it_was_written(edit: Any) -> None:
     _, scheduler = run(4, "adamw-small-steps", sampler_options={"order": "ascending"})
-    model, optimizer = scheduler._model, scheduler._optimizer
+    model: Any = scheduler._model
+    optimizer = scheduler._optimizer
     weight = model.model.layers[2].mlp.up_proj.weight
     edit(weight)
     model(**make_batch(4)).loss.backward()
@@ -428,7 +445,8 @@ def test_a_step_goes_on_from_an_edited_weight_however_it_was_written(edit: Any) 
 
 def test_a_weight_that_is_changed_before_a_switch_stays_so() -> None:
     _, scheduler = run(5, sampler_options={"order": "ascending"})
-    model, optimizer = scheduler._model, scheduler._optimizer
+    model: Any = scheduler._model
+    optimizer = scheduler._optimizer
     weight = model.model.layers[2].mlp.up_proj.weight
     model(**make_batch(5)).loss.backward()
     optimizer.step()

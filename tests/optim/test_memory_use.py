@@ -30,7 +30,7 @@ def test_counts_a_known_model_exactly() -> None:
 def test_tied_weights_count_once() -> None:
     tied, untied = make_llama(tie=True), make_llama()
     optimizer = torch.optim.SGD(tied.parameters())
-    embedding = tied.get_input_embeddings().weight
+    embedding = tied.model.embed_tokens.weight
     difference = measure_memory(untied, optimizer).weights - measure_memory(tied, optimizer).weights
     assert difference == embedding.numel() * 4
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from layersample import Checkpoints, ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
 from layersample.projection.low_rank import NonFiniteGradientError
-from tests.helpers import make_batch, make_llama
+from tests.helpers import make_batch, make_llama, weights_of
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
@@ -42,7 +42,14 @@ def run(
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
     scheduler = LayerScheduler(
-        model, optimizer, "lisa", num_active=2, period=3, check=True, step_in_backward=backward, **options
+        model,
+        optimizer,
+        "lisa",
+        num_active=2,
+        period=3,
+        check=True,
+        step_in_backward=backward or False,
+        **options,
     )
     for step in range(7):
         for part in range(accumulation):
@@ -111,7 +118,7 @@ def test_an_epoch_may_end_within_a_window(clip: float | None, projection: str | 
             "lisa",
             num_active=2,
             period=9,
-            step_in_backward=backward,
+            step_in_backward=backward or False,
             projection=projection,
             projection_options={"rank": 4} if projection else None,
         )
@@ -152,7 +159,9 @@ def test_the_running_norm_is_that_of_the_step_before() -> None:
         reference = make_llama()
         reference.load_state_dict(model.state_dict())
         reference(**make_batch(step)).loss.backward()
-        norms.append(float(nn.utils.get_total_norm([p.grad for p in reference.parameters()])))
+        norms.append(
+            float(nn.utils.get_total_norm([p.grad for p in reference.parameters() if p.grad is not None]))
+        )
         before = [p.detach().clone() for p in model.parameters()]
         model(**make_batch(step)).loss.backward()
         optimizer.step()
@@ -188,7 +197,7 @@ def test_in_the_trainer(tmp_path: Path, accumulate: int) -> None:
         trainer = Trainer(model=make_llama(), args=args, train_dataset=Dataset.from_list(rows))
         LayerSamplingCallback("lisa", period=2, step_in_backward=backward).attach(trainer)
         trainer.train()
-        weights.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+        weights.append(weights_of(trainer.model))
     assert same(*weights)
 
 
@@ -208,7 +217,7 @@ def test_the_running_norm_survives_a_checkpoint(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         backward = StepInBackward(max_norm=0.1)
         scheduler = LayerScheduler(model, optimizer, "lisa", period=3, step_in_backward=backward)
-        kept = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        kept: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         return model, optimizer, scheduler, Checkpoints(tmp_path, kept)
 
     def train(steps: range, built: Any) -> dict[str, Tensor]:
@@ -219,7 +228,7 @@ def test_the_running_norm_survives_a_checkpoint(tmp_path: Path) -> None:
             scheduler.step()
             if step == 3:
                 checkpoints.save(step + 1)
-        return model.state_dict()
+        return dict(model.state_dict())
 
     whole = train(range(8), build())
     resumed = build()
@@ -242,7 +251,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_a_gradient_that_is_no_number_says_how_many_weights_have_changed() -> None:
     model = make_llama(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    galore = {"projection": "galore", "projection_options": {"rank": 4}}
+    galore: dict[str, Any] = {"projection": "galore", "projection_options": {"rank": 4}}
     scheduler = LayerScheduler(
         model, optimizer, "full", num_active=2, step_in_backward=StepInBackward(), **galore
     )

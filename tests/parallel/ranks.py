@@ -77,11 +77,11 @@ def _launch(module: str, folder: Path, size: int) -> tuple[set[str], str]:
     logs = [folder / f"{rank}.log" for rank in range(size)]
     with contextlib.ExitStack() as stack:
         ranks = []
-        for rank, log in enumerate(logs):
+        for number, log in enumerate(logs):
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, __file__, module, str(folder), str(rank), str(size)],
-                    env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **address),
+                    [sys.executable, __file__, module, str(folder), str(number), str(size)],
+                    env=environment(RANK=str(number), LOCAL_RANK=str(number), **address),
                     stdout=stack.enter_context(open(log, "wb")),
                     stderr=subprocess.STDOUT,
                 )
@@ -145,8 +145,9 @@ def own_rows() -> slice:
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def assert_close(model: nn.Module, reference: nn.Module, tolerance: float = 1e-9) -> None:
+def assert_close(model: nn.Module | None, reference: nn.Module | None, tolerance: float = 1e-9) -> None:
     """Parameters are the same but for rounding, and moved at all."""
+    assert model is not None and reference is not None
     expected = dict(reference.named_parameters())
     start = dict(make_llama(NUM_LAYERS, dtype=torch.float64).named_parameters())
     moved = 0

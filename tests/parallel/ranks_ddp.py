@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
+from layersample.parallel.ddp import DDPEngine
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 
@@ -45,7 +46,8 @@ def train_ddp(ddp: DistributedDataParallel, accumulate: int = 1, **options: Any)
 
 
 def check_exact_with_accumulation_and_checkpointing(folder: Path) -> None:
-    for accumulate, rules in ((3, {}), (1, {"embeddings": "freeze", "num_active": 1})):
+    cases: list[tuple[int, dict[str, Any]]] = [(3, {}), (1, {"embeddings": "freeze", "num_active": 1})]
+    for accumulate, rules in cases:
         reference = alone(accumulate=accumulate, **rules)
         for reentrant in (None, False, True):
             model = make_llama(NUM_LAYERS, dtype=torch.float64)
@@ -65,10 +67,10 @@ def check_buckets_hold_active_parameters_only(folder: Path) -> None:
             active = [p for p in ddp.parameters() if p.requires_grad]
             buckets = ddp.reducer._get_zeros_like_grad_buckets()
             assert sum(bucket.buffer().numel() for bucket in buckets) == sum(p.numel() for p in active)
-            assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(active)
+            assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(active)  # type: ignore[no-untyped-call]
             train(ddp, optimizer, scheduler, range(step, step + 1), part=own_rows())
     scheduler.close()
-    assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(list(ddp.parameters()))
+    assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(list(ddp.parameters()))  # type: ignore[no-untyped-call]
 
 
 def check_bucket_views_and_hooks_survive_a_switch(folder: Path) -> None:
@@ -91,10 +93,12 @@ def check_bucket_views_and_hooks_survive_a_switch(folder: Path) -> None:
     assert sum(sizes) == 8 * sum(numbers) and scheduler.steps == 8
 
     ddp = wrapped()
-    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+    ddp._register_builtin_comm_hook(  # type: ignore[no-untyped-call]
+        dist.BuiltinCommHookType.ALLREDUCE  # type: ignore[attr-defined]
+    )
     # Each of the builtin hooks leaves the division by the number of ranks to the hook; so does allreduce.
     train_ddp(ddp)
-    assert "ALLREDUCE" in ddp._get_ddp_logging_data()["comm_hook"]
+    assert "ALLREDUCE" in ddp._get_ddp_logging_data()["comm_hook"]  # type: ignore[no-untyped-call]
     assert_close(ddp, reference)
 
 
@@ -124,10 +128,10 @@ def check_unused_parameters_are_the_fallback(folder: Path) -> None:
     reference = alone()
     ddp = wrapped(find_unused_parameters=True)
 
-    ddp.register_comm_hook(object(), lambda _, bucket: allreduce_hook(None, bucket))
+    ddp.register_comm_hook(object(), lambda _, bucket: allreduce_hook(None, bucket))  # type: ignore[arg-type]
     scheduler = train_ddp(ddp)  # the hook has state of its own, so it isn't rebuilt
-    assert not scheduler._engine.rebuilds
-    assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(list(ddp.parameters()))
+    assert isinstance(scheduler._engine, DDPEngine) and not scheduler._engine.rebuilds
+    assert ddp._get_ddp_logging_data()["num_parameter_tensors"] == len(list(ddp.parameters()))  # type: ignore[no-untyped-call]
     assert_close(ddp, reference)
 
 
@@ -138,7 +142,7 @@ def check_refusals(folder: Path) -> None:
 
     refuse(wrapped(static_graph=True), "static_graph=False")
     stateful = wrapped()
-    stateful.register_comm_hook(object(), lambda _, bucket: allreduce_hook(None, bucket))
+    stateful.register_comm_hook(object(), lambda _, bucket: allreduce_hook(None, bucket))  # type: ignore[arg-type]
     refuse(stateful, "find_unused_parameters=True.*keeps state of its own")
     with pytest.MonkeyPatch.context() as patch:
         ddp = wrapped()
@@ -212,6 +216,7 @@ def check_the_trainer(folder: Path) -> None:
     first = trainer(folder / "a")
     LayerSamplingCallback("lisa", **options).attach(first)
     first.train()
+    assert first.model is not None
     if dist.get_rank() == 0:
         torch.save(first.model.state_dict(), folder / "trainer.pt")
     for arguments in (
@@ -237,6 +242,7 @@ def check_the_trainer_resumes_to_the_bit(folder: Path) -> None:
     part = trainer(folder / "part", **saving)
     LayerSamplingCallback("lisa", period=2, seed=1).attach(part)
     part.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
+    assert part.model is not None and whole.model is not None
     for name, parameter in part.model.named_parameters():
         assert torch.equal(parameter, whole.model.get_parameter(name)), name
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers.distributed import DistributedConfig
+from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from layersample import (
@@ -40,7 +40,7 @@ from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, trai
 from tests.parallel.ranks_ddp import trainer
 
 
-def sharded(model: nn.Module | None = None, **options: Any) -> nn.Module:
+def sharded(model: LlamaForCausalLM | None = None, **options: Any) -> LlamaForCausalLM:
     model = model or make_llama(NUM_LAYERS, dtype=torch.float64)
     for layer in model.model.layers:
         fully_shard(layer, **options)
@@ -50,6 +50,20 @@ def sharded(model: nn.Module | None = None, **options: Any) -> nn.Module:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def shard_of(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, which must be sharded."""
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of all ranks, gathered on each."""
+    return {
+        n: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+        for n, p in model.named_parameters()
+    }
 
 
 def run(
@@ -143,7 +157,7 @@ def check_mixed_precision_is_the_naive_run_to_the_bit(folder: Path) -> None:
     naive = sharded(make_llama(), mp_policy=policy)
     masked(naive, active, 2)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.to_local(), naive.get_parameter(name).to_local()), name
+        assert torch.equal(shard_of(parameter), shard_of(naive.get_parameter(name))), name
 
 
 def check_frozen_layers_skip_reduce_scatter(folder: Path) -> None:
@@ -152,13 +166,13 @@ def check_frozen_layers_skip_reduce_scatter(folder: Path) -> None:
     scatters = []
     for embeddings in ("train", "freeze"):
         with LayerScheduler(model, optimizer, "lisa", num_active=1, embeddings=embeddings):
-            with CommDebugMode() as counted:
+            with CommDebugMode() as counted:  # type: ignore[no-untyped-call]
                 train(model, optimizer, None, range(1), part=own_rows())
             scatters.append(
                 sum(n for op, n in counted.get_comm_counts().items() if "reduce_scatter" in str(op))
             )
     assert scatters == [2, 2]  # one layer, and what is outside of the layers
-    with CommDebugMode() as counted:
+    with CommDebugMode() as counted:  # type: ignore[no-untyped-call]
         train(model, optimizer, None, range(1), part=own_rows())
     assert (
         sum(n for op, n in counted.get_comm_counts().items() if "reduce_scatter" in str(op)) == NUM_LAYERS + 1
@@ -230,7 +244,8 @@ def fsdp1(model: nn.Module, use_orig_params: bool = True, **options: Any) -> Ful
 
 
 def check_fsdp1_is_exact_with_its_original_parameters(folder: Path) -> None:
-    for options in ({}, {"embeddings": "freeze", "num_active": 1, "state": "offload"}):
+    cases: list[dict[str, Any]] = [{}, {"embeddings": "freeze", "num_active": 1, "state": "offload"}]
+    for options in cases:
         model = fsdp1(make_llama(NUM_LAYERS, dtype=torch.float64))
         optimizer = adamw(model)
         scheduler = LayerScheduler(
@@ -290,13 +305,13 @@ def check_checkpoints_continue_to_the_bit(folder: Path) -> None:
         )
         assert resumed.state_dict() == scheduler.state_dict()
         for name, parameter in part.named_parameters():
-            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), name
+            assert torch.equal(shard_of(parameter), shard_of(whole.get_parameter(name))), name
         resumed.close()
         scheduler.close()
         assert all(p.requires_grad for p in part.parameters())
         if dist.get_rank() == 0:
             assert not list(folder.glob(".*.new"))
-        weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
+        weights = whole_weights(whole)
         if dist.get_rank() == 0:
             torch.save(weights, folder / f"{state}-after.pt")
 
@@ -332,7 +347,7 @@ def check_accelerate_s_optimizer_checkpoints(folder: Path) -> None:
         with optimizer_of(str(folder / kind), part):
             load_fsdp_optimizer(plugin, Accelerator(), loaded, part, str(folder / kind))
         assert all(p.requires_grad for p in part.parameters())
-        held = {name: loaded.state.get(p) for name, p in part.named_parameters()}
+        held: dict[str, Any] = {name: loaded.state.get(p) for name, p in part.named_parameters()}
         for name, parameter in whole.named_parameters():
             assert bool(held[name]) == (parameter in optimizer.state), name
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -351,10 +366,7 @@ def check_the_trainer(folder: Path) -> None:
     LayerSamplingCallback("lisa", period=2, seed=1, check=True).attach(run)
     run.train()
     assert run.model is model and any(isinstance(p, DTensor) for p in model.parameters())
-    weights = {
-        n: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
-        for n, p in model.named_parameters()
-    }
+    weights = whole_weights(model)
     if dist.get_rank() == 0:
         torch.save(weights, folder / "trainer.pt")
 
@@ -367,7 +379,7 @@ def check_projection_on_shards(folder: Path) -> None:
         ("fira", {"rank": 4}),
         ("apollo", {"rank": 4}),
     ):
-        more = {"projection": name, "projection_options": options, "state": "keep"}
+        more: dict[str, Any] = {"projection": name, "projection_options": options, "state": "keep"}
         model = sharded()
         scheduler = run(model, **more)
         state = next(s for s in scheduler._optimizer.state.values() if "projection_basis" in s)
@@ -409,8 +421,8 @@ def check_checkpoints_hold_the_projection(folder: Path) -> None:
         assert all(p.requires_grad for p in second.parameters())
         run(second, range(at, 7), optimizer=optimizer, state_dict=loaded, **more)
         for name, parameter in second.named_parameters():
-            assert torch.equal(parameter.to_local(), whole.get_parameter(name).to_local()), (place, name)
-        weights = {n: p.full_tensor().detach() for n, p in whole.named_parameters()}
+            assert torch.equal(shard_of(parameter), shard_of(whole.get_parameter(name))), (place, name)
+        weights = whole_weights(whole)
         if dist.get_rank() == 0:
             torch.save(weights, f"{place}-after.pt")
 

@@ -30,7 +30,7 @@ GROUP = 260 * 16  # of the embedding, and of the head
 
 
 def config(**options: Any) -> TrainConfig:
-    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    frozen: dict[str, Any] = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
     return TrainConfig(**{"batch_size": 2, "max_length": 12, "num_active": 1, **frozen, **options})
 
 
@@ -83,7 +83,7 @@ def test_fake_tensors_hold_what_real_ones_hold(precision: str, checkpointing: bo
     live = LiveMemory(vocabulary=260)
     live.label([*model.parameters(), *model.buffers()], "weights")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    frozen = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    frozen: dict[str, Any] = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
     batch = make_batch()
     batch["shift_labels"] = batch["labels"]  # a plan counts a label for the last position too
     with (

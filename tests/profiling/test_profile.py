@@ -52,7 +52,8 @@ def make_gpt2() -> PreTrainedModel:
 
 def make_t5() -> PreTrainedModel:
     sizes: dict[str, Any] = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2}
-    return T5ForConditionalGeneration(T5Config(vocab_size=260, decoder_start_token_id=0, **sizes))
+    sizes["decoder_start_token_id"] = 0
+    return T5ForConditionalGeneration(T5Config(vocab_size=260, **sizes))
 
 
 def make_bert() -> PreTrainedModel:
@@ -231,7 +232,7 @@ def test_the_column_of_outliers_is_that_of_the_sampler_beside_it() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_what_a_sampler_measured_is_shown() -> None:
-    samplers = [("lora_norm", {"probe_steps": 1}), "lisa"]
+    samplers: list[Any] = [("lora_norm", {"probe_steps": 1}), "lisa"]
     found = profile(make_llama(), samplers=samplers, batches=[make_batch()], cache=False)
     scores = [row["score:lora_norm:probe_steps=1"] for row in found.to_rows()]
     assert all(score > 0 for score in scores) and "score:lisa" not in found.to_rows()[0]
@@ -281,7 +282,7 @@ def save_adapter(folder: Path) -> Path:
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     with warnings.catch_warnings():  # what PEFT and transformers say to each other
         warnings.simplefilter("ignore")
-        get_peft_model(make_llama(), config).save_pretrained(folder)
+        get_peft_model(make_llama(), config).save_pretrained(str(folder))
     return folder
 
 

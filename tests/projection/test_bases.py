@@ -28,7 +28,8 @@ def decaying(rows: int, columns: int) -> Tensor:
     values = 0.5 ** torch.arange(min(rows, columns), dtype=torch.float64)
     u = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(columns, len(values), dtype=torch.float64)).Q
-    return u * values @ v.T
+    matrix: Tensor = u * values @ v.T
+    return matrix
 
 
 def error(gradient: Tensor, basis: Tensor) -> float:
@@ -90,7 +91,7 @@ def test_the_svd_falls_back_to_the_gram_matrix(
     expected = svd_basis(gradient, RANK)
 
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise torch.linalg.LinAlgError("did not converge")
+        raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
 
     monkeypatch.setattr(torch.linalg, "svd", fails)
     found = svd_basis(gradient, RANK)

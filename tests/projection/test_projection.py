@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from layersample import (
     list_projections,
     register_projection,
 )
+from layersample.choices import StatePolicyName
 from layersample.projection.low_rank import NonFiniteGradientError
 from tests.helpers import make_batch, make_llama
 
@@ -38,11 +40,13 @@ class Regression(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.layers[0].weight
+        weight: nn.Parameter = self.get_parameter("layers.0.weight")
+        return weight
 
     def loss(self, step: int) -> Tensor:
         part = slice(8 * (step % 8), 8 * (step % 8) + 8)
-        return (self.layers[0](self.x[part]) - self.y[part]).square().mean()
+        loss: Tensor = (self.layers[0](self.x[part]) - self.y[part]).square().mean()
+        return loss
 
 
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> LayerScheduler:
@@ -56,7 +60,7 @@ def train(model: Regression, optimizer: torch.optim.Optimizer, steps: int, **opt
     losses = []
     for step in range(steps):
         loss = model.loss(step)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -67,8 +71,10 @@ def train(model: Regression, optimizer: torch.optim.Optimizer, steps: int, **opt
 
 def naive_galore(model: Regression, steps: int, left: bool, lr: float, scale: float, decay: float) -> None:
     """GaLore as its paper says it, with AdamW."""
-    weight = model.weight
-    m = v = basis = None
+    weight: Any = model.weight
+    m: Any = None
+    v: Any = None
+    basis: Any = None
     for step in range(steps):
         (gradient,) = torch.autograd.grad(model.loss(step), weight)
         if step % 20 == 0:
@@ -112,14 +118,14 @@ def test_galore_is_what_the_paper_says(
 def test_fira_and_apollo_are_what_their_papers_say(name: str) -> None:
     ours, naive = Regression(12, 24), Regression(12, 24)
     rank, scale = (1, 128.0) if name == "apollo-mini" else (RANK, 1.0)
-    options = {"rank": rank, "scale": scale, "update_gap": 100}
+    options: dict[str, Any] = {"rank": rank, "scale": scale, "update_gap": 100}
     options |= {"basis": "svd"} if name == "fira" else {"per_channel": name == "apollo"}
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0)
     scheduler = schedule(ours, optimizer, projection=name.partition("-")[0], projection_options=options)
     m = v = norm = None
     for step in range(10):
         loss = ours.loss(step)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -223,7 +229,8 @@ def test_momentum_survives_a_turn_of_the_basis_where_it_is_rotated(rotate: bool)
         def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
             left = torch.linalg.svd(gradient, full_matrices=False).U[:, : self.rank]
             turn = torch.randn(self.rank, self.rank, generator=context.generator(), dtype=left.dtype)
-            return left @ torch.linalg.qr(turn).Q
+            turned: Tensor = left @ torch.linalg.qr(turn).Q
+            return turned
 
     losses = []
     for projection in ("turning", None):
@@ -232,7 +239,8 @@ def test_momentum_survives_a_turn_of_the_basis_where_it_is_rotated(rotate: bool)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
         options = {"rank": 2, "rotate_moments": rotate} if projection else None
         losses.append(train(model, optimizer, 30, projection=projection, projection_options=options))
-    same = torch.allclose(*(torch.tensor(run) for run in losses), rtol=1e-5, atol=0)
+    first, second = (torch.tensor(run) for run in losses)
+    same = torch.allclose(first, second, rtol=1e-5, atol=0)
     assert same == rotate
 
 
@@ -241,7 +249,7 @@ def test_state_has_exactly_the_bytes_of_the_formula(name: str) -> None:
     model = Regression(12, 24)
     optimizer = OPTIMIZERS[name](model.parameters())
     scheduler = schedule(model, optimizer)
-    model.loss(0).backward()
+    model.loss(0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     moments = 1 if name == "sgd-momentum" else 2
     state = optimizer.state[model.weight]
@@ -258,7 +266,7 @@ def test_state_has_exactly_the_bytes_of_the_formula(name: str) -> None:
 def run_llama(
     steps: int,
     *,
-    state: str = "drop",
+    state: StatePolicyName = "drop",
     stop: int | None = None,
     folder: Path | None = None,
     sampler: str = "lisa",
@@ -314,7 +322,9 @@ def run_llama(
 @pytest.mark.parametrize("stop", [2, 3, 7])
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
 @pytest.mark.parametrize("projection", ["galore", "apollo", "fira"])
-def test_resume_in_mid_gap_is_exact(projection: str, state: str, stop: int, tmp_path: Path) -> None:
+def test_resume_in_mid_gap_is_exact(
+    projection: str, state: StatePolicyName, stop: int, tmp_path: Path
+) -> None:
     whole = run_llama(10, state=state, projection=projection)
     resumed = run_llama(10, state=state, projection=projection, stop=stop, folder=tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -339,7 +349,7 @@ def test_a_layer_that_comes_back_gets_a_new_basis(rotate: bool) -> None:
 
 
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
-def test_frozen_layers_hold_no_basis(state: str) -> None:
+def test_frozen_layers_hold_no_basis(state: StatePolicyName) -> None:
     model = make_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = LayerScheduler(
@@ -386,6 +396,8 @@ def test_every_group_has_its_own_settings() -> None:
         {"lr": 1e-3, "betas": (0.9, 0.9), "eps": 1e-4, "weight_decay": 0.0},
     ]
     both, alone = Two(), Two()
+    runs: list[tuple[nn.Module, Iterable[Any], torch.optim.Optimizer]]
+    model: Any
     groups = [{"params": [m.weight], **own} for m, own in zip(both.layers, settings, strict=True)]
     runs = [(both, both.layers, torch.optim.AdamW(groups))]
     for model, own in zip(alone.layers, settings, strict=True):
@@ -402,6 +414,7 @@ def test_every_group_has_its_own_settings() -> None:
         assert all(isinstance(value, Tensor) for values in state.values() for value in values.values())
         scheduler.close()
     for one, other in zip(both.layers, alone.layers, strict=True):
+        assert isinstance(one, Regression) and isinstance(other, Regression)
         assert torch.equal(one.weight, other.weight)
 
 
@@ -421,14 +434,15 @@ def test_grad_scaler(projection: str, fused: bool) -> None:
                     model.weight.clone(),
                     optimizer.state[model.weight]["projection_basis"].clone(),
                 )
-                scaler.scale(model.loss(step)).backward()
+                scaler.scale(model.loss(step)).backward()  # type: ignore[no-untyped-call]
+                assert model.weight.grad is not None
                 model.weight.grad[0, 0] = float("inf")
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
                 assert torch.equal(model.weight, before)
                 assert torch.equal(optimizer.state[model.weight]["projection_basis"], basis)
-            scaler.scale(model.loss(step)).backward()
+            scaler.scale(model.loss(step)).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
@@ -474,10 +488,11 @@ def test_a_gradient_that_is_no_number_is_named_and_changes_nothing() -> None:
     model = Regression(12, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = schedule(model, optimizer)
-    model.loss(0).backward()
+    model.loss(0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     before = {key: value.clone() for key, value in optimizer.state[model.weight].items()}
     weight = model.weight.detach().clone()
+    assert model.weight.grad is not None
     model.weight.grad[2, 3] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"layers\.0\.weight is NaN or infinite at its step 2"):
         optimizer.step()
@@ -494,7 +509,7 @@ def test_an_optimizer_that_raises_leaves_everything_in_its_place(monkeypatch: py
     model = Regression(12, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = schedule(model, optimizer)
-    model.loss(0).backward()
+    model.loss(0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -515,7 +530,7 @@ def test_a_basis_that_raises_leaves_everything_in_its_place() -> None:
     model = Regression(12, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = schedule(model, optimizer, projection="failing", projection_options={"rank": RANK})
-    model.loss(0).backward()
+    model.loss(0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     before = dict(optimizer.state[model.weight])
     with pytest.raises(RuntimeError, match="no basis"):
@@ -538,7 +553,7 @@ def test_every_projection_trains_fused_experts(name: str) -> None:
             super().__init__()
             self.layers = nn.ModuleList([Experts()])
 
-    model = Model()
+    model: Any = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = schedule(model, optimizer, projection=name, projection_options={"rank": RANK})
     first = float(model.layers[0].w.detach().square().sum())

@@ -240,7 +240,7 @@ def test_resumes_in_the_middle_of_a_period_to_the_bit(name: str, state: Any, tmp
     train(model, optimizer, scheduler, range(11))
     first, first_optimizer, first_scheduler = fresh()
     train(first, first_optimizer, first_scheduler, range(4))
-    parts = {"model": first, "optimizer": first_optimizer, "scheduler": first_scheduler}
+    parts: dict[str, Any] = {"model": first, "optimizer": first_optimizer, "scheduler": first_scheduler}
     torch.save({key: part.state_dict() for key, part in parts.items()}, tmp_path / "checkpoint.pt")
 
     second, second_optimizer, second_scheduler = fresh()
@@ -481,14 +481,13 @@ def test_self_check_sees_what_goes_wrong() -> None:
 
 
 def test_plain_modules_by_path_or_list() -> None:
-    model = nn.Sequential(
-        nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
-    )
+    last = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), last), nn.Linear(4, 2))
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     by_path = LayerScheduler(model, optimizer, "lisa", num_active=1, layers="1")
     assert by_path.layers == ("1.0", "1.1")
     by_path.close()
-    by_list = LayerScheduler(model, optimizer, "lisa", num_active=1, layers=[model[1][1], "2"])
+    by_list = LayerScheduler(model, optimizer, "lisa", num_active=1, layers=[last, "2"])
     assert by_list.layers == ("1.1", "2")
 
 

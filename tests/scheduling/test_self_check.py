@@ -11,7 +11,7 @@ from layersample.scheduling.self_check import SelfCheck, SelfCheckError
 
 def prepare(
     state: Any = "drop", lr: float = 0.1
-) -> tuple[nn.Module, torch.optim.Optimizer, SelfCheck, dict[str, Any]]:
+) -> tuple[Any, torch.optim.Optimizer, SelfCheck, dict[str, Any]]:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model[0].requires_grad_(False)

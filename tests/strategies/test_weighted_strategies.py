@@ -159,7 +159,7 @@ def test_only_the_first_measurement_is_cached(metric: str) -> None:
 
 
 def save_adapter(folder: Path, model: nn.Module, scale: float = 1.0, **options: Any) -> None:
-    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options))  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -178,7 +178,7 @@ def test_lora_norms_from_a_folder(tmp_path: Path, measure: str) -> None:
 
 
 def test_lora_norms_from_a_live_model() -> None:
-    model = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    model = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()

@@ -129,6 +129,6 @@ def _count_events(run: Path, kill_at: int | None) -> list[int]:
             happens()
 
     sys.addaudithook(look)
-    register_optimizer_step_pre_hook(lambda *_: happens())  # type: ignore[arg-type]
-    register_optimizer_step_post_hook(lambda *_: happens())  # type: ignore[arg-type]
+    register_optimizer_step_pre_hook(lambda *_: happens())
+    register_optimizer_step_post_hook(lambda *_: happens())
     return count

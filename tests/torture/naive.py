@@ -6,7 +6,7 @@ optimizer of its own, over the parameter, its fp32 master or its low-rank part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,14 +68,17 @@ class Naive:
                 slot.optimizer = slot.stepped = None
 
     def step(
-        self, losses: list[Callable[[], Tensor]], training: Collection[str], clip: tuple[str, float] | None
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        training: Collection[str],
+        clip: tuple[str, float] | None,
     ) -> None:
         """One optimizer step: the gradients of all losses, clipped, of the parameters that train."""
         self.model.zero_grad()
         for loss in losses:
             loss().backward()  # type: ignore[no-untyped-call]
-        gradients = {n: s.weight.grad for n, s in self.slots.items() if n in training}
-        gradients = {n: g for n, g in gradients.items() if g is not None}
+        held = {n: s.weight.grad for n, s in self.slots.items() if n in training}
+        gradients = {n: g for n, g in held.items() if g is not None}
         self._clip(gradients, clip)
         for name, gradient in gradients.items():
             self._update(name, self.slots[name], gradient)
@@ -122,6 +125,7 @@ class Naive:
             u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
             new = (u if left else vh.T)[:, : galore["rank"]]
             if galore["rotate_moments"] and slot.basis is not None and slot.optimizer is not None:
+                assert slot.stepped is not None
                 moments = slot.optimizer.state[slot.stepped]
                 turn = new.T @ slot.basis
                 for key, matrix in (("exp_avg", turn), ("momentum_buffer", turn), ("exp_avg_sq", turn**2), ("square_avg", turn**2)):  # fmt: skip

@@ -82,6 +82,7 @@ class Library:
         self.optimizer = OPTIMIZERS[case["optimizer"]](self.model.parameters(), weight_decay=case["decay"])
         backward = None
         if case["backward"]:
+            how: Any
             how, limit = case["clip"] or ("running", None)
             backward = StepInBackward(accumulation=case["accumulate"], max_norm=limit, clip_by=how)
         self.scheduler = LayerScheduler(
@@ -95,11 +96,11 @@ class Library:
             state=case["state"],
             projection="galore" if case["galore"] else None,
             projection_options={**case["galore"], "basis": "svd"} if case["galore"] else None,
-            step_in_backward=backward,
+            step_in_backward=backward or False,
             **case["rules"],
         )
-        kept = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.checkpoints = Checkpoints(folder, kept)  # type: ignore[arg-type]
+        kept: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.checkpoints = Checkpoints(folder, kept)
 
     def step(self, step: int) -> None:
         for batch in batches(self.case, step):

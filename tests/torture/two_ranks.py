@@ -92,7 +92,7 @@ def _fork(case: dict[str, Any], folder: Path, rank: int) -> int:
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(folder / "store"), 2),
+            store=dist.FileStore(str(folder / "store"), 2),  # type: ignore[attr-defined]
             rank=rank,
             world_size=2,
             timeout=timedelta(seconds=60),

@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     compute_loss = Trainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute_loss(self, *args, **kwargs)
+        loss: Any = compute_loss(self, *args, **kwargs)
         return loss * float("nan") if self.model.training and self.state.global_step == 4 else loss
 
     monkeypatch.setattr(Trainer, "compute_loss", poisoned)
@@ -233,7 +233,7 @@ def test_a_step_in_backward_doesn_t_take_in_a_loss_that_is_no_number(
     seen: list[tuple[torch.nn.Module, dict[str, torch.Tensor]]] = []  # at each forward of the third step
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute_loss(self, *args, **kwargs)
+        loss: Any = compute_loss(self, *args, **kwargs)
         if not self.model.training or self.state.global_step != 2:
             return loss
         seen.append((self.model, {n: p.detach().clone() for n, p in self.model.named_parameters()}))

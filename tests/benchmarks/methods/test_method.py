@@ -41,7 +41,7 @@ def test_a_sampler_of_ones_own_is_a_method() -> None:
 
 
 def test_a_baseline_of_ones_own_is_a_method() -> None:
-    @register_baseline("nothing", rate_scale=2.0)
+    @register_baseline("nothing", rate_scale=2.0)  # type: ignore[untyped-decorator]
     def nothing(model: nn.Module, config: TrainConfig) -> Prepared:
         """Change nothing."""
         return Prepared(model)

@@ -45,7 +45,10 @@ def test_what_an_operation_makes_is_alive_until_it_is_dropped() -> None:
 def test_adamw_state_is_known_from_its_first_step() -> None:
     model = nn.Linear(8, 4)
     optimizer = torch.optim.AdamW(model.parameters())
-    tensors = lambda: [v for s in optimizer.state.values() for v in s.values()]  # noqa: E731
+
+    def tensors() -> list[torch.Tensor]:
+        return [v for s in optimizer.state.values() for v in s.values()]
+
     live = LiveBytes(model).start(tensors())
     model(torch.randn(2, 8)).sum().backward()
     optimizer.step()

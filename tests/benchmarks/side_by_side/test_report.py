@@ -42,7 +42,8 @@ def folder(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> Path:
                 loss = LOSSES[entry.name][job.seed]
                 right = 0.25 if entry.name == "lora" else 0.5
                 results.add(job, made_up(job, loss, right=right + 0.01 * job.seed))
-    return results.folder
+    stored: Path = results.folder
+    return stored
 
 
 class Page(HTMLParser):

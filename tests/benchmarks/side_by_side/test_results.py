@@ -69,7 +69,7 @@ def test_another_suite_is_refused_and_more_rows_and_seeds_are_not(
         ConfigError, match="results of another suite: its steps is 60, but 7 is asked for now"
     ):
         Results(tmp_path, other).open()
-    renamed = Suite(methods=[{"name": "lisa", "options": {"period": 9}}], learning_rates=[1e-3])  # type: ignore[list-item]
+    renamed = Suite(methods=[{"name": "lisa", "options": {"period": 9}}], learning_rates=[1e-3])
     with pytest.raises(ConfigError, match="a method 'lisa' with other options"):
         Results(tmp_path, renamed).open().close()
     assert first.path.read_text() == before, "hours of runs aren't dropped for a changed option"

@@ -111,7 +111,7 @@ def test_a_benchmark_that_was_stopped_goes_on_where_it_was(
     def stop(job: Job) -> dict[str, Any]:
         if job.key == "final/lora/seed-0":
             raise KeyboardInterrupt
-        return made_up(job, 1.0)
+        return dict(made_up(job, 1.0))
 
     first = in_place(stop)
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def test_several_at_a_time(
 
     def measure(job: Job) -> dict[str, Any]:
         meeting.wait()  # two runs must be under way at once
-        return made_up(job, 1.0)
+        return dict(made_up(job, 1.0))
 
     in_place(measure)
     assert len(run_suite(suite(), tmp_path, jobs=2).lines()) == 8

@@ -100,7 +100,7 @@ def test_a_baseline_that_is_no_row() -> None:
 
 
 def test_rates_of_a_method() -> None:
-    suite = Suite(methods=["lisa", "lora", {"name": "own", "method": "lora", "learning_rates": [1.0]}])  # type: ignore[list-item]
+    suite = Suite(methods=["lisa", "lora", {"name": "own", "method": "lora", "learning_rates": [1.0]}])
     lisa, lora, own = suite.entries
     assert suite.rates(lisa) == [1e-4, 3e-4, 1e-3]
     assert suite.rates(lora) == pytest.approx([5e-4, 1.5e-3, 5e-3])
@@ -117,7 +117,7 @@ def test_a_method_of_ones_own_is_compared_with_the_first_where_full_is_not_there
 def test_options_of_a_row_win_over_those_of_the_suite_and_of_the_method() -> None:
     suite = Suite(
         options={"period": 7, "state": "offload"},
-        methods=[{"name": "a", "method": "lisa-published", "options": {"period": 9}}],  # type: ignore[list-item]
+        methods=[{"name": "a", "method": "lisa-published", "options": {"period": 9}}],
     )
     config = suite.config(suite.final_jobs(suite.entries[0], 0.5)[0])
     assert (config.period, config.state, config.learning_rate, config.seed) == (9, "keep", 0.5, 0)
@@ -126,7 +126,7 @@ def test_options_of_a_row_win_over_those_of_the_suite_and_of_the_method() -> Non
 def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
     def of(**keys: Any) -> str:
         suite = Suite(**{"methods": ["lisa"], **keys})
-        return fingerprint(suite, suite.entries[0])
+        return str(fingerprint(suite, suite.entries[0]))
 
     assert of() == of(seeds=[0, 1, 2, 3]) == of(baseline="lisa") == of(methods=["lisa", "lora"])
     assert of() == of(learning_rates=[1.0]) == of(search_extensions=0), "each run says its own rate"

@@ -25,7 +25,10 @@ def run(
     suite: Suite, row: int = 0, seed: int = 0, stage: Stage = "final", rate: float = 1e-2
 ) -> dict[str, Any]:
     steps = suite.steps if stage == "final" else suite.search_steps
-    return run_job(suite, Job(suite.entries[row].name, stage, seed, rate, steps), lambda step: None)
+    result: dict[str, Any] = run_job(
+        suite, Job(suite.entries[row].name, stage, seed, rate, steps), lambda step: None
+    )
+    return result
 
 
 @pytest.mark.parametrize("name", default_methods())
