@@ -18,6 +18,7 @@ from layersample.planning.planner import plan
         ("llama-2-70b", "lisa-70b", 134.0),
         ("llama-2-7b", "lisa-8gb", 6.3),
         ("llama-2-7b", "lisa-12gb", 7.4),
+        ("llama-2-70b", "lisa-48gb", 45.5),
     ],
 )
 def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
