@@ -37,10 +37,11 @@ from .registry import register as register
 from .registry import register_projection as register_projection
 from .registry import register_sampler as register_sampler
 from .sampling.draws import Draw as Draw
+from .sampling.observed import ObservedSampler as ObservedSampler
 from .sampling.sampler import LayerSampler as LayerSampler
-from .sampling.sampler import LayerStatistics as LayerStatistics
 from .sampling.sampler import Measurement as Measurement
 from .sampling.sampler import SamplingContext as SamplingContext
+from .sampling.statistics import LayerStatistics as LayerStatistics
 from .sampling.weighted import Cost as Cost
 from .sampling.weighted import MeasuredSampler as MeasuredSampler
 from .sampling.weighted import WeightedSampler as WeightedSampler

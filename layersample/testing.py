@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -20,7 +21,8 @@ from torch.optim import Optimizer
 from layersample.layers.find import find_layers
 from layersample.projection.projection import Projection, ProjectionContext, Side
 from layersample.registry import describe, describe_options
-from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, check_collects
+from layersample.sampling.statistics import GradientStatistics, LayerStatistics, LossStatistics
 from layersample.scheduling.scheduler import LayerScheduler
 
 
@@ -60,21 +62,53 @@ class SamplerContract:
         sampler.measure(Measurement(model, find_layers(model), self._names, 2, self._names, self.batches))
         return sampler
 
-    def draw(self, sampler: LayerSampler, *, rounds: int | None = None, seed: int = 0) -> list[list[int]]:
-        """The layers of each period from 0 on, as a scheduler would ask for them."""
-        return [
-            sorted(sampler.sample(self.context(round=i, seed=seed))) for i in range(rounds or self.rounds)
-        ]
+    def draw(
+        self, sampler: LayerSampler, *, rounds: int | None = None, seed: int = 0, start: int = 0
+    ) -> list[list[int]]:
+        """The layers of each period, as a scheduler would ask for them and tell of them.
 
-    def context(self, *, round: int = 0, seed: int = 0, num_active: int = 2) -> SamplingContext:
-        """A context of :attr:`num_layers` layers."""
+        Args:
+            sampler: The sampler.
+            rounds: Number of the period to end before.
+            seed: Seed of the draws.
+            start: Number of the first period.
+        """
+        drawn = []
+        for round in range(start, rounds or self.rounds):
+            context = self.context(round=round, seed=seed)
+            drawn.append(sorted(sampler.sample(context)))
+            told = self.context(round=round, seed=seed, active=tuple(drawn[-1]))
+            sampler.observe(told.statistics, told)
+        return drawn
+
+    def context(
+        self, *, round: int = 0, seed: int = 0, num_active: int = 2, active: tuple[int, ...] = ()
+    ) -> SamplingContext:
+        """A context of :attr:`num_layers` layers, with statistics that depend on the period alone."""
         return SamplingContext(
             layers=self._names,
             num_active=num_active,
             round=round,
             step=round * 5,
             seed=seed,
-            statistics=LayerStatistics((round,) * self.num_layers, (None,) * self.num_layers),
+            statistics=self.statistics(round),
+            active=active,
+        )
+
+    def statistics(self, round: int) -> LayerStatistics:
+        """What training tells in a period: gradients that grow with depth and shrink with time, and a falling loss.
+
+        A layer has no gradient in the first period, as where all of them were no numbers.
+        """
+        norms = tuple((1 + index) / (1 + 0.1 * round) for index in range(self.num_layers))
+        known = (None, *norms[1:]) if round == 0 else norms
+        loss = 4 / (1 + 0.1 * round)
+        return LayerStatistics(
+            (round,) * self.num_layers,
+            (round - 1 if round else None,) * self.num_layers,
+            round,
+            GradientStatistics(known, known, (100,) * self.num_layers),
+            LossStatistics(5, loss, 0.95 * loss, 0.95 * loss),
         )
 
     def test_draws_distinct_layers_that_exist(self) -> None:
@@ -112,8 +146,25 @@ class SamplerContract:
         interrupted = self.measured()
         self.draw(interrupted, rounds=4)
         new.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
-        rest = [sorted(new.sample(self.context(round=i))) for i in range(4, 10)]
-        assert rest == whole[4:]
+        assert self.draw(new, rounds=10, start=4) == whole[4:]
+        assert json.dumps(new.state_dict()) == json.dumps(old.state_dict())
+
+    def test_asks_for_what_it_looks_at(self) -> None:
+        """What it doesn't say in ``collects`` isn't there; what it says exists."""
+        sampler = self.measured()
+        assert check_collects(sampler) == sampler.collects
+        for round in range(3):
+            told = self.context(round=round, active=(0, 1))
+            statistics = replace(
+                told.statistics,
+                gradients=told.statistics.gradients if "gradients" in sampler.collects else None,
+                losses=told.statistics.losses if "loss" in sampler.collects else None,
+            )
+            context = replace(told, statistics=statistics, active=())
+            chosen = tuple(sorted(sampler.sample(context)))
+            sampler.observe(statistics, replace(context, active=chosen))
+            if sampler.watches_steps:
+                assert isinstance(sampler.wants_new_period(statistics, replace(context, active=chosen)), bool)
 
     def test_reaches_every_layer(self) -> None:
         """In the long run no layer is left out."""
@@ -138,9 +189,10 @@ class SamplerContract:
             assert all(map(torch.equal, weights, model.parameters())), "measuring moved the weights"
             for _ in range(4):
                 for batch in self.batches():
-                    model(**batch).loss.backward()
+                    loss = model(**batch).loss
+                    loss.backward()
                     optimizer.step()
-                    scheduler.step()
+                    scheduler.step(loss=loss)
                     optimizer.zero_grad()
 
     def test_inclusion_probabilities_fit_the_draws(self) -> None:
@@ -154,6 +206,8 @@ class SamplerContract:
             assert len(inclusion) == self.num_layers
             assert all(-1e-9 <= value <= 1 + 1e-9 for value in inclusion)
             chosen = set(sampler.sample(context))
+            told = self.context(round=round, active=tuple(sorted(chosen)))
+            sampler.observe(told.statistics, told)
             assert all(inclusion[i] > 0 for i in chosen)
             if sampler.fixed_size:
                 assert abs(sum(inclusion) - len(chosen)) < 1e-6

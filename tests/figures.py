@@ -85,7 +85,7 @@ def drawn(name: str) -> dict[str, Any]:
     layers = tuple(f"layer {i}" for i in range(30))
     for period in range(12):
         context = SamplingContext(
-            layers, 2, round=period, statistics=history.statistics, allow_empty=True, costs=None
+            layers, 2, round=period, statistics=history.statistics(period), allow_empty=True, costs=None
         )
         active = draw(sampler, context)
         chances = sampler.inclusion_probabilities(context)

@@ -190,6 +190,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             self._end(check=True)
         if self.scheduler is None or logs is None or "loss" not in logs:
             return
+        self.scheduler.tell_loss(float(logs["loss"]))  # a mean since the last line, on all ranks the same
         active = {
             "sampling_round": self.scheduler.round,
             "active_layers": " ".join(map(str, self.scheduler.active)),

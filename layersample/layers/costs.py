@@ -63,6 +63,12 @@ def layer_costs(model: nn.Module, units: Units) -> LayerCosts:
     )
 
 
+def count_elements(model: nn.Module, units: Units) -> tuple[int, ...]:
+    """Elements of each sampled layer's parameters; of shards those of the whole."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return tuple(sum(sizes[name] for name in unit.parameters) for unit in units.sampled)
+
+
 def _outputs(parameter: torch.Tensor) -> int:
     """Bytes that a matrix puts out for a token; experts of one tensor count as one."""
     return parameter.shape[-2] * parameter.element_size() if parameter.dim() > 1 else 0

@@ -1,8 +1,10 @@
-"""What ranks say to each other, which is one thing: that they train the same layers."""
+"""What ranks say to each other: that they train the same layers, and their losses."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +63,20 @@ def check_agreement(
         f"seed, period and options, call step() equally often on each, and give samplers that measure the "
         f"same batches on every rank."
     )
+
+
+def mean_over_ranks(value: float, *, device: torch.device | str = "cpu") -> float:
+    """The mean of a number over all ranks; the number itself in a single process.
+
+    Args:
+        value: This rank's number.
+        device: Where the ranks' gradients are.
+    """
+    if not is_distributed():
+        return value
+    # Added up in the same order on every rank, which an all-reduce doesn't promise.
+    told = _gather(struct.pack("<d", value), device, None)
+    return math.fsum(struct.unpack("<d", part)[0] for part in told) / len(told)
 
 
 def _gather(message: bytes, device: torch.device | str, group: dist.ProcessGroup | None) -> list[bytes]:

@@ -79,6 +79,21 @@ class Engine:
         """
         return True
 
+    def check_gradient_norms(self) -> None:
+        """Whether the norm of a layer's gradient can be known.
+
+        Raises:
+            ConfigError: If ranks hold parts of it that can't be told apart.
+        """
+
+    def sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of whole gradients, from those of this rank's parts.
+
+        Args:
+            squares: Shape ``(num_layers,)``.
+        """
+        return squares  # whole, and averaged over ranks where there are several
+
     def close(self) -> None:
         """Called when sampling has ended, and all parameters have their ``requires_grad`` back."""
         if self._handle is not None:

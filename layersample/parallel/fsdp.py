@@ -71,6 +71,12 @@ class FSDPEngine(ShardedEngine):
             assert isinstance(root, FSDPModule)
             root._get_fsdp_state()._lazy_init()
 
+    def sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
+        """Add up what the ranks hold; the last dimension of the mesh is that of the shards, also under HSDP."""
+        total = squares.to(self.device, copy=True)
+        dist.all_reduce(total, group=self._mesh.get_group(self._mesh.ndim - 1))
+        return total
+
     @property
     def groups(self) -> list[dist.ProcessGroup | None]:
         """The groups of each dimension of the mesh: two where shards are replicated (HSDP)."""
@@ -111,6 +117,17 @@ class FSDP1Engine(ShardedEngine):
 
     def prepare(self) -> None:
         """Nothing to do."""
+
+    def check_gradient_norms(self) -> None:
+        """A rank doesn't know how large the parts are that others hold.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "A sampler that learns from gradients needs FSDP2 (torch.distributed.fsdp.fully_shard, fsdp_version: 2 "
+            "for accelerate), but the model is inside of FullyShardedDataParallel."
+        )
 
     @property
     def groups(self) -> list[dist.ProcessGroup | None]:

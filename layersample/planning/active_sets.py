@@ -16,7 +16,8 @@ from layersample.layers.rules import arrange
 from layersample.planning.fake_models import fake_model
 from layersample.planning.model_kinds import ModelKind, refuses_chunks
 from layersample.registry import create_sampler
-from layersample.sampling.sampler import LayerSampler, LayerStatistics, SamplingContext, draw
+from layersample.sampling.sampler import LayerSampler, SamplingContext, draw
+from layersample.sampling.statistics import LayerStatistics
 
 _DRAWS = 101
 _UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."

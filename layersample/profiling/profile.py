@@ -21,7 +21,8 @@ from layersample.layers.unchanged import unchanged
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
 from layersample.registry import create_sampler
 from layersample.sampling.calibration import Batches
-from layersample.sampling.sampler import LayerSampler, LayerStatistics, Measurement, SamplingContext
+from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext
+from layersample.sampling.statistics import LayerStatistics
 from layersample.sampling.weighted import MeasuredSampler, WeightedSampler
 from layersample.unwrapping import unwrap
 

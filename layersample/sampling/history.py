@@ -1,11 +1,11 @@
-"""Which layers have trained, how often, and how long ago."""
+"""Which layers have trained, how often, how long ago, and what their gradients and the loss were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from layersample.sampling.sampler import LayerStatistics
+from layersample.sampling.statistics import GRADIENTS, LOSS, GradientRecord, LayerStatistics, LossRecord
 
 
 class LayerHistory:
@@ -13,9 +13,21 @@ class LayerHistory:
 
     Args:
         num_layers: Number of layers that are sampled.
+        collects: What is collected beside: ``"gradients"``, ``"loss"``.
+        names: Names of the layers, for gradients.
+        sizes: Elements of each, for gradients.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        collects: Collection[str] = (),
+        names: Sequence[str] = (),
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self.gradients = GradientRecord(names, sizes) if GRADIENTS in collects else None
+        self.losses = LossRecord() if LOSS in collects else None
         self._visits = [0] * num_layers
         self._last_active: list[int | None] = [None] * num_layers
         self.changed = set(range(num_layers))
@@ -28,10 +40,21 @@ class LayerHistory:
             self._last_active[index] = period
             self.changed.add(index)
 
-    @property
-    def statistics(self) -> LayerStatistics:
-        """What a sampler may know of it."""
-        return LayerStatistics(tuple(self._visits), tuple(self._last_active))
+    def statistics(self, period: int) -> LayerStatistics:
+        """What a sampler may know of it in a period."""
+        return LayerStatistics(
+            tuple(self._visits),
+            tuple(self._last_active),
+            period,
+            None if self.gradients is None else self.gradients.statistics,
+            None if self.losses is None else self.losses.statistics,
+        )
+
+    def end_period(self) -> None:
+        """Begin the sums of gradients and losses anew."""
+        for record in (self.gradients, self.losses):
+            if record is not None:
+                record.end_period()
 
     def coverage(self, active: Iterable[int]) -> float:
         """Share of the layers that have trained, those that train now included."""
@@ -50,9 +73,16 @@ class LayerHistory:
             "visits": list(self._visits),
             "last_active": list(self._last_active),
             "changed": sorted(self.changed),
+            "gradients": None if self.gradients is None else self.gradients.state_dict(),
+            "losses": None if self.losses is None else self.losses.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
         self._visits, self._last_active = list(state["visits"]), list(state["last_active"])
         self.changed = set(state["changed"])
+        # Not there in states of earlier versions, and of samplers that collect nothing.
+        if self.gradients is not None and state.get("gradients"):
+            self.gradients.load_state_dict(state["gradients"])
+        if self.losses is not None and state.get("losses"):
+            self.losses.load_state_dict(state["losses"])

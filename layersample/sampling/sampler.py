@@ -14,24 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, unknown
 from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
 from layersample.sampling.faults import SamplerError
 from layersample.sampling.pace import PROGRESS, Say, pace, paced
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What is known of each layer from the run so far.
-
-    Args:
-        visits: Number of earlier periods in which each layer trained, one number a layer.
-        last_active: The last period in which each layer trained; ``None`` where it hasn't yet.
-    """
-
-    visits: tuple[int, ...]
-    last_active: tuple[int | None, ...]
+from layersample.sampling.statistics import COLLECTABLE, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -47,6 +35,7 @@ class SamplingContext:
         statistics: What is known of each layer from the run so far; by default that none has trained.
         allow_empty: Whether a period without any layer still trains something (embeddings, head, norm).
         costs: What it costs to train each layer; ``None`` where there is no model to count it on.
+        active: Where a sampler observes: indices of the layers that train in this period; else empty.
     """
 
     layers: tuple[str, ...]
@@ -57,9 +46,11 @@ class SamplingContext:
     statistics: LayerStatistics = None  # type: ignore[assignment]  # filled in below: its length is the layers'
     allow_empty: bool = False
     costs: LayerCosts | None = None
+    active: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        statistics = self.statistics or LayerStatistics((0,) * self.num_layers, (None,) * self.num_layers)
+        none, never = (0,) * self.num_layers, (None,) * self.num_layers
+        statistics = self.statistics or LayerStatistics(none, never, self.round)
         object.__setattr__(self, "statistics", statistics)
         for what, values in (("visits", statistics.visits), ("last_active", statistics.last_active)):
             if len(values) != self.num_layers:
@@ -154,12 +145,38 @@ class LayerSampler(ABC):
     measure_every: int | None = None
     """Periods between two calls of :meth:`measure`; ``None`` measures once."""
 
+    collects: frozenset[str] = frozenset()
+    """What must be collected for it while layers train: ``"gradients"`` (norms), ``"loss"``."""
+
+    watches_steps: bool = False
+    """Whether :meth:`wants_new_period` is asked after each step. Norms then come off the device at each step."""
+
     @abstractmethod
     def sample(self, context: SamplingContext) -> Iterable[int]:
         """Return the indices into ``context.layers`` that train in period ``context.round``."""
 
     def measure(self, measurement: Measurement) -> None:  # noqa: B027
         """Look at the model: before the first draw, and again every :attr:`measure_every` periods."""
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:  # noqa: B027
+        """Learn from a period that has ended, before the next draw.
+
+        Whatever it keeps must be in :meth:`state_dict`. Statistics are the same on every rank, so what follows from
+        them is too.
+
+        Args:
+            statistics: What is known of each layer. With ``collects``, gradients and the loss of this period.
+            context: That of the draw, with the layers that trained in ``context.active``.
+        """
+
+    def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
+        """Whether the period must end now, ahead of time; asked after each step if :attr:`watches_steps`.
+
+        Args:
+            statistics: What is known of each layer so far.
+            context: That of the draw, with the layers that train in ``context.active`` and the steps done.
+        """
+        return False
 
     def inclusion_probabilities(self, context: SamplingContext) -> Sequence[float] | None:
         """The chance of each layer to be in this period's set, over all seeds; ``None`` if it isn't known."""
@@ -218,3 +235,15 @@ def find_inclusion(sampler: LayerSampler, context: SamplingContext) -> Sequence[
             f"layer, or None, but returned {values} in period {context.round}."
         )
     return values
+
+
+def check_collects(sampler: LayerSampler) -> frozenset[str]:
+    """What a sampler wants collected.
+
+    Raises:
+        ConfigError: If there is no such statistic.
+    """
+    collects = frozenset(sampler.collects)
+    for name in sorted(collects - COLLECTABLE):
+        raise ConfigError(unknown("statistic", name, sorted(COLLECTABLE)))
+    return collects

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.choices import Rule, StatePolicyName
 from layersample.errors import ConfigError
 from layersample.frozen.formats import FrozenFormat
-from layersample.layers.costs import layer_costs
+from layersample.layers.costs import count_elements, layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
 from layersample.layers.rules import arrange, warn_of_towers
@@ -21,22 +21,31 @@ from layersample.layers.unchanged import unchanged
 from layersample.optim.stand_ins import check_unviewed
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
+from layersample.parallel.agreement import mean_over_ranks
 from layersample.parallel.find import find_engine
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampling.calibration import Batches, reader_of
 from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
-from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, draw, find_inclusion
+from layersample.sampling.sampler import (
+    LayerSampler,
+    Measurement,
+    SamplingContext,
+    check_collects,
+    draw,
+    find_inclusion,
+)
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
+from layersample.scheduling.reports import Reports
 from layersample.scheduling.switch import Switch
 
 logger = logging.getLogger(__name__)
 
 
-class LayerScheduler(SeesExactWeights):
+class LayerScheduler(SeesExactWeights, Reports):
     """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
 
     The first set of layers is active once the scheduler is made; :meth:`step`, called after each
@@ -146,12 +155,20 @@ class LayerScheduler(SeesExactWeights):
                 f"but got num_active={num_active}."
             )
         self._costs = layer_costs(self._model, self._units)
-        self._switch = Switch(engine, optimizer, self.model_layers, self._units, options, self.projection)
+        collects = check_collects(self.sampler)
+        self._switch = Switch(
+            engine, optimizer, self.model_layers, self._units, options, self.projection, collects=collects
+        )
         warn_of_towers(self._model, self.model_layers, self._units)
-        self._state_is_placed, self._round, self._steps = False, 0, 0
+        self._state_is_placed, self._round, self._steps, self._began = False, 0, 0, 0
         self._active: tuple[int, ...] = ()
         self._inclusion: Sequence[float] | None = None
-        self._history = LayerHistory(len(self._units.sampled))
+        self._history = LayerHistory(
+            len(self.layers),
+            collects=collects,
+            names=self.layers,
+            sizes=count_elements(self._model, self._units),
+        )
         self._batches = give_batches
         self._identity = RunIdentity(
             options,
@@ -170,67 +187,6 @@ class LayerScheduler(SeesExactWeights):
             self._switch.close()  # no one else could, and another try must find the optimizer as this one did
             raise
 
-    # What is active
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of all that is sampled, from the input to the output.
-
-        These are the model's layers, and the groups whose rule is ``"sample"``. Where the layers are, which the
-        argument ``layers`` says, is in :attr:`model_layers`.
-        """
-        return tuple(unit.name for unit in self._units.sampled)
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Indices into :attr:`layers` of those that train now, ascending."""
-        return self._active
-
-    @property
-    def active_layers(self) -> tuple[str, ...]:
-        """Names of the sampled layers that train now."""
-        return tuple(self._units.sampled[i].name for i in self._active)
-
-    @property
-    def projected(self) -> frozenset[str]:
-        """Names of the weights whose gradients are projected when they train."""
-        return self._switch.projected
-
-    @property
-    def gradient_norm(self) -> float | None:
-        """With ``step_in_backward``: norm of all gradients of the last step, before clipping."""
-        return None if self._switch.stepper is None else self._switch.stepper.norm
-
-    @property
-    def largest_gradient(self) -> int:
-        """With ``step_in_backward``: most bytes of gradients that stood side by side."""
-        return 0 if self._switch.stepper is None else self._switch.stepper.largest_gradient
-
-    @property
-    def round(self) -> int:
-        """Number of the current period, from 0."""
-        return self._round
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done."""
-        return self._steps
-
-    @property
-    def inclusion_probabilities(self) -> list[float] | None:
-        """The chance that each of :attr:`layers` had to be active now, computed; ``None`` if not known."""
-        return None if self._inclusion is None else list(self._inclusion)
-
-    @property
-    def coverage(self) -> float:
-        """Share of :attr:`layers` that have trained so far, those that train now included."""
-        return self._history.coverage(self._active)
-
-    @property
-    def staleness(self) -> list[int]:
-        """Periods since each of :attr:`layers` last trained: 0 for those that train now."""
-        return self._history.staleness(self._round, self._active)
-
     def reach(self, steps: int) -> str:
         """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
 
@@ -239,16 +195,32 @@ class LayerScheduler(SeesExactWeights):
         """
         return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))
 
-    def step(self) -> None:
+    def step(self, *, loss: float | Tensor | None = None) -> None:
         """Count one optimizer step; at the end of a period, switch to the next set of layers.
 
         Call it after ``optimizer.step()``. Under accelerate's gradient accumulation a call in between two
         optimizer steps doesn't count.
+
+        Args:
+            loss: The step's training loss, for samplers that learn from it; on every rank, or on none.
         """
         gradient_state = getattr(self._optimizer, "gradient_state", None)
         if gradient_state is not None and not gradient_state.sync_gradients:
             return
+        if loss is not None:
+            self.tell_loss(loss)
         self.advance_to(self._steps + 1)
+
+    def tell_loss(self, loss: float | Tensor) -> None:
+        """Tell the training loss of the step that is counted next; where the sampler doesn't ask, nothing happens.
+
+        Args:
+            loss: The loss, on every rank; their mean counts.
+        """
+        if self._history.losses is not None:
+            own = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            mean = mean_over_ranks(own, device=self._engine.device)
+            self._history.losses.add(self._steps - self._began, mean)
 
     def advance_to(self, steps: int) -> None:
         """Count optimizer steps up to a number, for a loop that keeps count itself.
@@ -256,6 +228,9 @@ class LayerScheduler(SeesExactWeights):
         Args:
             steps: Optimizer steps done since training began; nothing happens if they are counted already.
         """
+        trained = (
+            steps == self._steps + 1
+        )  # or steps of before sampling are caught up with, of which nothing is known
         while self._steps < steps:
             if not self._state_is_placed:
                 # Not in the constructor: which layers a checkpoint's state belongs to shows in load_state_dict.
@@ -263,12 +238,23 @@ class LayerScheduler(SeesExactWeights):
                 self._state_is_placed = True
             self._steps += 1
             self._switch.count_step()
-            if self._steps % self.period == 0:
-                self._history.record(self._round, self._active)
-                self._switch.check(self._active)
-                self._round += 1
-                self._start_round()
-                self._switch.place_state()
+            due = self._steps - self._began >= self.period
+            if trained and not due and self.sampler.watches_steps:
+                with naming(self.sampler, self._sampler_name, self._round):
+                    due = self.sampler.wants_new_period(self.statistics, self._context(self._active))
+            if due:
+                self._end_round(observed=trained)
+
+    def _end_round(self, *, observed: bool) -> None:
+        self._history.record(self._round, self._active)
+        self._switch.check(self._active)
+        if observed:
+            with naming(self.sampler, self._sampler_name, self._round):
+                self.sampler.observe(self.statistics, self._context(self._active))
+        self._history.end_period()
+        self._round, self._began = self._round + 1, self._steps
+        self._start_round()
+        self._switch.place_state()
 
     def close(self, *, check: bool = True) -> None:
         """End sampling: every parameter requires a gradient again as it did before. Safe to call twice.
@@ -293,10 +279,12 @@ class LayerScheduler(SeesExactWeights):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
+        _ = self.statistics  # what is still on the device becomes part of the history
         return {
             **self._identity.state_dict(),
             "round": self._round,
             "steps": self._steps,
+            "began": self._began,
             "active": list(self._active),
             **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
@@ -326,6 +314,7 @@ class LayerScheduler(SeesExactWeights):
         if changed & {"projection", "projection_options"}:
             self._switch.view.forget()
         self._round, self._steps = state["round"], state["steps"]
+        self._began = state.get("began", self._steps - self._steps % self.period)
         self._history.load_state_dict(state)
         if changed & {"sampler", "sampler_options"}:
             # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
@@ -342,17 +331,21 @@ class LayerScheduler(SeesExactWeights):
         self._switch.place_state()
         self._state_is_placed = True
 
-    def _start_round(self) -> None:
-        context = SamplingContext(
+    def _context(self, active: tuple[int, ...] = ()) -> SamplingContext:
+        return SamplingContext(
             layers=self.layers,
             num_active=self.num_active,
             round=self._round,
             step=self._steps,
             seed=self.seed,
-            statistics=self._history.statistics,
+            statistics=self.statistics,
             allow_empty=self._units.always_trains_something,
             costs=self._costs,
+            active=active,
         )
+
+    def _start_round(self) -> None:
+        context = self._context()
         with naming(self.sampler, self._sampler_name, self._round):
             every = self.sampler.measure_every
             if self._round == 0 or (every is not None and self._round % every == 0):

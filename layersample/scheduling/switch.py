@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -22,6 +22,8 @@ from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
+from layersample.sampling.statistics import GRADIENTS
+from layersample.scheduling.gradient_norms import GradientNorms
 from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
@@ -38,6 +40,7 @@ class Switch:
         units: What is sampled of them, and what always trains.
         options: The scheduler's options.
         projection: The low-rank projection that they name, if any.
+        collects: Statistics that the sampler asks for.
 
     Raises:
         ConfigError: If the optimizer can't train the model this way.
@@ -51,6 +54,8 @@ class Switch:
         units: Units,
         options: SchedulerOptions,
         projection: Projection | None,
+        *,
+        collects: Collection[str] = (),
     ) -> None:
         self._engine, self._model, self._optimizer = engine, engine.model, optimizer
         self._layers, self._units = model_layers, units
@@ -88,6 +93,10 @@ class Switch:
             towers = sum(any(is_inside(name, tower) for name in always) for tower in model_layers.towers)
             self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks + towers)
             made.callback(self._checkpointing.close)
+            self.norms: GradientNorms | None = None
+            if GRADIENTS in collects:
+                self.norms = GradientNorms(optimizer, engine, in_backward=stepping is not None)
+                made.callback(self.norms.close)
             self._watch = GradientWatch(optimizer)
             made.callback(self._watch.close)
             engine.prepare()
@@ -115,12 +124,14 @@ class Switch:
             self.view.put_masters_away(p for p in self._model.parameters() if not p.requires_grad)
             self.frozen.freeze(names)
         self.view.project({name: p for name, p in training.items() if name in self.projected})
+        units = [self._units.sampled[i] for i in active]
+        own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
+        if self.norms is not None:  # in front of what steps in backward, and frees gradients
+            self.norms.begin(dict(zip(active, own.values(), strict=True)))
         if self.stepper is not None:
             self.stepper.watch(training.values())
-        units = [self._units.sampled[i] for i in active]
         in_stack = [unit for unit in units if unit in self._layers.layers]
         self._checkpointing.switch({unit.name: self._model.get_submodule(unit.name) for unit in in_stack})
-        own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._engine.switched([unit.name for unit in units], round)
@@ -130,6 +141,8 @@ class Switch:
     def count_step(self) -> None:
         """One more optimizer step is done."""
         self._watch.count_step()
+        if self.norms is not None:
+            self.norms.end_step()
 
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
@@ -184,6 +197,8 @@ class Switch:
             self._self_check.close()
             self._self_check = None
         self._watch.close()
+        if self.norms is not None:
+            self.norms.close()
         if self.stepper is not None:
             self.stepper.close()
         self._checkpointing.close()

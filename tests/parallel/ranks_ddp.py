@@ -19,6 +19,7 @@ from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
 from layersample.parallel.ddp import DDPEngine
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
+from tests.parallel.ranks_statistics import compare_statistics
 
 
 def wrapped(model: nn.Module | None = None, **options: Any) -> DistributedDataParallel:
@@ -56,6 +57,10 @@ def check_exact_with_accumulation_and_checkpointing(folder: Path) -> None:
             ddp = wrapped(model)
             train_ddp(ddp, accumulate, **rules)
             assert_close(ddp, reference)
+
+
+def check_statistics_are_those_of_one_process(folder: Path) -> None:
+    compare_statistics(wrapped())
 
 
 def check_buckets_hold_active_parameters_only(folder: Path) -> None:

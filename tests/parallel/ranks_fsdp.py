@@ -38,6 +38,7 @@ from layersample.unwrapping import local_part
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 from tests.parallel.ranks_ddp import trainer
+from tests.parallel.ranks_statistics import Keeps, compare_statistics
 
 
 def sharded(model: LlamaForCausalLM | None = None, **options: Any) -> LlamaForCausalLM:
@@ -89,6 +90,15 @@ def run(
 
     train(model, optimizer, scheduler, steps, accumulate=accumulate, part=own_rows(), unsynced=Unsynced)
     return scheduler
+
+
+def check_statistics_are_those_of_one_process(folder: Path) -> None:
+    compare_statistics(sharded())
+    wrapped = FullyShardedDataParallel(
+        make_llama(NUM_LAYERS), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ConfigError, match="learns from gradients needs FSDP2"):
+        LayerScheduler(wrapped, adamw(wrapped), Keeps())
 
 
 def check_exact(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from layersample import LayerSampler, SamplingContext, WeightedSampler
 from layersample.sampling.draws import Draw
-from layersample.sampling.sampler import LayerStatistics
+from layersample.sampling.statistics import LayerStatistics
 from layersample.testing import SamplerContract
 
 LAYERS = tuple(f"layers.{i}" for i in range(5))

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import nn
 
 from layersample import LayerSampler, SamplingContext, create_sampler, list_samplers
-from layersample.sampling.sampler import LayerStatistics
+from layersample.sampling.statistics import LayerStatistics
 from layersample.testing import SamplerContract
 from tests.helpers import make_batch, make_llama
 
@@ -25,6 +25,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("owlore", {"metric": "alpha"}),
     ("owlore", {"metric": "hill", "baseline": "random"}),
     ("owlore", {"metric": "outlier", "threshold": 3.0}),
+    ("grass", {}),
+    ("bandit", {}),
     *(("cyclic", {"order": order}) for order in ("ascending", "descending", "mirror", "reshuffled")),
 ]
 

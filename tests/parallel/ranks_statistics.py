@@ -1,0 +1,59 @@
+"""A sampler that keeps what it is told, for the checks of two ranks against one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from layersample import LayerSampler, LayerScheduler, LayerStatistics, SamplingContext
+from tests.helpers import make_batch, make_llama
+from tests.parallel.ranks import NUM_LAYERS
+
+
+class Keeps(LayerSampler):
+    """Neighbouring layers in turn."""
+
+    collects = frozenset({"gradients", "loss"})
+
+    def __init__(self) -> None:
+        self.norms: list[tuple[float | None, ...]] = []
+        self.losses: list[float | None] = []
+
+    def sample(self, context: SamplingContext) -> list[int]:
+        first = 2 * context.round % context.num_layers
+        return [first, first + 1]
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
+        self.norms.append(statistics.gradient_norm)
+        self.losses.append(statistics.loss.last)
+
+
+def train_watched(model: nn.Module, *, part: slice = slice(None)) -> Keeps:
+    """Four steps in two periods on this rank's part of each batch."""
+    sampler, optimizer = Keeps(), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with LayerScheduler(model, optimizer, sampler, num_active=2, period=2) as scheduler:
+        for step in range(4):
+            batch = {key: value[part] for key, value in make_batch(step, size=4).items()}
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss=loss)
+            optimizer.zero_grad()
+    return sampler
+
+
+def compare_statistics(model: nn.Module) -> None:
+    """What each rank is told is what one process is told of the whole batches, and the same to the bit on all."""
+    rank = dist.get_rank()
+    own = train_watched(model, part=slice(2 * rank, 2 * rank + 2))
+    one = train_watched(make_llama(NUM_LAYERS, dtype=torch.float64))
+    assert len(own.norms) == len(own.losses) == 2
+    for told, expected in zip(own.norms, one.norms, strict=True):
+        assert [norm or 0.0 for norm in told] == pytest.approx([norm or 0.0 for norm in expected], rel=1e-9)
+        assert sum(norm is not None for norm in told) in (2, 4)
+    assert own.losses == pytest.approx(one.losses, rel=1e-6)  # in fp32
+    told_everywhere: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(told_everywhere, (own.norms, own.losses))
+    assert told_everywhere[0] == told_everywhere[1]

@@ -1,0 +1,255 @@
+"""What is collected for samplers while layers train, against norms taken by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layersample import (
+    ConfigError,
+    LayerSampler,
+    LayerScheduler,
+    LayerStatistics,
+    SamplingContext,
+    StepInBackward,
+)
+from tests.helpers import make_batch, make_llama
+
+LAYERS = 3
+
+
+class Watching(LayerSampler):
+    """One layer after another; keeps what it is told."""
+
+    collects = frozenset({"gradients", "loss"})
+
+    def __init__(self, *, every_step: bool = False, ends_at: float = -1.0) -> None:
+        self.watches_steps, self.ends_at = every_step, ends_at
+        self.told: list[tuple[LayerStatistics, SamplingContext]] = []
+        self.asked: list[int] = []
+
+    def sample(self, context: SamplingContext) -> list[int]:
+        return [context.round % context.num_layers]
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
+        self.told.append((statistics, context))
+
+    def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
+        self.asked.append(context.step)
+        last = statistics.loss.last
+        return last is not None and last < self.ends_at
+
+
+def norm_of(model: nn.Module, index: int) -> float:
+    layer = model.get_submodule(f"model.layers.{index}")
+    squares = [float(p.grad.double().square().sum()) for p in layer.parameters() if p.grad is not None]
+    return sum(squares) ** 0.5
+
+
+def run(
+    sampler: Watching, steps: int = 6, *, batches: int = 1, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[LayerScheduler, list[float], list[float]]:
+    """Train; return the scheduler, and norms and losses of each step taken by hand."""
+    model = make_llama(LAYERS, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = LayerScheduler(model, optimizer, sampler, num_active=1, period=3, **options)
+    norms: list[float] = []
+    losses: list[float] = []
+    for step in range(steps):
+        (active,) = scheduler.active
+        loss = torch.zeros(())
+        for part in range(batches):
+            if part == batches - 1 and "step_in_backward" in options:
+                norms.append(0.0)  # nothing is left to look at
+            loss = model(**make_batch(step * batches + part)).loss
+            loss.backward()
+        if "step_in_backward" not in options:
+            norms.append(norm_of(model, active))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        scheduler.step(loss=loss)
+        optimizer.zero_grad()
+    scheduler.close()
+    return scheduler, norms, losses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batches": 2},
+        {"projection": "galore", "projection_options": {"rank": 2}},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["plain", "accumulated", "projected", "bf16"],
+)
+def test_norms_are_those_of_the_whole_gradients(options: dict[str, Any]) -> None:
+    sampler = Watching()
+    _, norms, losses = run(sampler, **options)
+    (first, _), (second, context) = sampler.told
+    tolerance = 1e-2 if options.get("dtype") == torch.bfloat16 else 1e-5
+    assert first.gradient_norm[0] == pytest.approx(sum(norms[:3]) / 3, rel=tolerance)
+    assert first.gradient_norm[1:] == (None, None)
+    assert second.gradient_norm[0] == first.gradient_norm[0], "a layer that didn't train keeps its own"
+    assert second.gradient_norm[1] == pytest.approx(sum(norms[3:]) / 3, rel=tolerance)
+    assert second.gradients is not None
+    assert second.gradients.last_norm[1] == pytest.approx(norms[5], rel=tolerance)
+    size = second.gradients.sizes[1]
+    assert second.gradient_rms[1] == pytest.approx(sum(norms[3:]) / 3 / size**0.5, rel=tolerance)
+    assert (context.active, context.round, second.period) == ((1,), 1, 1)
+    assert second.staleness == (1, 0, 2) and second.visits == (1, 1, 0)
+    # Of three losses the line's ends differ by twice its slope, which is half of what the outer two differ by.
+    before, after = first.loss.before, first.loss.after
+    assert before is not None and after is not None and first.loss.told == 3
+    assert before - after == pytest.approx(losses[0] - losses[2], rel=1e-4)
+    assert (before + after) / 2 == pytest.approx(sum(losses[:3]) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_in_backward_has_the_same_norms_before_it_clips(batches: int) -> None:
+    usual, backward = Watching(), Watching()
+    run(usual, 3, batches=batches)
+    # So small a norm that, clipped first, none would be left.
+    stepping = StepInBackward(accumulation=batches, max_norm=1e-6, clip_by="parameter")
+    run(backward, 3, batches=batches, step_in_backward=stepping)
+    last = backward.told[0][0].gradients
+    assert last is not None and last.norm[0] is not None and last.norm[0] > 1e-3
+    # The first step's weights are the same in both.
+    first = [Watching(every_step=True) for _ in range(2)]
+    states = [
+        run(first[0], 1, batches=batches)[0],
+        run(first[1], 1, batches=batches, step_in_backward=stepping)[0],
+    ]
+    one, other = (scheduler.statistics.gradient_norm[0] for scheduler in states)
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_a_scaler_s_scale_is_undone_and_the_steps_it_skips_are_left_out() -> None:
+    model = make_llama(LAYERS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sampler = Watching()
+    scheduler = LayerScheduler(model, optimizer, sampler, num_active=1, period=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(model(**make_batch()).loss).backward()
+    scaled = norm_of(model, 0)
+    scaler.step(optimizer)
+    scheduler.step()
+    assert scheduler.statistics.gradient_norm[0] == pytest.approx(scaled / 2**10, rel=1e-5)
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(model(**make_batch()).loss * float("inf")).backward()
+    before = scheduler.statistics.gradient_norm
+    scaler.step(optimizer)
+    assert scheduler.statistics.gradient_norm == before
+    scheduler.close()
+
+
+def test_a_gradient_that_is_no_number_names_its_layer_and_leaves_its_statistics_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_llama(LAYERS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = LayerScheduler(model, optimizer, Watching(), num_active=1, period=9)
+    for factor in (1.0, float("nan"), float("nan")):
+        (model(**make_batch()).loss * factor).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        model.load_state_dict(make_llama(LAYERS).state_dict())
+    with caplog.at_level(logging.WARNING):
+        statistics = scheduler.statistics
+    assert statistics.gradient_norm[0] is not None and statistics.gradient_norm[0] > 0
+    assert [r.getMessage() for r in caplog.records] == [
+        "The gradient of model.layers.0 has a norm of nan: its statistics leave this step out."
+    ]
+    scheduler.close()
+
+
+def test_a_sampler_may_end_a_period_early() -> None:
+    sampler = Watching(every_step=True, ends_at=1e9)  # any loss is below it
+    scheduler, _, _ = run(sampler, 4)
+    assert scheduler.round == 4 and [context.round for _, context in sampler.told] == [0, 1, 2, 3]
+    assert [statistics.loss.told for statistics, _ in sampler.told] == [1, 1, 1, 1]
+    patient = Watching(every_step=True)
+    scheduler, _, _ = run(patient, 7)
+    assert scheduler.round == 2
+    assert patient.asked == [1, 2, 4, 5, 7], "where the period ends anyway, nobody asks"
+
+
+def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
+    def start(state: Any = None) -> tuple[nn.Module, torch.optim.Optimizer, LayerScheduler]:
+        model = make_llama(LAYERS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # weights stay, so a new model is the old one
+        return (
+            model,
+            optimizer,
+            LayerScheduler(
+                model, optimizer, Watching(every_step=True), num_active=1, period=3, state_dict=state
+            ),
+        )
+
+    def train(parts: tuple[nn.Module, torch.optim.Optimizer, LayerScheduler], steps: range) -> None:
+        model, optimizer, scheduler = parts
+        for step in steps:
+            loss: Tensor = model(**make_batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss=loss)
+            optimizer.zero_grad()
+
+    whole = start()
+    train(whole, range(8))
+    first = start()
+    train(first, range(4))
+    state = json.loads(json.dumps(first[2].state_dict()))
+    second = start(state)
+    train(second, range(4, 8))
+    assert second[2].statistics == whole[2].statistics
+    assert isinstance(second[2].sampler, Watching) and isinstance(whole[2].sampler, Watching)
+    assert second[2].sampler.told == whole[2].sampler.told[1:]
+    # A state of before there were statistics.
+    for key in ("gradients", "losses", "began"):
+        del state[key]
+    assert start(state)[2].steps == 4
+
+
+def test_what_is_not_collected_or_unknown_is_said() -> None:
+    statistics = LayerStatistics((0,), (None,))
+    with pytest.raises(
+        ConfigError, match=r"'gradients' isn't collected.*collects = frozenset\({'gradients'}\)"
+    ):
+        _ = statistics.gradient_norm
+    with pytest.raises(ConfigError, match="'loss' isn't collected"):
+        _ = statistics.loss
+    model = make_llama(LAYERS)
+
+    class Wrong(Watching):
+        collects = frozenset({"gradient"})
+
+    with pytest.raises(ConfigError, match="Did you mean 'gradients'"):
+        LayerScheduler(model, torch.optim.AdamW(model.parameters()), Wrong())
+
+
+def test_nothing_is_collected_for_who_does_not_ask() -> None:
+    model = make_llama(LAYERS)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = LayerScheduler(model, optimizer, "lisa", num_active=1)
+    scheduler.step(loss=1.0)
+    state = scheduler.state_dict()
+    assert state["gradients"] is None and state["losses"] is None
+    scheduler.close()
+
+
+def test_losses_that_are_no_numbers_are_told_but_not_fitted() -> None:
+    from layersample.sampling.statistics import LossRecord
+
+    record = LossRecord()
+    for step, loss in ((0, 3.0), (1, float("nan")), (2, 1.0)):
+        record.add(step, loss)
+    statistics = record.statistics
+    assert (statistics.told, statistics.before, statistics.after, statistics.last) == (3, 3.0, 1.0, 1.0)

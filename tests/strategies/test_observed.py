@@ -1,0 +1,123 @@
+"""Samplers that learn from training: their formulas against numbers worked by hand, and a problem with one answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layersample import ConfigError, LayerSampler, LayerScheduler, SamplingContext, create_sampler
+from layersample.layers.costs import LayerCosts
+from layersample.sampling.statistics import GradientStatistics, LayerStatistics, LossStatistics
+
+LAYERS = ("a", "b", "c")
+
+
+def context(
+    *,
+    active: tuple[int, ...] = (),
+    norms: Sequence[float | None] = (None,) * 3,
+    loss: LossStatistics | None = None,
+    visits: tuple[int, ...] = (1, 1, 1),
+    size: int = 4,
+    **more: Any,
+) -> SamplingContext:
+    """A context of three layers with some statistics."""
+    gradients = GradientStatistics(tuple(norms), tuple(norms), (size,) * 3)
+    statistics = LayerStatistics(visits, (None,) * 3, more.get("round", 0), gradients, loss)
+    return SamplingContext(LAYERS, **{"num_active": 1, **more}, statistics=statistics, active=active)
+
+
+def told(sampler: LayerSampler, **what: Any) -> None:
+    given = context(**what)
+    sampler.observe(given.statistics, given)
+
+
+def test_grass_is_a_softmax_of_mean_norms() -> None:
+    sampler: Any = create_sampler("grass", {"decay": 0.5, "tau": 2.0})
+    assert sampler.probabilities(context(visits=(0, 0, 1))) == [0.5, 0.5, 0.0]
+    told(sampler, active=(0, 1, 2), norms=(2.0, 4.0, 12.0))  # over √4: 1, 2, 6
+    assert sampler.scores == {"a": 1.0, "b": 2.0, "c": 6.0}
+    told(sampler, active=(1,), norms=(99.0, 8.0, 99.0))  # .5·2 + .5·4
+    told(sampler, active=(0,), norms=(None, None, None))  # a gradient that was no number
+    assert sampler.scores == {"a": 1.0, "b": 3.0, "c": 6.0}
+    # Their mean is 10/3: e^(score / (10/3) / 2) is 1.16183, 1.56831, 2.45960.
+    assert sampler.probabilities(context()) == pytest.approx([0.223871, 0.302194, 0.473935], abs=1e-6)
+
+
+def test_grass_tries_every_layer_before_it_weighs_them() -> None:
+    sampler: Any = create_sampler("grass")
+    visits = [0, 0, 0]
+    for round in range(2):
+        given = context(visits=tuple(visits), num_active=2, round=round)
+        for index in sampler.sample(given):
+            visits[index] += 1
+        told(sampler, active=tuple(i for i in range(3) if visits[i]), norms=(1.0, 1.0, 1.0))
+    assert min(visits) == 1
+
+
+def test_the_bandit_is_exp3_per_unit_of_cost() -> None:
+    sampler: Any = create_sampler("bandit", {"rate": 0.3, "exploration": 0.1})
+    costs = LayerCosts(flops=(1.0, 2.0, 3.0), trained_bytes=(0.0,) * 3, activation_bytes=(0.0,) * 3)
+    given = context(costs=costs)
+    assert sampler.probabilities(given) == pytest.approx([1 / 3] * 3)
+    sampler.sample(given)
+    told(sampler, active=(0,), loss=LossStatistics(5, 3.0, 2.0, 2.0), costs=costs)
+    # Cost 1/2 of the mean: reward 2, the largest, so 1; .3 · 1 / (1/3) = .9. e^.9 = 2.459603.
+    assert sampler.scores == pytest.approx({"a": 0.9})
+    p = [0.9 * e / 4.459603 + 0.1 / 3 for e in (2.459603, 1.0, 1.0)]
+    assert sampler.probabilities(given) == pytest.approx(p, abs=1e-6)
+    sampler.sample(given)
+    told(sampler, active=(2,), loss=LossStatistics(5, 2.0, 2.5, 2.5), costs=costs)
+    # The loss rose by 1/2; at a cost of 3/2 that is −1/3, over the largest −1/6.
+    assert sampler.scores["c"] == pytest.approx(-0.3 / 6 / p[2], abs=1e-6)
+    told(sampler, active=(1,), loss=LossStatistics(5, None, None, math.nan))
+    assert "b" not in sampler.scores
+
+
+def test_the_bandit_says_that_it_was_told_no_loss() -> None:
+    sampler = create_sampler("bandit")
+    with pytest.raises(ConfigError, match=r"that of 1: call scheduler.step\(loss=loss\)"):
+        told(sampler, active=(0,), loss=LossStatistics(1, None, None, 1.0))
+
+
+class Planted(nn.Module):
+    """Four layers, of which only the third moves the output: the others are multiplied by almost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_hidden_layers=4)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.wanted = nn.Buffer(torch.randn(8, 8))
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        factors = (1e-3, 1e-3, 1.0, 1e-3)
+        hidden = sum(factor * layer(inputs) for factor, layer in zip(factors, self.layers, strict=True))
+        return SimpleNamespace(loss=(hidden - inputs @ self.wanted).square().mean())
+
+
+@pytest.mark.parametrize(("name", "options"), [("grass", {}), ("bandit", {"per": "period"}), ("bandit", {})])
+def test_a_layer_that_carries_all_the_decrease_gets_most_draws(name: str, options: dict[str, Any]) -> None:
+    for seed in range(3):
+        model = Planted()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(seed)
+        drawn: list[int] = []
+        with LayerScheduler(
+            model, optimizer, name, num_active=1, period=4, seed=seed, sampler_options=options
+        ) as scheduler:
+            while scheduler.round < 100:
+                if len(drawn) == scheduler.round:
+                    drawn.extend(scheduler.active)
+                loss = model(torch.randn(2048, 8, generator=generator)).loss
+                loss.backward()
+                optimizer.step()
+                scheduler.step(loss=loss)
+                optimizer.zero_grad()
+        assert drawn[50:].count(2) >= 25, (seed, drawn)
