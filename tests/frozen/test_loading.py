@@ -93,12 +93,12 @@ def test_a_model_that_comes_quantized_is_refused(module: Any, said: str, form: s
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_bitsandbytes_own_layers_are_refused_but_for_adapters() -> None:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
     from peft import LoraConfig, get_peft_model
 
     model: Any = make_llama(3)
     for layer in model.model.layers:
-        quantized = Linear4bit(16, 32, bias=False, quant_type="nf4")
+        quantized = Linear4bit(16, 32, bias=False, quant_type="nf4")  # type: ignore[no-untyped-call]
         quantized.load_state_dict(layer.mlp.up_proj.state_dict())
         layer.mlp.up_proj = quantized.to("cpu")
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
