@@ -48,7 +48,7 @@ class Watching(LayerSampler):
 def norm_of(model: nn.Module, index: int) -> float:
     layer = model.get_submodule(f"model.layers.{index}")
     squares = [float(p.grad.double().square().sum()) for p in layer.parameters() if p.grad is not None]
-    return sum(squares) ** 0.5
+    return float(sum(squares) ** 0.5)
 
 
 def run(
@@ -197,7 +197,7 @@ def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
         model, optimizer, scheduler = parts
         for step in steps:
             loss: Tensor = model(**make_batch(step)).loss
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             scheduler.step(loss=loss)
             optimizer.zero_grad()
