@@ -63,7 +63,12 @@ class SamplerContract:
         return sampler
 
     def draw(
-        self, sampler: LayerSampler, *, rounds: int | None = None, seed: int = 0, start: int = 0
+        self,
+        sampler: LayerSampler,
+        *,
+        rounds: int | None = None,
+        seed: int = 0,
+        before: Sequence[Sequence[int]] = (),
     ) -> list[list[int]]:
         """The layers of each period, as a scheduler would ask for them and tell of them.
 
@@ -71,41 +76,63 @@ class SamplerContract:
             sampler: The sampler.
             rounds: Number of the period to end before.
             seed: Seed of the draws.
-            start: Number of the first period.
+            before: Those of the periods before, which aren't drawn again.
         """
-        drawn = []
-        for round in range(start, rounds or self.rounds):
-            context = self.context(round=round, seed=seed)
-            drawn.append(sorted(sampler.sample(context)))
-            told = self.context(round=round, seed=seed, active=tuple(drawn[-1]))
-            sampler.observe(told.statistics, told)
-        return drawn
+        drawn = [list(chosen) for chosen in before]
+        while len(drawn) < (rounds or self.rounds):
+            context = self.context(round=len(drawn), seed=seed, before=drawn)
+            chosen = sorted(sampler.sample(context))
+            self.tell(sampler, context, chosen)
+            drawn.append(chosen)
+        return drawn[len(before) :]
+
+    def tell(self, sampler: LayerSampler, context: SamplingContext, chosen: Sequence[int]) -> None:
+        """Let a sampler observe the period that it has drawn."""
+        sampler.observe(context.statistics, replace(context, active=tuple(chosen)))
 
     def context(
-        self, *, round: int = 0, seed: int = 0, num_active: int = 2, active: tuple[int, ...] = ()
+        self,
+        *,
+        round: int = 0,
+        seed: int = 0,
+        num_active: int = 2,
+        before: Sequence[Sequence[int]] | None = None,
     ) -> SamplingContext:
-        """A context of :attr:`num_layers` layers, with statistics that depend on the period alone."""
+        """A context of :attr:`num_layers` layers, with statistics that depend on the period and the draws alone.
+
+        Args:
+            round: Number of the period.
+            seed: Seed of the draws.
+            num_active: Layers to draw.
+            before: The draws of the periods before; by default all layers trained in each.
+        """
         return SamplingContext(
             layers=self._names,
             num_active=num_active,
             round=round,
             step=round * 5,
             seed=seed,
-            statistics=self.statistics(round),
-            active=active,
+            statistics=self.statistics([range(self.num_layers)] * round if before is None else before),
         )
 
-    def statistics(self, round: int) -> LayerStatistics:
-        """What training tells in a period: gradients that grow with depth and shrink with time, and a falling loss.
+    def statistics(self, before: Sequence[Sequence[int]]) -> LayerStatistics:
+        """What training tells: gradients that grow with depth and shrink with time, and a loss that falls.
 
-        A layer has no gradient in the first period, as where all of them were no numbers.
+        The lowest layer has no gradient in the first period, as where all of them were no numbers.
+
+        Args:
+            before: The layers of each period so far.
         """
+        round = len(before)
         norms = tuple((1 + index) / (1 + 0.1 * round) for index in range(self.num_layers))
         known = (None, *norms[1:]) if round == 0 else norms
         loss = 4 / (1 + 0.1 * round)
+        last = [
+            [number for number, chosen in enumerate(before) if i in chosen] for i in range(self.num_layers)
+        ]
         return LayerStatistics(
-            (round,) * self.num_layers,
-            (round - 1 if round else None,) * self.num_layers,
+            tuple(len(periods) for periods in last),
+            tuple(periods[-1] if periods else None for periods in last),
             round,
             GradientStatistics(known, known, (100,) * self.num_layers),
             LossStatistics(5, loss, 0.95 * loss, 0.95 * loss),
@@ -146,7 +173,7 @@ class SamplerContract:
         interrupted = self.measured()
         self.draw(interrupted, rounds=4)
         new.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
-        assert self.draw(new, rounds=10, start=4) == whole[4:]
+        assert self.draw(new, rounds=10, before=whole[:4]) == whole[4:]
         assert json.dumps(new.state_dict()) == json.dumps(old.state_dict())
 
     def test_asks_for_what_it_looks_at(self) -> None:
@@ -154,17 +181,17 @@ class SamplerContract:
         sampler = self.measured()
         assert check_collects(sampler) == sampler.collects
         for round in range(3):
-            told = self.context(round=round, active=(0, 1))
-            statistics = replace(
-                told.statistics,
-                gradients=told.statistics.gradients if "gradients" in sampler.collects else None,
-                losses=told.statistics.losses if "loss" in sampler.collects else None,
+            context = self.context(round=round)
+            asked = replace(
+                context.statistics,
+                gradients=context.statistics.gradients if "gradients" in sampler.collects else None,
+                losses=context.statistics.losses if "loss" in sampler.collects else None,
             )
-            context = replace(told, statistics=statistics, active=())
-            chosen = tuple(sorted(sampler.sample(context)))
-            sampler.observe(statistics, replace(context, active=chosen))
+            context = replace(context, statistics=asked)
+            context = replace(context, active=tuple(sorted(sampler.sample(context))))
             if sampler.watches_steps:
-                assert isinstance(sampler.wants_new_period(statistics, replace(context, active=chosen)), bool)
+                assert isinstance(sampler.wants_new_period(asked, context), bool)
+            sampler.observe(asked, context)
 
     def test_reaches_every_layer(self) -> None:
         """In the long run no layer is left out."""
@@ -206,8 +233,7 @@ class SamplerContract:
             assert len(inclusion) == self.num_layers
             assert all(-1e-9 <= value <= 1 + 1e-9 for value in inclusion)
             chosen = set(sampler.sample(context))
-            told = self.context(round=round, active=tuple(sorted(chosen)))
-            sampler.observe(told.statistics, told)
+            self.tell(sampler, context, sorted(chosen))
             assert all(inclusion[i] > 0 for i in chosen)
             if sampler.fixed_size:
                 assert abs(sum(inclusion) - len(chosen)) < 1e-6

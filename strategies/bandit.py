@@ -46,7 +46,6 @@ class Bandit(ObservedSampler):
     exploration: float = 0.1
     per: Per = "flops"
     _largest: float = field(init=False, repr=False, default=0.0)
-    _chances: list[float] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +55,6 @@ class Bandit(ObservedSampler):
             raise ValueError(f"exploration must be above 0 and at most 1, but got {self.exploration}.")
         if self.per not in get_args(Per):
             raise ValueError(f"per must be one of {', '.join(get_args(Per))}, but got {self.per!r}.")
-
-    def sample(self, context: SamplingContext) -> list[int]:
-        """Draw, and keep the chances that the layers had."""
-        self._chances = self.inclusion_probabilities(context)
-        return super().sample(context)
 
     def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
         """Reward the layers that trained.
@@ -78,11 +72,14 @@ class Bandit(ObservedSampler):
         if loss.before is None or loss.after is None:
             return  # losses that are no numbers
         costs = self._relative_costs(context)
+        chances = self.inclusion_probabilities(
+            context
+        )  # as they were at the draw: scores haven't changed since
         rewards = {index: (loss.before - loss.after) / costs[index] for index in context.active}
         self._largest = max([self._largest, *map(abs, rewards.values())])
         for index, reward in rewards.items():
             name = context.layers[index]
-            gain = self.rate * reward / (self._largest or 1.0) / self._chances[index]
+            gain = self.rate * reward / (self._largest or 1.0) / chances[index]
             self.scores[name] = self.scores.get(name, 0.0) + gain
 
     def weights(self, context: SamplingContext) -> list[float]:
@@ -93,13 +90,13 @@ class Bandit(ObservedSampler):
         return [(1 - self.exploration) * power / total + even for power in powers]
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, the largest reward, and the chances of the period that runs."""
-        return {**super().state_dict(), "largest": self._largest, "chances": list(self._chances)}
+        """The scores and the largest reward."""
+        return {**super().state_dict(), "largest": self._largest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         super().load_state_dict(state)
-        self._largest, self._chances = state["largest"], list(state["chances"])
+        self._largest = state["largest"]
 
     def _relative_costs(self, context: SamplingContext) -> list[float]:
         """The cost of each layer over the mean of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class LayerCosts:
         """Bytes for a batch of some tokens."""
         pairs = zip(self.trained_bytes, self.activation_bytes, strict=True)
         return tuple(trained + tokens * activations for trained, activations in pairs)
+
+    def subset(self, indices: Sequence[int]) -> LayerCosts:
+        """Costs of some of the layers."""
+        numbers = (self.flops, self.trained_bytes, self.activation_bytes)
+        return LayerCosts(*(tuple(values[index] for index in indices) for values in numbers))
 
 
 def layer_costs(model: nn.Module, units: Units) -> LayerCosts:

@@ -35,9 +35,8 @@ class ShardedEngine(Engine):
         Raises:
             ConfigError: If it measures the model and hasn't yet, or measures again and again.
         """
-        measures = type(sampler).measure is not LayerSampler.measure
         has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
-        if measures and (sampler.measure_every is not None or not has_measured):
+        if sampler.measures and (sampler.measure_every is not None or not has_measured):
             raise ConfigError(
                 f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On "
                 "the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, sampler, "

@@ -7,7 +7,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -68,6 +68,23 @@ class SamplingContext:
     def generator(self) -> torch.Generator:
         """The only randomness allowed: fresh for each period, from the seed and the period alone."""
         return self.generator_at(self.round)
+
+    def among(self, indices: Sequence[int], num_active: int) -> SamplingContext:
+        """The same period with some of the layers alone, for samplers that let another one choose among these.
+
+        Args:
+            indices: Which layers; what is drawn then counts along them.
+            num_active: How many layers to ask for.
+        """
+        place = {index: number for number, index in enumerate(indices)}
+        return replace(
+            self,
+            layers=tuple(self.layers[index] for index in indices),
+            num_active=num_active,
+            statistics=self.statistics.subset(indices),
+            costs=None if self.costs is None else self.costs.subset(indices),
+            active=tuple(place[index] for index in self.active if index in place),
+        )
 
     def generator_at(self, round: int) -> torch.Generator:
         """The generator of another period, for plans that reach over several (one order for an epoch)."""
@@ -150,6 +167,11 @@ class LayerSampler(ABC):
 
     watches_steps: bool = False
     """Whether :meth:`wants_new_period` is asked after each step. Norms then come off the device at each step."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it measures the model: whether :meth:`measure` does anything."""
+        return type(self).measure is not LayerSampler.measure
 
     @abstractmethod
     def sample(self, context: SamplingContext) -> Iterable[int]:

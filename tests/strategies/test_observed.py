@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,73 @@ def test_the_bandit_says_that_it_was_told_no_loss() -> None:
     sampler = create_sampler("bandit")
     with pytest.raises(ConfigError, match=r"that of 1: call scheduler.step\(loss=loss\)"):
         told(sampler, active=(0,), loss=LossStatistics(1, None, None, 1.0))
+
+
+def test_misa_is_a_softmax_of_squared_running_norms() -> None:
+    sampler: Any = create_sampler("misa")
+    told(sampler, active=(0, 1), norms=(5.0, 10.0, 99.0))  # .2 · 5 and .2 · 10
+    told(sampler, active=(0, 2), norms=(1.0, 99.0, None))  # .8 · 1 + .2 · 1
+    assert sampler.scores == pytest.approx({"a": 1.0, "b": 2.0})
+    # e^1, e^4 and e^0 add up to 58.316432.
+    assert sampler.probabilities(context()) == pytest.approx([0.0466126, 0.9362396, 0.0171478], abs=1e-7)
+    sampler.scores["b"] = 9.0
+    assert sampler.weights(context())[1] == pytest.approx(math.exp(5))
+
+
+def test_misa_takes_those_that_have_waited_longest() -> None:
+    sampler: Any = create_sampler("misa", {"oldest": 1})
+    sampler.scores = {"a": 2.0, "b": 2.0}
+    given = context(num_active=2, round=9)
+    statistics = LayerStatistics((1, 1, 1), (8, 7, 3), 9, given.statistics.gradients)
+    given = SamplingContext(LAYERS, 2, round=9, statistics=statistics)
+    assert all(
+        2 in sampler.sample(SamplingContext(LAYERS, 2, 9, seed=i, statistics=statistics)) for i in range(20)
+    )
+    assert sampler.inclusion_probabilities(given) == pytest.approx([0.5, 0.5, 1.0])
+
+
+def test_adagradselect_takes_the_largest_sums_and_later_draws_by_counts() -> None:
+    sampler: Any = create_sampler("adagradselect", {"epsilon_decay": 0.5})
+    told(sampler, active=(0, 1), norms=(1.0, 2.0, 99.0))
+    told(sampler, active=(0, 2), norms=(3.0, 99.0, 1.0))
+    assert sampler.scores == {"a": 4.0, "b": 2.0, "c": 1.0}
+    assert sampler.sample(context()) == [0]
+    assert sampler.sample(context(visits=(1, 1, 0))) == [2], "what hasn't trained comes first"
+    taken = sum(sampler.takes_largest(context(round=2, seed=seed)) for seed in range(2000))
+    assert taken / 2000 == pytest.approx(math.exp(-1), abs=0.04)
+    # The mean of Dirichlet(n + δ) is (n + δ) / Σ: (6, 3, 1) / 10.
+    seeds = range(2000)
+    drawn = [sampler.weights(context(visits=(5, 2, 0), round=90, seed=seed)) for seed in seeds]
+    assert [sum(p) / 2000 for p in zip(*drawn, strict=True)] == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
+
+
+def test_blockllm_takes_the_largest_norms_for_their_visits_until_the_loss_stalls() -> None:
+    sampler: Any = create_sampler("blockllm", {"patience": 2})
+    some = LossStatistics(3, 2.0, 1.0, 1.0)
+    told(sampler, active=(0, 1, 2), norms=(3.0, 2.0, 1.0), loss=some)
+    # 3 / e^(4/4) = 1.104, 2 / e^(1/4) = 1.558, 1 / e^(1/4) = .779.
+    assert sampler.sample(context(visits=(4, 1, 1), round=4, num_active=2)) == [1, 0]
+    assert sampler.sample(context(visits=(4, 1, 0), round=4)) == [2], "what hasn't trained comes first"
+
+    def asked(loss: float) -> bool:
+        given = context(active=(0,), loss=LossStatistics(1, None, None, loss))
+        wanted: bool = sampler.wants_new_period(given.statistics, given)
+        return wanted
+
+    assert [asked(loss) for loss in (3.0, 2.0, 2.4, 2.3, math.nan)] == [False, False, False, True, False]
+    with pytest.raises(ConfigError, match="was told none"):
+        told(sampler, active=(0,), loss=LossStatistics())
+
+
+def test_spectrum_is_the_authors_ratio() -> None:
+    from layersample_strategies.spectrum import signal_to_noise
+
+    # Quartiles 2 and 4: IQR 2; 2 / 1.349 · (1 + √(5/20)) = 2.2239; (3 + 4 + 10) / (1 + 2) / 10.
+    assert signal_to_noise(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), (5, 20)) == pytest.approx(17 / 30)
+    sampler: Any = create_sampler("spectrum", {"choose": "top"})
+    sampler.scores = {"a": 1.0, "b": 3.0, "c": 2.0}
+    assert sampler.sample(context(num_active=1)) == [1]
+    assert sorted(sampler.sample(context(num_active=2))) == [1, 2]
 
 
 class Planted(nn.Module):

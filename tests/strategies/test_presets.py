@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from layersample import create_sampler
 from layersample.config import make_config, read_preset
 from layersample.planning.planner import plan
+from layersample.plugins import settings_files
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -24,3 +26,12 @@ from layersample.planning.planner import plan
 def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
     config = make_config((preset, read_preset(preset)))
     assert plan(model, config, baselines=False).peak_bytes <= most * 2**30
+
+
+@pytest.mark.parametrize("name", sorted(settings_files("presets")))
+def test_every_preset_names_its_source_and_makes_its_sampler(name: str) -> None:
+    text = settings_files("presets")[name]
+    assert text.startswith("# ") and len(text.partition("\n")[0]) < 120
+    config = make_config((name, read_preset(name)))
+    assert isinstance(config.sampler, str)
+    create_sampler(config.sampler, config.sampler_options)

@@ -27,6 +27,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("owlore", {"metric": "outlier", "threshold": 3.0}),
     ("grass", {}),
     ("bandit", {}),
+    ("misa", {"eta": 0.1}),
+    ("adagradselect", {}),
+    ("blockllm", {"patience": 2}),
+    ("spectrum", {}),
+    ("warmup", {"sampler": "grass", "first": 5}),
+    ("mixture", {"samplers": ["spectrum", "bandit"], "shares": [1, 3]}),
+    ("max_wait", {"sampler": "blockllm", "periods": 6}),
+    ("freeze_converged", {"sampler": "misa", "grace": 2}),
     *(("cyclic", {"order": order}) for order in ("ascending", "descending", "mirror", "reshuffled")),
 ]
 

@@ -1,0 +1,94 @@
+"""BlockLLM: the layers with the largest gradients for how often they trained, until the loss stalls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from layersample import ConfigError, LayerSampler, LayerStatistics, SamplingContext, register
+
+
+@register("blockllm")
+@dataclass(kw_only=True, eq=False)
+class BlockLLM(LayerSampler):
+    """Train the layers with the largest gradients for how often they trained, until the loss stalls (BlockLLM).
+
+    Layers are taken by ‖g_l‖ / e^(n_l / t), the largest first, with n_l the periods in which l trained, of t in all.
+    Those that have not trained yet come first, since nothing is known of their gradients: the paper's code
+    looks at a few more layers in each step, which costs their backward pass. The choice stays until the loss is at
+    least the mean of the last ``patience`` losses; ``period`` is the longest it may stay.
+
+    The paper takes matrices up to a budget of parameters; here a unit is a whole layer, and ``num_active`` are taken.
+    The loss must be told: ``scheduler.step(loss=loss)``, or a Trainer that logs each step (``logging_steps=1``).
+
+    Args:
+        patience: Losses (m) that a new one is compared with, at least 1.
+
+    References:
+        arXiv 2406.17296 and the authors' code.
+    """
+
+    source = "arXiv 2406.17296"
+    collects = frozenset({"gradients", "loss"})
+    fixed_size = True
+    watches_steps = True
+
+    patience: int = 100
+    norms: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+    _losses: list[float] = field(init=False, repr=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 step, but got patience={self.patience}.")
+
+    def sample(self, context: SamplingContext) -> list[int]:
+        """Take the layers with the largest scores; of equal ones the lowest."""
+        visits = context.statistics.visits
+        periods = max(context.round, 1)
+
+        def rank(index: int) -> tuple[bool, float, int]:
+            norm = self.norms.get(context.layers[index], 0.0)
+            return visits[index] > 0, -norm / math.exp(visits[index] / periods), index
+
+        return sorted(range(context.num_layers), key=rank)[: context.num_active]
+
+    def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
+        """Whether the loss is no better than the mean of the last ones."""
+        loss = statistics.loss.last
+        if loss is None or not math.isfinite(loss):
+            return False
+        before = self._losses[-self.patience :]
+        self._losses = [*before, loss]
+        return len(before) == self.patience and loss >= sum(before) / len(before)
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
+        """Keep the norms, and forget the losses of the choice that ends.
+
+        Raises:
+            ConfigError: If the loop told no loss.
+        """
+        if statistics.loss.told == 0:
+            raise ConfigError(
+                "BlockLLM chooses anew where the loss stalls, but was told none: call scheduler.step(loss=loss), or "
+                "let the Trainer log each step (logging_steps=1)."
+            )
+        for index in context.active:
+            norm = statistics.gradient_norm[index]
+            if norm is not None:
+                self.norms[context.layers[index]] = norm
+        self._losses = []
+
+    def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
+        """1 for the layers that are taken: nothing is drawn."""
+        taken = self.sample(context)
+        return [float(index in taken) for index in range(context.num_layers)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Norms, and losses of the choice that runs."""
+        return {"norms": self.norms, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.norms, self._losses = dict(state["norms"]), list(state["losses"])

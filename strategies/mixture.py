@@ -1,0 +1,103 @@
+"""Several samplers, one of which chooses in each period."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, create_sampler, register
+
+
+@register("mixture")
+@dataclass(kw_only=True, eq=False)
+class Mixture(LayerSampler):
+    """Let one of several samplers choose in each period, drawn by weights.
+
+    All of them measure and observe, also what another one has chosen.
+
+    Args:
+        samplers: Names of the samplers, at least one.
+        shares: The chance of each, in proportion; equal by default.
+        options: Options of each, one mapping a sampler; none by default.
+    """
+
+    source = "ours"
+
+    samplers: list[str] = field(default_factory=lambda: ["lisa", "grass"])
+    shares: list[float] | None = None
+    options: list[dict[str, Any]] | None = None
+    inner: list[LayerSampler] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.samplers:
+            raise ValueError("samplers must name at least one sampler, but got none.")
+        for name, values in (("shares", self.shares), ("options", self.options)):
+            if values is not None and len(values) != len(self.samplers):
+                raise ValueError(
+                    f"{name} must hold one entry for each of the {len(self.samplers)} samplers, "
+                    f"but holds {len(values)}."
+                )
+        shares = self.shares or [1.0] * len(self.samplers)
+        if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
+            raise ValueError(f"shares must be finite and at least 0, not all of them 0, but got {shares}.")
+        self._chances = [share / sum(shares) for share in shares]
+        options = self.options or [{}] * len(self.samplers)
+        self.inner = [create_sampler(*pair) for pair in zip(self.samplers, options, strict=True)]
+        self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
+        self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
+        self.watches_steps = any(sampler.watches_steps for sampler in self.inner)
+        every = [sampler.measure_every for sampler in self.inner if sampler.measure_every is not None]
+        self.measure_every = math.gcd(*every) if every else None
+
+    def chooser(self, context: SamplingContext) -> LayerSampler:
+        """The sampler whose turn it is."""
+        generator = context.generator_at(-1 - context.round)  # nothing that one of them draws by
+        chances = torch.tensor(self._chances, dtype=torch.float64)
+        return self.inner[int(torch.multinomial(chances, 1, generator=generator))]
+
+    def sample(self, context: SamplingContext) -> list[int]:
+        """Let it choose."""
+        return list(self.chooser(context).sample(context))
+
+    def inclusion_probabilities(self, context: SamplingContext) -> list[float] | None:
+        """The mean of theirs by their chances; not known if one of them doesn't know its own."""
+        total = [0.0] * context.num_layers
+        for chance, sampler in zip(self._chances, self.inner, strict=True):
+            own = sampler.inclusion_probabilities(context)
+            if own is None:
+                return None
+            total = [sum_ + chance * value for sum_, value in zip(total, own, strict=True)]
+        return total
+
+    @property
+    def measures(self) -> bool:
+        """Whether one of them does."""
+        return any(sampler.measures for sampler in self.inner)
+
+    def measure(self, measurement: Measurement) -> None:
+        """Let all of them measure."""
+        for sampler in self.inner:
+            sampler.measure(measurement)
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
+        """Let all of them observe."""
+        for sampler in self.inner:
+            sampler.observe(statistics, context)
+
+    def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
+        """Ask the one that has chosen."""
+        chooser = self.chooser(context)
+        return chooser.watches_steps and chooser.wants_new_period(statistics, context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each."""
+        return {"inner": [sampler.state_dict() for sampler in self.inner]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        for sampler, own in zip(self.inner, state["inner"], strict=True):
+            sampler.load_state_dict(own)

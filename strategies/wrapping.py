@@ -1,0 +1,58 @@
+"""What samplers share that let other samplers choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, create_sampler
+
+
+@dataclass(kw_only=True, eq=False)
+class WrappedSampler(LayerSampler):
+    """Lets another sampler choose, and changes something about it. Write ``sample``, which asks :attr:`inner`.
+
+    The other sampler measures, observes and is resumed as if it were alone.
+
+    Args:
+        sampler: Name of the other sampler.
+        sampler_options: Its options.
+    """
+
+    sampler: str = "lisa"
+    sampler_options: dict[str, Any] | None = None
+    inner: LayerSampler = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.inner = create_sampler(self.sampler, self.sampler_options)
+        self.fixed_size = self.inner.fixed_size
+        self.collects = self.collects | self.inner.collects
+        self.watches_steps = self.inner.watches_steps
+        self.measure_every = self.inner.measure_every
+        self.trains_everything = self.inner.trains_everything
+
+    @property
+    def measures(self) -> bool:
+        """Whether the other sampler does."""
+        return self.inner.measures
+
+    def measure(self, measurement: Measurement) -> None:
+        """Let the other sampler measure."""
+        self.inner.measure(measurement)
+
+    def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
+        """Let the other sampler observe."""
+        self.inner.observe(statistics, context)
+
+    def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
+        """Ask the other sampler."""
+        return self.inner.wants_new_period(statistics, context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The other sampler's state."""
+        return {"inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.inner.load_state_dict(state["inner"])
