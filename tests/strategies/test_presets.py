@@ -31,7 +31,7 @@ def test_presets_fit_their_card(model: str, preset: str, most: float) -> None:
 @pytest.mark.parametrize("name", sorted(settings_files("presets")))
 def test_every_preset_names_its_source_and_makes_its_sampler(name: str) -> None:
     text = settings_files("presets")[name]
-    assert text.startswith("# ") and len(text.partition("\n")[0]) < 120
+    assert text.startswith("# ")
     config = make_config((name, read_preset(name)))
     assert isinstance(config.sampler, str)
     create_sampler(config.sampler, config.sampler_options)
