@@ -43,10 +43,31 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those inside of it: accelerate's wrapper, SAM and others step one that has the same groups."""
+    found = [optimizer]
+    while (inner := _inner(found[-1])) is not None:
+        found.append(inner)
+    return found
+
+
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside of accelerate's wrapper."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
+    """The optimizer inside of accelerate's and other wrappers."""
+    return optimizers_inside(optimizer)[-1]
+
+
+def _inner(optimizer: Optimizer) -> Optimizer | None:
+    for name in ("optimizer", "base_optimizer", "optim"):
+        inner = getattr(optimizer, name, None)
+        # Whatever the name, it is the one inside only where both work on the same.
+        if isinstance(inner, Optimizer) and inner is not optimizer and _same_groups(inner, optimizer):
+            return inner
+    return None
+
+
+def _same_groups(one: Optimizer, other: Optimizer) -> bool:
+    groups, others = one.param_groups, getattr(other, "param_groups", ())
+    return len(groups) == len(others) and all(a is b for a, b in zip(groups, others, strict=True))
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:

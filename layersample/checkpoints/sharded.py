@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from layersample.errors import ConfigError
 from layersample.files import replace_folder, write_json
 from layersample.optim.masters import MASTER, REMAINDER
-from layersample.optim.stand_ins import OptimizerView, unpacked
+from layersample.optim.packing import unpacked
+from layersample.optim.stand_ins import OptimizerView
 from layersample.projection.low_rank import BASIS
 from layersample.projection.projection import Projection
 from layersample.unwrapping import unwrap
@@ -39,7 +40,7 @@ def save_distributed(
     """Write a checkpoint together with all other ranks; it is there whole or not at all. Call it on each rank.
 
     torch's own ``get_state_dict(model, optimizer)`` finds the state of 16-bit weights only inside of
-    ``layersample.optim.stand_ins.unpacked(optimizer)``.
+    ``layersample.optim.packing.unpacked(optimizer)``.
 
     Args:
         folder: Where to, on a file system that all ranks share. An older one of that name is replaced.
@@ -177,7 +178,7 @@ def _low_rank(
         return
     view = OptimizerView(optimizer, projection=projection, master_weights=False, seed=0)
     parameters = {_WRAPPERS.sub("", name): p for name, p in unwrap(model).named_parameters()}
-    view.project({name: parameters[name] for name in names})
+    view.set_projected({name: parameters[name] for name in names})
     try:
         yield
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from layersample.choices import Rule
 from layersample.errors import ConfigError, some
@@ -132,14 +133,19 @@ def warn_of_towers(model: nn.Module, layers: ModelLayers, units: Units) -> None:
         )
 
 
-def check_optimizer(model: nn.Module, optimizer: Optimizer, units: Units) -> None:
-    """Make sure that an optimizer holds every parameter that may train.
+def check_optimizer(model: nn.Module, groups: Iterable[Mapping[str, Any]], units: Units) -> None:
+    """Make sure that a model's optimizers hold every parameter that may train, and each is held by one of them.
+
+    Args:
+        model: The model.
+        groups: The ``param_groups`` of all optimizers.
+        units: What may train.
 
     Raises:
-        ConfigError: If it lacks some; it names them.
+        ConfigError: If they lack some, or hold some twice; it names them.
     """
     parameters = dict(model.named_parameters())
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = Counter(id(parameter) for group in groups for parameter in group["params"])
     names = [name for own in units.training(range(len(units.sampled))).values() for name in own]
     lacking = [name for name in names if id(parameters[name]) not in held]
     if len(lacking) == len(names):
@@ -148,4 +154,10 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, units: Units) -> Non
         raise ConfigError(
             f"The optimizer must hold every parameter that may train, but it lacks {some(lacking)}, which "
             f"would never train. Build it while all of them require a gradient."
+        )
+    twice = [name for name, parameter in parameters.items() if held[id(parameter)] > 1]
+    if twice:
+        raise ConfigError(
+            f"Each parameter must be in one group of one optimizer, but {some(twice)} is in several and would be "
+            "stepped by each of them."
         )

@@ -9,11 +9,19 @@ from torch import Tensor
 
 from layersample.optim.host_copies import to_host
 
-MASTER = "master_weight"
-REMAINDER = "master_remainder"
-EXCEPTIONS = "master_exceptions"
-EXCEPTION_VALUES = "master_exception_values"
+# Keys in an optimizer's state of a parameter, whose other keys are the optimizer's: so none of them may be like these.
+MASTER = "layersample_master"
+REMAINDER = "layersample_remainder"
+EXCEPTIONS = "layersample_exceptions"
+EXCEPTION_VALUES = "layersample_exception_values"
 AT_REST = (REMAINDER, EXCEPTIONS, EXCEPTION_VALUES)
+OLD_NAMES = {
+    "master_weight": MASTER,
+    "master_remainder": REMAINDER,
+    "master_exceptions": EXCEPTIONS,
+    "master_exception_values": EXCEPTION_VALUES,
+}
+"""What checkpoints of an older version name them."""
 
 
 def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -30,8 +38,8 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
         weight: bf16, the same shape: the master, rounded, but where someone has changed it since.
 
     Returns:
-        ``master_remainder`` (int16, the same shape) and, where there are any, ``master_exceptions`` (int64
-        positions in the flattened tensor) and ``master_exception_values`` (fp32).
+        the remainder (int16, the same shape) and, where there are any, exceptions (int64 positions in the
+        flattened tensor) and their values (fp32).
     """
     difference = master.view(torch.int32) - _bits(weight)
     remainder = difference.to(torch.int16)  # wraps around where it doesn't fit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layersample.optim.masters import AT_REST, MASTER
+from layersample.optim.nested import tensors_in
 from layersample.unwrapping import FROZEN, local_part
 
 _KINDS_OF_STATE = ("optimizer_state", "offloaded_state", "master_weights", "master_remainders")
@@ -38,13 +39,14 @@ class MemoryUse:
     host_weights: int = 0
 
 
-def measure_memory(model: nn.Module, optimizer: Optimizer) -> MemoryUse:
-    """Count the bytes of a model and its optimizer, as they are now."""
+def measure_memory(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> MemoryUse:
+    """Count the bytes of a model and its optimizer, or optimizers, as they are now."""
     parameters = list(model.parameters())
     held: dict[str, list[torch.Tensor]] = {kind: [] for kind in _KINDS_OF_STATE}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
+    optimizers = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    for parameter, state in (entry for each in optimizers for entry in each.state.items()):
+        for key, values in state.items():
+            for value in tensors_in(values):
                 held[_kind(key, value, parameter)].append(value)
     frozen = [matrix for p in parameters if (matrix := getattr(p, FROZEN, None)) is not None]
     codes = [tensor for matrix in frozen for tensor in matrix.tensors]
@@ -69,7 +71,7 @@ def _kind(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
 def optimizer_tensors(optimizer: Optimizer | None) -> list[torch.Tensor]:
     """All tensors in an optimizer's state."""
     states = optimizer.state.values() if optimizer is not None else ()
-    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor for state in states for tensor in tensors_in(state)]
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:

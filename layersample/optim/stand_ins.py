@@ -3,13 +3,13 @@
 Any torch optimizer can so train bf16 weights exactly and keep its state at low rank. Before a step, parameters
 are replaced in ``param_groups`` by others of the right type and shape; after it, the user's own are back, and
 what the optimizer did is applied to them. All that must last is in ``optimizer.state`` of the user's parameter,
-as tensors: the optimizer's own state, ``master_*`` and ``projection_*``.
+as tensors: the optimizer's own state, and ours under keys that begin with ``layersample_``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,19 +20,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
+from layersample.optim.by_identity import PLACEHOLDER, IdentityRecords, knows_places, settle_overrides
 from layersample.optim.host_copies import wait_for_copies
-from layersample.optim.masters import AT_REST, MASTER, combine, follow, split
-from layersample.projection.low_rank import PREFIX, LowRank, LowRankParameter
+from layersample.optim.masters import AT_REST, MASTER, REMAINDER, combine, follow, split
+from layersample.optim.own_state import end_plain, fits, fresh_state, is_ours, makes_state_when_made, widened
+from layersample.optim.packing import pack, parameters_of, unpack
+from layersample.optim.support import check_state
+from layersample.projection.low_rank import BASIS, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
 from layersample.unwrapping import exact_values, is_dtensor, unwrap_optimizer
 
-_PACKED = "layersample"
+logger = logging.getLogger(__name__)
+
 _viewed: WeakSet[Optimizer] = WeakSet()
 
 
 @dataclass
-class _Replacement:
-    """What the optimizer steps on in place of a parameter.
+class _Replaced:
+    """A parameter in whose place the optimizer steps on another.
 
     Args:
         parameter: The user's parameter.
@@ -70,26 +75,37 @@ class OptimizerView:
         self._optimizer = unwrap_optimizer(optimizer)
         self._master_weights = master_weights
         self._low_rank = LowRank(self._optimizer, projection, seed) if projection is not None else None
-        if any(is_dtensor(p) and self.has_master(p) for p in _parameters(self._optimizer)):
+        if any(is_dtensor(p) and self.has_master(p) for p in parameters_of(self._optimizer)):
             raise ConfigError(
                 "Master weights of sharded bf16 parameters aren't kept: shard the model in float32 with "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16), whose shards are the masters, or choose "
                 "master_weights=False, which loses small updates."
             )
-        self._replaced: list[_Replacement] = []
+        self._replaced: list[_Replaced] = []
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
         self._skips = False
         # Of each parameter, what :func:`_writes` was when its master was last right.
         self._versions: dict[nn.Parameter, tuple[int, int]] = {}
-        self._unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
+        end_plain(self._optimizer)
+        unpack(self._optimizer)  # where the optimizer was loaded before, as in the Trainer
+        settle_overrides(self._optimizer)
+        self._known: set[Tensor] = set(parameters_of(self._optimizer))
+        self._look_up_identities()
+        self._eager = makes_state_when_made(self._optimizer)
+        self._had_state: set[Tensor] | None = None  # before its first step
+        self._first_step_is_over = self._said = False
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
-            self._optimizer.register_state_dict_post_hook(partial(self._pack, shards=False)),
-            self._optimizer.register_load_state_dict_pre_hook(partial(self._pack, shards=True)),
-            self._optimizer.register_load_state_dict_post_hook(self._unpack),
+            self._optimizer.register_state_dict_post_hook(
+                partial(pack, shards=False, has_master=self.has_master)
+            ),
+            self._optimizer.register_load_state_dict_pre_hook(
+                partial(pack, shards=True, has_master=self.has_master)
+            ),
+            self._optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
         _viewed.add(self._optimizer)
 
@@ -103,10 +119,19 @@ class OptimizerView:
         self._handles.clear()
         self._versions.clear()
 
-    def project(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Say which parameters are projected from now on, by name."""
+    def set_projected(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have these parameters projected from now on, and no others.
+
+        Args:
+            parameters: By their names in the model.
+        """
         if self._low_rank is not None:
             self._low_rank.names = {parameter: name for name, parameter in parameters.items()}
+        self._look_up_identities()
+
+    def _look_up_identities(self) -> None:
+        self._records = IdentityRecords(self._optimizer, parameters_of(self._optimizer))
+        self._keeps_places = knows_places(self._optimizer)
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put away what frozen parameters hold: masters become remainders, and bases are forgotten."""
@@ -146,15 +171,14 @@ class OptimizerView:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
-        parameters = _parameters(optimizer)
+        parameters = parameters_of(optimizer)
+        if self._had_state is None:
+            self._had_state = {p for p, state in optimizer.state.items() if state}
+            self._known.update(parameters)
+        if self._eager:
+            self._make_lacking_state(optimizer)
         if not any(self.is_projected(p) or self.has_master(p) for p in parameters):
             return
-        closures = (*args[1:2], kwargs.get("closure"))  # args[0] is the optimizer
-        if any(closure is not None for closure in closures):
-            raise ConfigError(
-                "optimizer.step(closure) computes gradients inside of the step, where neither a projection nor "
-                "master weights can reach them: call backward() before step()."
-            )
         # GradScaler leaves it to a fused optimizer to undo the scale, and to skip a step that overflowed.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         self._skips = overflow is not None and bool(overflow)
@@ -168,14 +192,24 @@ class OptimizerView:
             self._restore()
             raise
 
+    def _make_lacking_state(self, optimizer: Optimizer) -> None:
+        """Make the state that an optimizer's constructor makes, where freezing has dropped it."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                replaced = self.is_projected(parameter) or self.has_master(parameter)
+                if parameter.grad is not None and not replaced and not optimizer.state.get(parameter):
+                    optimizer.state[parameter] = fresh_state(optimizer, group, parameter)
+
     def _enter_step(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         for group in self._groups:
             low_rank: list[nn.Parameter] = []
             others: list[nn.Parameter] = []
             for parameter in group["params"]:
+                # Where an optimizer knows parameters by their place in the group, each keeps it.
                 if parameter.grad is None:
-                    continue
-                if self.is_projected(parameter):
+                    others += [PLACEHOLDER] if self._keeps_places else []
+                elif self.is_projected(parameter):
+                    others += [PLACEHOLDER] if self._keeps_places else []
                     low_rank.append(self._make_low_rank(parameter, group, scale))
                 elif self.has_master(parameter):
                     others.append(self._make_master(parameter, group))
@@ -190,7 +224,7 @@ class OptimizerView:
         assert parameter.grad is not None
         stand_in = nn.Parameter(kept[MASTER])
         stand_in.grad = parameter.grad.float()
-        return self._replace(_Replacement(parameter, stand_in, kept, group), own)
+        return self._replace(_Replaced(parameter, stand_in, kept, group), own)
 
     def _make_low_rank(
         self, parameter: nn.Parameter, group: dict[str, Any], scale: Tensor | None
@@ -198,15 +232,32 @@ class OptimizerView:
         assert self._low_rank is not None
         own, kept = self._split_state(parameter)
         weight = kept.get(MASTER, parameter.detach())
+        if BASIS not in kept and own and self._is_of_full_rank(own, weight):
+            own = {}
         low_rank = self._low_rank.begin(parameter, weight, group, own, kept, scale=scale, skips=self._skips)
-        return self._replace(_Replacement(parameter, low_rank.parameter, kept, group, low_rank), own)
+        return self._replace(_Replaced(parameter, low_rank.parameter, kept, group, low_rank), own)
+
+    def _is_of_full_rank(self, own: dict[str, Any], weight: Tensor) -> bool:
+        """Whether state is from before the projection, whose shapes it can't fit."""
+        assert self._low_rank is not None
+        if fits(own, self._low_rank.shape_of(weight)) or not fits(own, weight.shape):
+            return False
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "The optimizer has state at full rank, of steps before the projection: that of projected weights "
+                "begins afresh."
+            )
+        return True
 
     def _split_state(self, parameter: nn.Parameter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A parameter's state as the optimizer's own and ours; a master is made where one is due."""
         state = self._optimizer.state.get(parameter, {})
-        kept = {key: value for key, value in state.items() if key.startswith((PREFIX, "master_"))}
+        kept = {key: value for key, value in state.items() if is_ours(key)}
         own = {key: value for key, value in state.items() if key not in kept}
         if self.has_master(parameter):
+            if own and MASTER not in kept and REMAINDER not in kept:  # it is of steps without a master
+                own = {} if self._eager and not int(own.get("step", 1)) else widened(own, parameter)
             # A look at every element would cost some percent of a step, and a write is seldom: torch counts them.
             if MASTER in kept and self._versions.get(parameter) != _writes(parameter):
                 follow(kept[MASTER], parameter)
@@ -215,10 +266,13 @@ class OptimizerView:
                 kept.pop(key, None)
         return own, kept
 
-    def _replace(self, replacement: _Replacement, own: dict[str, Any]) -> nn.Parameter:
+    def _replace(self, replacement: _Replaced, own: dict[str, Any]) -> nn.Parameter:
         self._optimizer.state.pop(replacement.parameter, None)
+        if not own and self._eager:
+            own = fresh_state(self._optimizer, replacement.group, replacement.stand_in)
         if own:  # an empty entry would be taken for one that is set up
             self._optimizer.state[replacement.stand_in] = own
+        self._records.lend(replacement.parameter, replacement.stand_in)
         self._replaced.append(replacement)
         return replacement.stand_in
 
@@ -228,8 +282,11 @@ class OptimizerView:
             if not self._skips:
                 self._apply(replacement)
         self._restore()
+        if not self._first_step_is_over and self._had_state is not None:
+            check_state(optimizer, self._known, self._had_state)
+            self._first_step_is_over = True
 
-    def _apply(self, done: _Replacement) -> None:
+    def _apply(self, done: _Replaced) -> None:
         weight = done.kept.get(MASTER, done.parameter.detach())
         if done.low_rank is not None:
             assert self._low_rank is not None
@@ -242,6 +299,7 @@ class OptimizerView:
         """Put the user's parameters back; after a step that raised, its state as well."""
         for replacement in self._replaced:
             own = self._optimizer.state.pop(replacement.stand_in, {})
+            self._records.take_back(replacement.stand_in)
             if own or replacement.kept:
                 self._optimizer.state[replacement.parameter] = {**own, **replacement.kept}
         for group, parameters in zip(self._groups, self._parameters, strict=True):
@@ -250,36 +308,14 @@ class OptimizerView:
             del self._optimizer.param_groups[len(self._groups) :]
         self._replaced, self._groups, self._parameters = [], [], []
 
-    # A checkpoint: torch casts a parameter's state to its type in loading, but leaves what is under other keys
-
-    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any], *, shards: bool) -> None:
-        """Move the state of 16-bit parameters that is wider than they are to where it keeps its type.
-
-        Before loading, what isn't there yet. In saving, no shards': they go through torch.distributed.checkpoint,
-        which looks state up by its parameter; so does whoever saves whole tensors by it, see :func:`unpacked`.
-        """
-        states = dict(state_dict["state"])
-        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        packed = {
-            index: states.pop(key)
-            for index, (key, parameter) in enumerate(zip(ids, _parameters(optimizer), strict=False))
-            if key in states
-            and (shards or not is_dtensor(parameter))
-            and (self.has_master(parameter) or _loses(optimizer, parameter, states[key]))
-        }
-        if packed:
-            state_dict["state"] = {**states, _PACKED: {**states.get(_PACKED, {}), **packed}}
-
-    def _unpack(self, optimizer: Optimizer) -> None:
-        """Move it back, by the parameter's number."""
+    def _loaded(self, optimizer: Optimizer) -> None:
         self._versions.clear()
-        packed: dict[int, dict[str, Any]] = optimizer.state.pop(_PACKED, {})  # type: ignore[call-overload]
-        groups = [group for group in optimizer.param_groups for _ in group["params"]]
-        for index, parameter in enumerate(_parameters(optimizer)):
-            if index in packed:
-                optimizer.state[parameter] = {
-                    key: _placed(key, value, parameter, groups[index]) for key, value in packed[index].items()
-                }
+        unpack(optimizer)
+
+
+def is_viewed(optimizer: Optimizer) -> bool:
+    """Whether a view works on an optimizer."""
+    return unwrap_optimizer(optimizer) in _viewed
 
 
 def check_unviewed(optimizer: Optimizer) -> None:
@@ -291,58 +327,14 @@ def check_unviewed(optimizer: Optimizer) -> None:
     Raises:
         ConfigError: If one does; it says how to end it.
     """
-    if unwrap_optimizer(optimizer) in _viewed:
+    if is_viewed(optimizer):
         raise ConfigError(
             "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
             "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
-            "callback.scheduler.close()). If nothing refers to it any more, build the model and its optimizer again."
+            "callback.scheduler.close()), or use it as `with LayerScheduler(...) as scheduler:`."
         )
-
-
-@contextmanager
-def unpacked(optimizer: Optimizer) -> Iterator[None]:
-    """Have the optimizer's ``state_dict()`` hold all state under its parameters' numbers for a while.
-
-    Args:
-        optimizer: The optimizer, or accelerate's wrapper of it.
-    """
-
-    def move_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        states = dict(state_dict["state"])
-        state_dict["state"] = {**states.pop(_PACKED, {}), **states}
-
-    handle = unwrap_optimizer(optimizer).register_state_dict_post_hook(
-        move_back
-    )  # it runs after that of a view
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _loses(optimizer: Optimizer, parameter: nn.Parameter, state: Mapping[str, Any]) -> bool:
-    """Whether loading rounds some of a parameter's state, as torch does; an optimizer that loads by itself may not."""
-    if type(optimizer).load_state_dict is not Optimizer.load_state_dict or parameter.itemsize != 2:
-        return False
-    values = [value for key, value in state.items() if key != "step" and isinstance(value, Tensor)]
-    return any(value.is_floating_point() and value.dtype != parameter.dtype for value in values)
-
-
-def _placed(key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
-    """A copy of some loaded state where it belongs; the checkpoint isn't ours to be changed by a step."""
-    if not isinstance(value, Tensor):
-        return value
-    # An optimizer's own counts are on the device only where its kernels read them there.
-    read_there = group.get("capturable") or (key == "step" and group.get("fused"))
-    counts = value.dim() == 0 and (key.startswith(PREFIX) or not read_there)
-    return value.to("cpu" if counts or key in AT_REST else parameter.device, copy=True)
 
 
 def _writes(parameter: nn.Parameter) -> tuple[int, int]:
     """How often a parameter has been written to, and where its values are: ``weight.data = other`` isn't counted."""
     return parameter._version, parameter.untyped_storage()._cdata
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """An optimizer's parameters in the order in which its checkpoints number them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

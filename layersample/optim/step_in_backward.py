@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from layersample.choices import ClipBy
 from layersample.errors import ConfigError
+from layersample.optim.by_identity import PLACEHOLDER, knows_places
+from layersample.optim.optimizers import Optimizers
 from layersample.projection.low_rank import NonFiniteGradientError
-from layersample.unwrapping import unwrap_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,43 +71,48 @@ def how_to_step(option: object) -> StepInBackward | None:
 
 
 class BackwardStepper:
-    """Steps an optimizer one parameter at a time, from hooks on the parameters.
+    """Steps optimizers one parameter at a time, from hooks on the parameters.
 
     Args:
-        optimizer: Any torch optimizer that treats each parameter by itself, or accelerate's wrapper of one.
+        optimizers: Torch optimizers that treat each parameter by itself.
         options: What to do.
     """
 
-    def __init__(self, optimizer: Optimizer, options: StepInBackward) -> None:
-        self._outer = optimizer
-        self._optimizer = unwrap_optimizer(optimizer)
+    def __init__(self, optimizers: Optimizers, options: StepInBackward) -> None:
+        self._optimizers = optimizers
         self._options = options
         self._hooks: list[RemovableHandle] = []
-        self._group_of: dict[Tensor, int] = {}
+        self._places: dict[Tensor, _Place] = {}
+        self._num_groups: dict[Optimizer, int] = {}
         self._passes: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, int] = {}  # of gradients that wait for more passes
         self._standing = 0  # bytes of the gradients that exist now
         self._stepping = False
         self._updated = 0  # parameters, in the step that is under way
         self._squares: list[Tensor] = []
+        self._ended: set[Optimizer] = set()  # those that the loop has stepped in the step that is ending
         self.norm: float | None = None
         """Norm of all gradients of the last whole step, before clipping; ``None`` before there was one."""
         self.largest_gradient = 0
         """Most bytes of gradients that stood side by side."""
-        self._step_hook = self._optimizer.register_step_pre_hook(self._end_step)
+        self._step_hooks = [o.register_step_pre_hook(self._end_step) for o in optimizers.each]
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Step these parameters from now on, and no others."""
         self._unhook()
-        for index, group in enumerate(self._optimizer.param_groups):
-            self._group_of |= dict.fromkeys(group["params"], index)
+        self._find_places()
         for parameter in parameters:
+            if self._counts_passes:
+                before = partial(self._before_gradient, parameter)
+                self._hooks.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
             hook = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
 
     def close(self) -> None:
         """Leave the steps to the loop again."""
         self._unhook()
-        self._step_hook.remove()
+        for hook in self._step_hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The running norm, which a resumed run clips by."""
@@ -115,33 +122,68 @@ class BackwardStepper:
         """Take it back."""
         self.norm = state["norm"]
 
+    @property
+    def _counts_passes(self) -> bool:
+        """Whether a gradient may be one of a window's earlier passes."""
+        accelerated = any(hasattr(optimizer, "gradient_state") for optimizer in self._optimizers.outer)
+        return accelerated or self._options.accumulation > 1
+
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._group_of.clear()
         self._passes.clear()
+        self._versions.clear()
         self._standing = 0
+
+    def _find_places(self) -> None:
+        self._places.clear()
+        for optimizer in self._optimizers.each:
+            self._num_groups[optimizer] = len(optimizer.param_groups)
+            padded = knows_places(optimizer)
+            for index, group in enumerate(optimizer.param_groups):
+                for number, parameter in enumerate(group["params"]):
+                    self._places[parameter] = _Place(optimizer, index, number if padded else 0)
+
+    def _place_of(self, parameter: Tensor) -> _Place:
+        place = self._places[parameter]
+        if len(place.optimizer.param_groups) != self._num_groups[place.optimizer]:  # some came or went
+            self._find_places()
+            place = self._places[parameter]
+        return place
+
+    def _before_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """A window that the loop has dropped begins anew: by zero_grad(), or one that sets gradients to zero."""
+        if not self._passes.get(parameter):
+            return
+        standing = parameter.grad
+        # A look at every element takes time; torch counts what is written to a gradient between two passes.
+        if standing is not None and (standing._version == self._versions[parameter] or has_values(standing)):
+            return
+        self._standing -= size_of(parameter if standing is None else standing)
+        self._passes[parameter] = 0
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        size, passes = parameter.grad.nbytes, self._passes.get(parameter, 0)
+        size, passes = size_of(parameter.grad), self._passes.get(parameter, 0)
         self._passes[parameter] = passes + 1
         self._standing += 0 if passes else size
         self.largest_gradient = max(self.largest_gradient, self._standing)
         if not self._is_whole(parameter):
+            self._versions[parameter] = parameter.grad._version
             return
         self._passes[parameter] = 0
         self._standing -= size
         self._clip(parameter)
-        groups = self._optimizer.param_groups
+        optimizer, index, number = self._place_of(parameter)
+        groups = optimizer.param_groups
         before = [group["params"] for group in groups]
         self._stepping = True
         try:
-            for index, group in enumerate(groups):
-                group["params"] = [parameter] if index == self._group_of[parameter] else []
-            self._optimizer.step()
+            for i, group in enumerate(groups):
+                group["params"] = [*[PLACEHOLDER] * number, parameter] if i == index else []
+            optimizer.step()
         except NonFiniteGradientError as error:  # the other weights of this step may have been updated by now
             raise NonFiniteGradientError(error.where, self._updated) from error
         finally:
@@ -152,9 +194,8 @@ class BackwardStepper:
         parameter.grad = None
 
     def _is_whole(self, parameter: Tensor) -> bool:
-        accelerate = getattr(self._outer, "gradient_state", None)
-        if accelerate is not None:
-            return bool(accelerate.sync_gradients)
+        if any(hasattr(optimizer, "gradient_state") for optimizer in self._optimizers.outer):
+            return not self._optimizers.waits  # accelerate knows
         return self._passes[parameter] == self._options.accumulation
 
     def _clip(self, parameter: Tensor) -> None:
@@ -162,27 +203,63 @@ class BackwardStepper:
         assert gradient is not None
         # Of 16 bits in fp32; of fp64 as it is, which torch doesn't narrow.
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(gradient, dtype=wide)
+        values = whole = gradient
+        if gradient.is_sparse:  # of an embedding: rows that occur twice add up, in the norm as in the step
+            values, whole = gradient._values(), gradient.to(wide).coalesce().values()
+        norm = torch.linalg.vector_norm(whole, dtype=wide)
         self._squares.append(norm.square())
         if limit is None:
             return
         if self._options.clip_by == "parameter":
-            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+            values.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         elif self.norm is not None and self.norm > limit:
-            gradient.mul_(limit / self.norm)
+            values.mul_(limit / self.norm)
 
     @torch.no_grad()
     def _end_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The loop's own step ends one of ours. It finds work only where gradients still wait for more passes."""
+        """The loop's own step ends one of ours. It finds work only where gradients still wait for more passes.
+
+        Of several optimizers the loop steps each; one that it steps again begins another step.
+        """
         if self._stepping:
             return
+        if optimizer in self._ended:
+            self._note_norm()
+        self._ended.add(optimizer)
         # A loop steps early behind the last batches of an epoch; the next window is a whole one again.
-        for parameter, passes in self._passes.items():
-            if passes and parameter.grad is not None:
-                self._clip(parameter)
-        self._passes.clear()
-        self._standing = self._updated = 0
+        for parameter in [p for p, passes in self._passes.items() if passes]:
+            if self._places[parameter].optimizer is optimizer:
+                self._passes[parameter] = 0
+                if parameter.grad is not None:
+                    self._standing -= size_of(parameter.grad)
+                    self._clip(parameter)
+        if len(self._ended) == len(self._optimizers.each):
+            self._note_norm()
+            self._standing = self._updated = 0
+
+    def _note_norm(self) -> None:
+        self._ended.clear()
         if self._squares:
             norm = math.sqrt(float(torch.stack(self._squares).sum()))
             self.norm = norm if math.isfinite(norm) else self.norm
             self._squares.clear()
+
+
+class _Place(NamedTuple):
+    """Where a parameter is: its optimizer, the number of its group, and its number there where that matters."""
+
+    optimizer: Optimizer
+    group: int
+    number: int
+
+
+def has_values(gradient: Tensor) -> bool:
+    """Whether a gradient isn't zero everywhere."""
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())
+
+
+def size_of(gradient: Tensor) -> int:
+    """Bytes of a gradient, sparse or not."""
+    if not gradient.is_sparse:
+        return gradient.nbytes
+    return gradient._values().nbytes + gradient._indices().nbytes

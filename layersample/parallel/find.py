@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,21 +11,22 @@ from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
 from layersample.parallel.base import NO_DATA_PARALLEL, Engine
-from layersample.unwrapping import unwrap, unwrap_optimizer
+from layersample.unwrapping import unwrap
 
 
-def find_engine(model: nn.Module, optimizer: Optimizer) -> Engine:
+def find_engine(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Engine:
     """The engine of a model, as its wrappers and its optimizer show.
 
     Args:
         model: The model, with its wrappers if it has any.
-        optimizer: Its optimizer, or a wrapper of one.
+        optimizer: Its optimizer, or a wrapper of one, or several.
 
     Raises:
         ConfigError: If layers can't be switched under it: DeepSpeed, ``nn.DataParallel``, or options of
             DistributedDataParallel or FullyShardedDataParallel that forbid it.
     """
-    _refuse_deepspeed(model, optimizer)
+    for each in optimizer if isinstance(optimizer, Sequence) else (optimizer,):
+        _refuse_deepspeed(model, each)
     inner = unwrap(model)
     if isinstance(inner, nn.DataParallel):
         raise ConfigError(NO_DATA_PARALLEL)
@@ -57,7 +59,7 @@ def _find_ddp(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def _refuse_deepspeed(model: nn.Module, optimizer: Optimizer) -> None:
-    inner = type(unwrap_optimizer(optimizer))
+    inner = type(getattr(optimizer, "optimizer", optimizer))  # DeepSpeed's own isn't one of torch's
     classes = [*type(model).__mro__, *type(optimizer).__mro__, *inner.__mro__]
     by_class = any(cls.__module__.partition(".")[0] == "deepspeed" for cls in classes)
     by_name = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"  # accelerate's own

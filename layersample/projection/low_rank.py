@@ -16,7 +16,9 @@ from layersample.projection.projection import LowRankStep, Projection, Projectio
 from layersample.projection.weight_decay import decays_decoupled, scales_by_weight
 from layersample.unwrapping import is_dtensor
 
-PREFIX = "projection_"
+PREFIX = "layersample_projection_"
+OLD_PREFIX = "projection_"
+"""What checkpoints of an older version have in its place."""
 BASIS, STEPS = f"{PREFIX}basis", f"{PREFIX}steps"
 
 # State of torch's and transformers' optimizers that follows a change of basis: linear in the gradient, or in
@@ -171,6 +173,11 @@ class LowRank:
             BASIS: step.basis,
             STEPS: torch.tensor(int(kept.get(STEPS, 0)) + 1),
         }
+
+    def shape_of(self, weight: Tensor) -> tuple[int, ...]:
+        """The shape of what the optimizer steps on in place of a weight ``(..., m, n)``."""
+        longer = weight.shape[-1] if self._projection.is_left(weight.shape) else weight.shape[-2]
+        return (*weight.shape[:-2], self._projection.rank, longer)
 
     def forget_basis(self, state: dict[str, Any]) -> None:
         """Forget the basis of a parameter that is frozen: a later visit starts anew.

@@ -28,7 +28,7 @@ class GradientNorms:
     Nothing is read from the device before somebody wants to know.
 
     Args:
-        optimizer: The optimizer, or accelerate's wrapper of it.
+        optimizer: The optimizer that steps first, or accelerate's wrapper of it.
         engine: What the model runs in, which knows what other ranks hold of a gradient.
         in_backward: Whether parameters are updated in the backward pass.
     """

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from layersample.unwrapping import local_part, unwrap_optimizer
+from layersample.optim.optimizers import Optimizers
+from layersample.unwrapping import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +28,17 @@ class GradientWatch:
     Once each active layer has had its first gradient in a period, nothing is looked at until the next.
 
     Args:
-        optimizer: The optimizer, whose steps are where gradients are whole; or accelerate's wrapper of it.
+        optimizers: The optimizers, whose steps are where gradients are whole.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizers: Optimizers) -> None:
         self._waiting: dict[str, list[nn.Parameter]] = {}
         self._others: list[nn.Parameter] = []
         self._others_got = False
         self._steps = 0  # of this period
         self._lacked: dict[str, int] = {}  # steps in a row without a gradient, over all periods
         self._told: set[str] = set()
-        self._handle = unwrap_optimizer(optimizer).register_step_pre_hook(self._look)
+        self._handles = [each.register_step_pre_hook(self._look) for each in optimizers.each]
 
     def begin(self, active: Mapping[str, Sequence[nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
         """Begin a period; the one before ends.
@@ -69,7 +70,8 @@ class GradientWatch:
     def close(self) -> None:
         """Look at nothing any more. Safe to call twice."""
         self.end()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _tell(self, name: str) -> None:
         self._told.add(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
 from layersample.layers.rules import arrange, warn_of_towers
 from layersample.layers.unchanged import unchanged
-from layersample.optim.stand_ins import check_unviewed
+from layersample.optim.optimizers import Optimizers
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
 from layersample.parallel.agreement import mean_over_ranks
@@ -40,7 +41,7 @@ from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
 from layersample.scheduling.reports import Reports
-from layersample.scheduling.switch import Switch
+from layersample.scheduling.switch import Switch, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class LayerScheduler(SeesExactWeights, Reports):
 
     Args:
         model: The model, wrapped by DDP or sharded by FSDP already, if it will be. A tied weight counts once.
-        optimizer: Any torch optimizer over the model's parameters, or accelerate's wrapper of one.
+        optimizer: Any torch optimizer over the model's parameters, a wrapper of one (accelerate's), or a list of
+            optimizers that share them, such as ``[muon, adamw]``; the loop steps each, then the scheduler.
         sampler: Name of a registered sampler, or a sampler.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
         period: Optimizer steps between draws (K), at least 1; 20 by default.
@@ -110,7 +112,7 @@ class LayerScheduler(SeesExactWeights, Reports):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         sampler: str | LayerSampler = DEFAULT_SAMPLER,
         *,
         num_active: int = 2,
@@ -140,9 +142,10 @@ class LayerScheduler(SeesExactWeights, Reports):
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
         give_batches = reader_of(batches)
-        check_unviewed(optimizer)  # before its frozen layers are taken for the user's
         engine = find_engine(model, optimizer)
-        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
+        self._optimizers = Optimizers(optimizer)
+        take_over(self._optimizers)  # before its frozen layers are taken for the user's
+        self._engine, self._model = engine, engine.model
         self.num_active, self.seed = num_active, options.seed or 0
         self.period = options.period or default_period()
         self.model_layers = find_layers(self._model, layers)
@@ -157,7 +160,13 @@ class LayerScheduler(SeesExactWeights, Reports):
         self._costs = layer_costs(self._model, self._units)
         collects = check_collects(self.sampler)
         self._switch = Switch(
-            engine, optimizer, self.model_layers, self._units, options, self.projection, collects=collects
+            engine,
+            self._optimizers,
+            self.model_layers,
+            self._units,
+            options,
+            self.projection,
+            collects=collects,
         )
         warn_of_towers(self._model, self.model_layers, self._units)
         self._state_is_placed, self._round, self._steps, self._began = False, 0, 0, 0
@@ -184,8 +193,14 @@ class LayerScheduler(SeesExactWeights, Reports):
             else:
                 self.load_state_dict(state_dict)
         except BaseException:
-            self._switch.close()  # no one else could, and another try must find the optimizer as this one did
+            self._switch.close(plain=False)  # another try must find the optimizer as this one did
             raise
+        weakref.finalize(self, self._switch.close).atexit = False  # what nothing refers to any more lets go
+
+    @property
+    def optimizer(self) -> Optimizer | Sequence[Optimizer]:
+        """What the scheduler was given, as learning-rate schedulers have it."""
+        return self._optimizers.given
 
     def reach(self, steps: int) -> str:
         """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
@@ -204,8 +219,7 @@ class LayerScheduler(SeesExactWeights, Reports):
         Args:
             loss: The step's training loss, for samplers that learn from it; on every rank, or on none.
         """
-        gradient_state = getattr(self._optimizer, "gradient_state", None)
-        if gradient_state is not None and not gradient_state.sync_gradients:
+        if self._optimizers.waits:
             return
         if loss is not None:
             self.tell_loss(loss)
@@ -232,6 +246,7 @@ class LayerScheduler(SeesExactWeights, Reports):
             steps == self._steps + 1
         )  # or steps of before sampling are caught up with, of which nothing is known
         while self._steps < steps:
+            self._switch.check_open()
             if not self._state_is_placed:
                 # Not in the constructor: which layers a checkpoint's state belongs to shows in load_state_dict.
                 self._switch.place_state()
@@ -272,9 +287,7 @@ class LayerScheduler(SeesExactWeights, Reports):
     def __enter__(self) -> LayerScheduler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(check=error is None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,7 +325,7 @@ class LayerScheduler(SeesExactWeights, Reports):
             self._identity = self._identity.with_period(self.period)
         changed = self._identity.changes(state, allow=self.options.allow_changes)
         if changed & {"projection", "projection_options"}:
-            self._switch.view.forget()
+            self._switch.forget_state()
         self._round, self._steps = state["round"], state["steps"]
         self._began = state.get("began", self._steps - self._steps % self.period)
         self._history.load_state_dict(state)

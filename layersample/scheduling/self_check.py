@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 
 from layersample.choices import StatePolicyName
 from layersample.optim.masters import AT_REST, combine
-from layersample.unwrapping import exact_values, local_part, unwrap_optimizer
+from layersample.optim.nested import tensors_in
+from layersample.optim.optimizers import Optimizers
+from layersample.optim.step_in_backward import has_values
+from layersample.unwrapping import exact_values, local_part
 
 
 class SelfCheckError(RuntimeError):
@@ -23,17 +26,17 @@ class SelfCheck:
     """Compares every parameter at the end of a period with what it was at its beginning, bit by bit.
 
     Args:
-        optimizer: The optimizer whose steps are watched.
+        optimizers: The optimizers whose steps are watched.
         state: The state policy, which says what a frozen parameter may hold.
     """
 
-    def __init__(self, optimizer: Optimizer, state: StatePolicyName) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Optimizers, state: StatePolicyName) -> None:
+        self._optimizers = optimizers
         self._state = state
         self._digests: dict[str, bytes] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._pushed: set[str] = set()  # what a step has had reason to move
-        self._handle = unwrap_optimizer(optimizer).register_step_pre_hook(self._note_step)
+        self._handles = [each.register_step_pre_hook(self._note_step) for each in optimizers.each]
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step at a learning rate of 0 (the first one of a warm-up) moves nothing, and rightly so. Nor does one
@@ -42,7 +45,7 @@ class SelfCheck:
             return
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
-            if gradient is not None and name not in self._pushed and bool(local_part(gradient).any()):
+            if gradient is not None and name not in self._pushed and has_values(local_part(gradient)):
                 self._pushed.add(name)
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -62,11 +65,15 @@ class SelfCheck:
             SelfCheckError: If a promise doesn't hold.
         """
         training = {name for names in active.values() for name in names}
-        changed = {name for name, digest in self._digests.items() if self._digest(parameters[name]) != digest}
+        changed = {
+            name
+            for name, digest in self._digests.items()
+            if name in parameters and self._digest(parameters[name]) != digest
+        }
         for name in sorted(changed - training):
             raise SelfCheckError(f"{name} was frozen in this period, but its weights changed.")
         for layer, names in active.items():
-            pushed = self._pushed.intersection(names)
+            pushed = self._pushed.intersection(names) & parameters.keys()  # some may have been taken out
             if pushed and not changed.intersection(names):
                 some = parameters[min(pushed)]
                 raise SelfCheckError(
@@ -81,9 +88,9 @@ class SelfCheck:
     def _check_memory(self, name: str, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             raise SelfCheckError(f"{name} is frozen, but holds a gradient.")
-        state = self._optimizer.state.get(parameter, {})
+        state = self._optimizers.state_of(parameter)
         held = {key: value for key, value in state.items() if key not in AT_REST}
-        tensors = [v for v in held.values() if isinstance(v, torch.Tensor) and v.dim() > 0]
+        tensors = [value for value in tensors_in(held) if value.dim() > 0]
         if self._state == "drop" and held:
             raise SelfCheckError(f"{name} is frozen, but the optimizer holds state for it (state='drop').")
         if self._state == "offload" and any(tensor.device.type != "cpu" for tensor in tensors):
@@ -93,10 +100,11 @@ class SelfCheck:
         """A hash of a parameter's bits; of its exact fp32 values where it has them beyond bf16."""
         exact = exact_values(parameter).detach()
         if parameter.dtype == torch.bfloat16:
-            exact = combine(exact, self._optimizer.state.get(parameter, {}))
+            exact = combine(exact, self._optimizers.state_of(parameter))
         data = local_part(exact).contiguous().cpu().reshape(-1).view(torch.uint8)
         return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
 
     def close(self) -> None:
         """Stop watching the optimizer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()

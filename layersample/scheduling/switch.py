@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import sys
+import weakref
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
+from layersample.errors import ConfigError, some
 from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
 from layersample.layers.modules import is_inside
 from layersample.layers.rules import Units, check_optimizer
+from layersample.optim.closures import run_closures_first
 from layersample.optim.frozen_state import create_policy
-from layersample.optim.masters import MASTER, combine, follow
-from layersample.optim.stand_ins import OptimizerView
+from layersample.optim.masters import MASTER, at_rest, combine, follow
+from layersample.optim.optimizers import Optimizers
+from layersample.optim.own_state import end_plain, make_plain, plain_before_use
+from layersample.optim.packing import unpack
+from layersample.optim.stand_ins import OptimizerView, check_unviewed, is_viewed
 from layersample.optim.step_in_backward import BackwardStepper, how_to_step
+from layersample.optim.support import WrapperWatch, check_supported, refuse_capture
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
@@ -29,13 +40,18 @@ from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
 from layersample.unwrapping import exact_values
 
+logger = logging.getLogger(__name__)
+
+# The switch that works on each optimizer, without keeping either in memory.
+_switches: WeakKeyDictionary[Optimizer, weakref.ref[Switch]] = WeakKeyDictionary()
+
 
 class Switch:
     """Lets some layers of a model train, and freezes the others. All arguments mean what they do in LayerScheduler.
 
     Args:
         engine: What the model runs in.
-        optimizer: Its optimizer.
+        optimizers: Its optimizer, or optimizers.
         model_layers: The model's layers.
         units: What is sampled of them, and what always trains.
         options: The scheduler's options.
@@ -49,7 +65,7 @@ class Switch:
     def __init__(
         self,
         engine: Engine,
-        optimizer: Optimizer,
+        optimizers: Optimizers,
         model_layers: ModelLayers,
         units: Units,
         options: SchedulerOptions,
@@ -57,10 +73,14 @@ class Switch:
         *,
         collects: Collection[str] = (),
     ) -> None:
-        self._engine, self._model, self._optimizer = engine, engine.model, optimizer
+        self._engine, self._model, self._optimizers = engine, engine.model, optimizers
         self._layers, self._units = model_layers, units
         refuse_quantized(self._model, model_layers)
-        check_optimizer(self._model, optimizer, units)
+        check_optimizer(self._model, optimizers.param_groups, units)
+        masters = options.master_weights and any(p.dtype == torch.bfloat16 for p in self._model.parameters())
+        check_supported(
+            optimizers, offloads=options.state == "offload", replaces=masters or projection is not None
+        )
         self._policy = create_policy(options.state)
         self.projected = find_targets(self._model, model_layers, projection)
         stepping = how_to_step(options.step_in_backward)
@@ -70,23 +90,35 @@ class Switch:
             engine.check_frozen_weights()
         self.stepper: BackwardStepper | None = None
         self._self_check: SelfCheck | None = None
+        self._closed = self._named_later = False
+        self._at_rest: dict[Tensor, dict[str, Tensor]] = {}
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
+            for each in optimizers.each:
+                # In front of all else, which needs the gradients that a closure computes.
+                made.callback(run_closures_first(each).remove)
+                made.callback(each.register_step_pre_hook(refuse_capture).remove)
             if stepping is not None:
-                # In front of the view: what the loop steps itself is clipped before it is projected.
-                self.stepper = BackwardStepper(optimizer, stepping)
+                # In front of the views: what the loop steps itself is clipped before it is projected.
+                self.stepper = BackwardStepper(optimizers, stepping)
                 made.callback(self.stepper.close)
-            self.view = OptimizerView(
-                optimizer,
-                projection=projection,
-                master_weights=options.master_weights,
-                seed=options.seed or 0,
-            )
-            made.callback(self.view.close)
+            self._watches = [WrapperWatch(wrapper, inner) for wrapper, inner in optimizers.beside]
+            for watch in self._watches:
+                made.callback(watch.close)
+            self._views: list[OptimizerView] = []
+            for each in optimizers.each:
+                view = OptimizerView(
+                    each,
+                    projection=projection,
+                    master_weights=options.master_weights,
+                    seed=options.seed or 0,
+                )
+                made.callback(view.close)
+                self._views.append(view)
             self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights)
             if self.frozen is not None:
                 made.callback(self.frozen.close)
             if options.check:
-                self._self_check = SelfCheck(optimizer, options.state)
+                self._self_check = SelfCheck(optimizers, options.state)
                 made.callback(self._self_check.close)
             # A tower that trains is one more stack, with an input that requires no gradient.
             always = [name for unit in units.always for name in unit.parameters]
@@ -95,12 +127,14 @@ class Switch:
             made.callback(self._checkpointing.close)
             self.norms: GradientNorms | None = None
             if GRADIENTS in collects:
-                self.norms = GradientNorms(optimizer, engine, in_backward=stepping is not None)
+                self.norms = GradientNorms(optimizers.each[0], engine, in_backward=stepping is not None)
                 made.callback(self.norms.close)
-            self._watch = GradientWatch(optimizer)
+            self._watch = GradientWatch(optimizers)
             made.callback(self._watch.close)
             engine.prepare()
-            made.pop_all()
+            self._made = made.pop_all()
+        for each in optimizers.each:
+            _switches[each] = weakref.ref(self)
 
     def apply(self, active: Sequence[int], round: int) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects.
@@ -108,22 +142,32 @@ class Switch:
         Args:
             active: Indices of the sampled layers that train from now on.
             round: Number of the period.
+
+        Raises:
+            ConfigError: If it is closed, or a layer isn't in the model any more.
         """
+        self.check_open()
         names = {name for own in self._units.training(active).values() for name in own}
         if self.frozen is not None:
             self.frozen.activate(names)
-        training = {}
+        training, later = {}, []
         for name, parameter in self._model.named_parameters():
+            if name not in self._units.trainable:
+                later.append(name)
+                continue
             parameter.requires_grad_(name in names)
             if name in names:
                 training[name] = parameter
             else:
                 parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+        self._check_parameters(names - training.keys(), later)
         if self.frozen is not None:
             # What masters hold beyond their weights is found while the weights are there.
-            self.view.put_masters_away(p for p in self._model.parameters() if not p.requires_grad)
+            for view in self._views:
+                view.put_masters_away(p for p in self._model.parameters() if not p.requires_grad)
             self.frozen.freeze(names)
-        self.view.project({name: p for name, p in training.items() if name in self.projected})
+        for view in self._views:
+            view.set_projected({name: p for name, p in training.items() if name in self.projected})
         units = [self._units.sampled[i] for i in active]
         own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
         if self.norms is not None:  # in front of what steps in backward, and frees gradients
@@ -144,13 +188,48 @@ class Switch:
         if self.norms is not None:
             self.norms.end_step()
 
+    def _check_parameters(self, gone: Collection[str], later: Sequence[str]) -> None:
+        if gone:
+            raise ConfigError(
+                f"The model must keep the parameters that are sampled, but {some(sorted(gone))} isn't there any more: "
+                "close() the scheduler, and make a new one for what the model is now."
+            )
+        if later and not self._named_later:
+            self._named_later = True
+            logger.warning(
+                "%s came into the model after the scheduler was made: it isn't sampled, and trains if it requires a "
+                "gradient and the optimizer holds it.",
+                some(later),
+            )
+
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
         parameters = list(self._model.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
-        self.view.freeze(frozen)
-        self._policy.freeze(self._optimizer, frozen)
-        self._policy.activate(self._optimizer, [p for p in parameters if p.requires_grad])
+        for view in self._views:
+            view.freeze(frozen)
+        for each in (*self._optimizers.each, *(wrapper for wrapper, _ in self._optimizers.beside)):
+            self._policy.freeze(each, frozen)
+            self._policy.activate(each, [p for p in parameters if p.requires_grad])
+        for watch in self._watches:
+            watch.switched()
+
+    def forget_state(self) -> None:
+        """Drop all state but exact weights: of another projection, it has other shapes."""
+        for view in self._views:
+            view.forget()
+
+    def check_open(self) -> None:
+        """Make sure that it still switches layers.
+
+        Raises:
+            ConfigError: If it is closed.
+        """
+        if self._closed:
+            raise ConfigError(
+                "A LayerScheduler must be open, but this one is closed: by close(), at the end of its with block, or "
+                "by another that took its place on the same optimizer: make a new one to sample on."
+            )
 
     def check(self, active: Sequence[int]) -> None:
         """Check a period at its end, where that is asked for.
@@ -187,25 +266,71 @@ class Switch:
 
     def _exact(self, weight: Tensor, parameter: Tensor | None) -> Tensor:
         """A weight in fp32; the optimizer knows it by its parameter, which may be held rounded."""
-        state = self._optimizer.state.get(parameter, {}) if parameter is not None else {}
+        if parameter is None:
+            return combine(weight, {})
+        state = self._at_rest.get(parameter) or self._optimizers.state_of(parameter)
         exact = combine(weight, state)
         return follow(exact.clone(), weight) if MASTER in state else exact
 
-    def close(self) -> None:
-        """Every parameter requires a gradient again as it did before. Safe to call twice."""
-        if self._self_check is not None:
-            self._self_check.close()
-            self._self_check = None
-        self._watch.close()
-        if self.norms is not None:
-            self.norms.close()
-        if self.stepper is not None:
-            self.stepper.close()
-        self._checkpointing.close()
-        self.view.close()
+    def close(self, *, plain: bool = True) -> None:
+        """Every parameter requires a gradient again as it did before. Safe to call twice.
+
+        Args:
+            plain: Whether the optimizer is left with state that it can step on by itself; otherwise with all it has,
+                for another scheduler.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._self_check = None
+        self._made.close()
+        for each in self._optimizers.each if plain else ():
+            end_plain(each)
+            plain_before_use(each, self._leave_plain)
         parameters = dict(self._model.named_parameters())
         for name, trainable in self._units.trainable.items():
-            parameters[name].requires_grad_(trainable)
+            if name in parameters:
+                parameters[name].requires_grad_(trainable)
         if self.frozen is not None:
             self.frozen.close()
         self._engine.close()
+
+    def _leave_plain(self) -> None:
+        """Leave no state in the optimizer but its own, at full size; what makes bf16 weights exact stays here."""
+        for each in self._optimizers.each:
+            unpack(each)
+        parameters = dict(self._model.named_parameters())
+        for each in self._optimizers.each:
+            for parameter, held in list(each.state.items()):
+                each.state[parameter] = dict(held)  # a checkpoint in memory may hold the other
+        for view in self._views:
+            view.freeze(parameters.values())
+        for parameter in parameters.values():
+            kept = at_rest(self._optimizers.state_of(parameter))
+            if kept:
+                self._at_rest[parameter] = kept
+        projected = {parameters[name] for name in self.projected if name in parameters}
+        for each in self._optimizers.each:
+            self._policy.activate(each, parameters.values())
+            make_plain(each, projected)
+
+
+def take_over(optimizers: Optimizers) -> None:
+    """Make sure that no other scheduler works on some optimizers.
+
+    One that nothing refers to any more lets go of them. In an interactive session, where a cell that makes a
+    scheduler is run again, the earlier one is closed.
+
+    Raises:
+        ConfigError: If another does, and isn't closed.
+    """
+    for each in optimizers.each:
+        if each in _switches and is_viewed(each):
+            gc.collect()  # it may be part of a circle that nothing else refers to
+        earlier = _switches[each]() if each in _switches else None
+        if earlier is not None and not earlier._closed and hasattr(sys, "ps1"):
+            logger.warning(
+                "The earlier LayerScheduler of this optimizer is closed: the new one takes its place."
+            )
+            earlier.close()
+        check_unviewed(each)

@@ -100,10 +100,11 @@ def run_plain(
     checkpoints = Checkpoints(folder, kept)
     for step in range(checkpoints.load_last(), STEPS):
         batch = make_batch(random.randrange(100) + int(torch.randint(100, ())))  # both generators matter
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         schedule.step()
-        scheduler.step()
+        scheduler.step(loss=loss.detach())  # some samplers learn from it
         optimizer.zero_grad()
         if (step + 1) % SAVE == 0:
             checkpoints.save(step + 1)
@@ -120,6 +121,7 @@ def trainer_arguments(folder: Path) -> dict[str, Any]:
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
         "report_to": "none",
+        "logging_steps": 1,  # some samplers learn from the loss
         "disable_tqdm": True,
         "use_cpu": True,
         "dataloader_pin_memory": False,

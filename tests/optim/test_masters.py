@@ -15,7 +15,7 @@ from layersample import LayerScheduler, create_projection, measure_memory
 from layersample.checkpoints.sharded import load_distributed, save_distributed
 from layersample.choices import StatePolicyName
 from layersample.optim.masters import EXCEPTIONS, MASTER, REMAINDER, combine, follow, split
-from layersample.optim.stand_ins import _placed
+from layersample.optim.packing import _placed
 from tests.helpers import make_batch, make_llama
 
 OPTIMIZERS: dict[str, Any] = {
@@ -115,7 +115,7 @@ def test_a_pruned_layer_trains_on_from_what_was_written(state: Any) -> None:
     options = {"state": state, "check": False, "sampler_options": {"order": "ascending"}}
     _, scheduler = run(4, **options)  # layers 0 and 1 are frozen, until step 6
     model: Any = scheduler._model
-    optimizer = scheduler._optimizer
+    optimizer = scheduler.optimizer
     weight = model.model.layers[0].mlp.up_proj.weight
     before = scheduler.fp32_state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     kept = weight.abs() > weight.abs().median()
@@ -292,7 +292,7 @@ def test_resume_without_masters_is_exact_where_the_optimizer_keeps_fp32(name: st
 
 def assert_same_state(first: LayerScheduler, second: LayerScheduler) -> None:
     for one, other in zip(first._model.parameters(), second._model.parameters(), strict=True):
-        state, loaded = (s._optimizer.state.get(p, {}) for s, p in ((first, one), (second, other)))
+        state, loaded = (s.optimizer.state.get(p, {}) for s, p in ((first, one), (second, other)))
         assert state.keys() == loaded.keys()
         for key, value in state.items():
             if torch.is_tensor(value):
@@ -309,7 +309,7 @@ def test_counts_are_loaded_to_where_an_optimizer_reads_them() -> None:
         ("step", {"fused": True}, "meta"),
         ("mu_product", {"fused": True}, "cpu"),
         ("mu_product", {"capturable": True}, "meta"),
-        ("projection_steps", {"capturable": True}, "cpu"),
+        ("layersample_projection_steps", {"capturable": True}, "cpu"),
     ):
         assert _placed(key, count, parameter, group).device.type == device, (key, group)
 
@@ -317,7 +317,7 @@ def test_counts_are_loaded_to_where_an_optimizer_reads_them() -> None:
 def test_low_rank_state_of_bf16_weights_in_a_distributed_checkpoint(tmp_path: Path) -> None:
     """It looks state up by its parameter's number, so there nothing may lie elsewhere."""
     _, first = run(4, **WITHOUT, **LOW_RANK)
-    save_distributed(tmp_path / "saved", first._model, first._optimizer, first.state_dict())
+    save_distributed(tmp_path / "saved", first._model, first.optimizer, first.state_dict())
     model = make_llama(dtype=torch.bfloat16)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     loaded = load_distributed(tmp_path / "saved", model, optimizer, create_projection("galore", {"rank": 4}))
@@ -348,7 +348,7 @@ def test_small_updates_survive_that_bf16_loses() -> None:
 def test_memory_is_counted_by_kind() -> None:
     _, scheduler = run(4)  # one step into the second period
     model: Any = scheduler._model
-    optimizer = scheduler._optimizer
+    optimizer = scheduler.optimizer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     use = measure_memory(model, optimizer)
@@ -365,7 +365,7 @@ def test_an_optimizer_may_be_loaded_before_the_scheduler_is_made(options: dict[s
     model = make_llama(dtype=torch.bfloat16)
     model.load_state_dict(first._model.state_dict())
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    optimizer.load_state_dict(first._optimizer.state_dict())
+    optimizer.load_state_dict(first.optimizer.state_dict())
     second = LayerScheduler(
         model, optimizer, "cyclic", num_active=2, period=3, state_dict=first.state_dict(), **options
     )
@@ -422,7 +422,7 @@ def test_fp32_weights_are_those_that_someone_has_changed(edit: Any, steps: int) 
 def test_a_step_goes_on_from_a_weight_that_was_changed_before_it() -> None:
     _, scheduler = run(4)
     model: Any = scheduler._model
-    optimizer = scheduler._optimizer
+    optimizer = scheduler.optimizer
     best = {name: value / 2 for name, value in model.state_dict().items()}
     model.load_state_dict(best)
     model(**make_batch(4)).loss.backward()
@@ -435,7 +435,7 @@ def test_a_step_goes_on_from_a_weight_that_was_changed_before_it() -> None:
 def test_a_step_goes_on_from_an_edited_weight_however_it_was_written(edit: Any) -> None:
     _, scheduler = run(4, "adamw-small-steps", sampler_options={"order": "ascending"})
     model: Any = scheduler._model
-    optimizer = scheduler._optimizer
+    optimizer = scheduler.optimizer
     weight = model.model.layers[2].mlp.up_proj.weight
     edit(weight)
     model(**make_batch(4)).loss.backward()
@@ -446,7 +446,7 @@ def test_a_step_goes_on_from_an_edited_weight_however_it_was_written(edit: Any) 
 def test_a_weight_that_is_changed_before_a_switch_stays_so() -> None:
     _, scheduler = run(5, sampler_options={"order": "ascending"})
     model: Any = scheduler._model
-    optimizer = scheduler._optimizer
+    optimizer = scheduler.optimizer
     weight = model.model.layers[2].mlp.up_proj.weight
     model(**make_batch(5)).loss.backward()
     optimizer.step()

@@ -140,6 +140,32 @@ def test_an_epoch_may_end_within_a_window(clip: float | None, projection: str | 
     assert all(torch.allclose(ours[name], naive[name], atol=1e-7) for name in naive)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("projection", [None, "galore"])
+def test_a_window_that_is_dropped_begins_anew(projection: str | None, to_none: bool) -> None:
+    """zero_grad() after the second of three passes: the steps are those of the windows that were whole."""
+
+    def train(backward: StepInBackward | None) -> dict[str, Tensor]:
+        model = make_llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        options = {"projection": projection, "projection_options": {"rank": 4} if projection else None}
+        with LayerScheduler(
+            model, optimizer, "cyclic", num_active=2, period=2, step_in_backward=backward, **options
+        ) as scheduler:
+            for window in range(4):
+                passes = 2 if window == 1 else 3
+                for number in range(passes):
+                    model(**make_batch(10 * window + number), use_cache=False).loss.backward()
+                if passes == 3:
+                    optimizer.step()
+                    scheduler.step()
+                # Without a gradient a weight isn't stepped; after zero_grad(False) those that train have one.
+                optimizer.zero_grad(set_to_none=to_none)
+            return {name: value.clone() for name, value in scheduler.fp32_state_dict().items()}
+
+    assert same(train(StepInBackward(accumulation=3)), train(None))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_clipping_by_parameter_is_clipping_each_by_itself(dtype: torch.dtype) -> None:
     ours, _ = run(StepInBackward(max_norm=0.05, clip_by="parameter"), "sgd-momentum", dtype=dtype)

@@ -34,6 +34,7 @@ from layersample import (
     measure_memory,
 )
 from layersample.checkpoints.sharded import load_distributed, optimizer_of, save_distributed
+from layersample.projection.low_rank import BASIS
 from layersample.unwrapping import local_part
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
@@ -392,7 +393,7 @@ def check_projection_on_shards(folder: Path) -> None:
         more: dict[str, Any] = {"projection": name, "projection_options": options, "state": "keep"}
         model = sharded()
         scheduler = run(model, **more)
-        state = next(s for s in scheduler._optimizer.state.values() if "projection_basis" in s)
+        state = next(s for s in scheduler.optimizer.state.values() if BASIS in s)
         assert local_part(state["exp_avg"]).numel() * 2 == state["exp_avg"].numel()
         scheduler.close()
         assert_close(model, alone(**more), 1e-7)

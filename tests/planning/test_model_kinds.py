@@ -140,7 +140,7 @@ def test_what_is_assumed_is_said_once(kind: str, words: str | None) -> None:
 
 
 def test_a_chunked_loss_that_was_asked_for_is_not_left_out_in_silence() -> None:
-    with pytest.raises(ConfigError, match="isn't trained on it"):
+    with pytest.raises(ConfigError, match="can't take the place of this model's own"):
         plan(shape_of("t5"), options(loss_chunk=64), baselines=False)
 
 

@@ -21,7 +21,7 @@ from layersample import (
     register_projection,
 )
 from layersample.choices import StatePolicyName
-from layersample.projection.low_rank import NonFiniteGradientError
+from layersample.projection.low_rank import BASIS, NonFiniteGradientError
 from tests.helpers import make_batch, make_llama
 
 RANK = 4
@@ -129,7 +129,7 @@ def test_fira_and_apollo_are_what_their_papers_say(name: str) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        basis = optimizer.state[ours.weight]["projection_basis"]
+        basis = optimizer.state[ours.weight][BASIS]
         (gradient,) = torch.autograd.grad(naive.loss(step), naive.weight)
         low = basis.T @ gradient
         m = (0 if m is None else 0.9 * m) + 0.1 * low
@@ -432,7 +432,7 @@ def test_grad_scaler(projection: str, fused: bool) -> None:
             if scaled and step == 3:
                 before, basis = (
                     model.weight.clone(),
-                    optimizer.state[model.weight]["projection_basis"].clone(),
+                    optimizer.state[model.weight][BASIS].clone(),
                 )
                 scaler.scale(model.loss(step)).backward()  # type: ignore[no-untyped-call]
                 assert model.weight.grad is not None
@@ -441,7 +441,7 @@ def test_grad_scaler(projection: str, fused: bool) -> None:
                 scaler.update()
                 optimizer.zero_grad()
                 assert torch.equal(model.weight, before)
-                assert torch.equal(optimizer.state[model.weight]["projection_basis"], basis)
+                assert torch.equal(optimizer.state[model.weight][BASIS], basis)
             scaler.scale(model.loss(step)).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -580,15 +580,6 @@ def test_every_projection_trains_fused_experts(name: str) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_projection("galore", options)
-
-
-def test_a_closure_is_refused() -> None:
-    model = Regression(12, 24)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    scheduler = schedule(model, optimizer)
-    with pytest.raises(ConfigError, match="call backward"):
-        optimizer.step(lambda: model.loss(0))
-    scheduler.close()
 
 
 def test_weight_decay_of_an_unknown_optimizer_is_asked_for() -> None:

@@ -216,12 +216,13 @@ def test_sampled_embeddings_come_first_and_norm_and_head_last() -> None:
 def test_backward_ends_at_the_lowest_active_layer() -> None:
     model = make_llama()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    LayerScheduler(model, optimizer, Given((2,)), embeddings="freeze")
+    scheduler = LayerScheduler(model, optimizer, Given((2,)), embeddings="freeze")
     reached = []
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda m, a, out, i=i: reached.append(i) if out.requires_grad else None)
     model(**make_batch())
     assert reached == [2, 3]
+    scheduler.close()
 
 
 @pytest.mark.parametrize("state", ["drop", "keep", "offload"])
@@ -361,8 +362,8 @@ def test_a_scheduler_that_cannot_be_made_leaves_nothing_behind() -> None:
         model(**make_batch()).loss.backward()
         optimizer.step()
         scheduler.step()
-    state = optimizer.state[model.model.layers[1].mlp.up_proj.weight]
-    assert min(state["exp_avg"].shape) == 4
+        state = optimizer.state[model.model.layers[1].mlp.up_proj.weight]
+        assert min(state["exp_avg"].shape) == 4
 
 
 def test_an_optimizer_has_one_scheduler_at_a_time() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from layersample.optim.optimizers import Optimizers
 from layersample.scheduling.self_check import SelfCheck, SelfCheckError
 
 
@@ -15,7 +16,7 @@ def prepare(
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model[0].requires_grad_(False)
-    check = SelfCheck(optimizer, state)
+    check = SelfCheck(Optimizers(optimizer), state)
     parameters = dict(model.named_parameters())
     check.begin(parameters)
     model(torch.ones(1, 3)).sum().backward()
@@ -50,7 +51,7 @@ def test_an_active_layer_that_did_not_move_is_named() -> None:
 def test_what_got_no_gradient_or_one_of_zeros_may_stay_where_it_is(gradient: float | None) -> None:
     model, optimizer, check, parameters = prepare()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # without momentum
-    check = SelfCheck(optimizer, "keep")
+    check = SelfCheck(Optimizers(optimizer), "keep")
     check.begin(parameters)
     for parameter in model[1].parameters():
         parameter.grad = None if gradient is None else torch.full_like(parameter, gradient)
