@@ -52,9 +52,6 @@ SAME_THING: dict[str, str] = {
 
 # What a run of `layersample train` is built on.
 _NOT_OURS_TO_CHANGE = {
-    "logging_steps": "every step is recorded in metrics.jsonl",
-    "logging_strategy": "every step is recorded in metrics.jsonl",
-    "logging_first_step": "every step is recorded in metrics.jsonl",
     "eval_on_start": "the held-out loss is measured before the first step of every run",
     "dataset_kwargs": "the data is prepared by layersample train",
     "model_init_kwargs": "the model is loaded by layersample train: choose its --precision",

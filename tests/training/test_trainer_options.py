@@ -46,7 +46,14 @@ def test_what_the_run_sets_can_t_be_set_beside_it(tmp_path: Path) -> None:
     """Whatever arguments.py sets is either refused or free for the user, never dropped."""
     made = training_arguments(make_config(("x", {"steps": 7})), tmp_path)
     assert made.max_steps == 7
-    free = {"save_total_limit", "report_to", "disable_tqdm", "use_cpu", "dataloader_pin_memory"}
+    free = {
+        "save_total_limit",
+        "logging_steps",
+        "report_to",
+        "disable_tqdm",
+        "use_cpu",
+        "dataloader_pin_memory",
+    }
     source = (Path(__file__).parents[2] / "layersample" / "training" / "arguments.py").read_text()
     for field in dataclasses.fields(SFTConfig):
         if f'"{field.name}":' in source:
