@@ -1,4 +1,4 @@
-"""Show and store a profile: the table, the files, and the calibration batches of the command line."""
+"""Show and store a profile: the table and the files."""
 
 from __future__ import annotations
 

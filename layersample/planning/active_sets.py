@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from layersample.activations.chunked_loss import why_not_chunked
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError
 from layersample.layers.costs import LayerCosts, layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.rules import arrange
 from layersample.planning.fake_models import fake_model
-from layersample.planning.model_kinds import ModelKind, refuses_chunks
+from layersample.planning.model_kinds import ModelKind
 from layersample.registry import create_sampler
 from layersample.sampling.sampler import LayerSampler, SamplingContext, draw
 from layersample.sampling.statistics import LayerStatistics
+from layersample.sampling.weighted import MeasuredSampler
 
 _DRAWS = 101
 _UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."
@@ -92,7 +94,7 @@ def find_active_sets(
         size = {name: parameter.numel() for name, parameter in model.named_parameters()}
         costs = layer_costs(model, units)
         can_checkpoint = bool(getattr(model, "supports_gradient_checkpointing", False))
-        can_chunk = refuses_chunks(model) is None
+        can_chunk = why_not_chunked(model) is None
     sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
     if config.num_active > len(sizes):
         raise ConfigError(
@@ -140,8 +142,7 @@ def _draw(
         )
         for round in range(_DRAWS)
     ]
-    try:
-        return [tuple(sorted(draw(sampler, context))) for context in contexts], ()
-    except ValueError:  # it has nothing to weigh layers by: fake tensors can't be measured
+    if isinstance(sampler, MeasuredSampler) and not sampler.scores:  # fake tensors can't be measured
         uniform = [torch.randperm(len(names), generator=c.generator)[: c.num_active] for c in contexts]
         return [tuple(sorted(drawn.tolist())) for drawn in uniform], (_UNMEASURED,)
+    return [tuple(sorted(draw(sampler, context))) for context in contexts], ()

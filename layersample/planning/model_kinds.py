@@ -18,7 +18,6 @@ from transformers import (
     PretrainedConfig,
 )
 
-from layersample.activations.chunked_loss import ChunkedLoss
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError
 
@@ -105,15 +104,6 @@ def find_kind(shape: PretrainedConfig, model_class: type[Any] | None = None) -> 
             return ModelKind(auto.from_config, make_batch, _note(shape, classes[0]))
     name = repr(shape.model_type) if model_class is None else model_class.__name__
     raise ConfigError(f"What is planned must be one of {_PLANNED}, but {name} is of another kind.")
-
-
-def refuses_chunks(model: nn.Module) -> str | None:
-    """Why a model can't have a chunked loss; ``None`` where it can."""
-    try:
-        ChunkedLoss(model).close()
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def _note(shape: PretrainedConfig, model_class: Any) -> str | None:

@@ -140,6 +140,11 @@ def plan(
     config = config or TrainConfig()
     if gpus < 1:
         raise ConfigError(f"gpus must be at least 1, but got gpus={gpus}.")
+    if gpus > 1 and config.frozen_weights is not None:
+        raise ConfigError(
+            f"frozen_weights={config.frozen_weights!r} must be planned for one GPU, because sharded weights can't be "
+            f"held in fewer bits, but got gpus={gpus}."
+        )
     tell = progress or (lambda what: None)
     if config.budget is not None:
         tell(f"sets within a budget of {config.budget}")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layersample.activations.chunked_loss import why_not_chunked
 from layersample.config import TrainConfig, check_length
 from layersample.errors import ConfigError
 from layersample.planning.fake_models import fake_model
-from layersample.planning.model_kinds import ModelKind, find_kind, refuses_chunks
+from layersample.planning.model_kinds import ModelKind, find_kind
 from layersample.planning.shapes import load_shape
 from layersample.registry import PROJECTIONS
 
@@ -69,7 +70,7 @@ def _with_its_loss(
     """The options without a chunked loss where a model can't have it, unless it was asked for."""
     # Built in any case: an error of its own, or a warning, comes here and once.
     with fake_model(shape, config.precision, kind=kind) as model:
-        reason = refuses_chunks(model)
+        reason = why_not_chunked(model)
     if config.loss_chunk is None or reason is None:
         return config, ()
     if config.loss_chunk != "auto":

@@ -89,7 +89,7 @@ class LayerScheduler(SeesExactWeights, Reports):
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
             measuring the model and drawing a first set that isn't used.
-        allow_changes: Whether a state of another sampler, seed, period, number of active layers or projection may
+        allow_changes: Whether a state of other options, on which draws and updates depend, may
             be loaded. Layers that are active stay so until their period ends.
         check: Check at the end of each period, bit by bit, that frozen weights didn't change, active ones
             did, and nothing frozen holds a gradient or state. Costs one hash of all weights a period.
