@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from layersample.layers.rules import Units
+from layersample.optim.optimizers import Optimizers
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.statistics import LayerStatistics
 from layersample.scheduling.switch import Switch
@@ -13,6 +15,7 @@ from layersample.scheduling.switch import Switch
 class Reports:
     """The part of a scheduler that is only looked at."""
 
+    _optimizers: Optimizers
     _switch: Switch
     _units: Units
     _history: LayerHistory
@@ -39,6 +42,11 @@ class Reports:
     def active_layers(self) -> tuple[str, ...]:
         """Names of the sampled layers that train now."""
         return tuple(self._units.sampled[i].name for i in self._active)
+
+    @property
+    def optimizer(self) -> Any:
+        """What the scheduler was given, an optimizer or a list of them, as learning-rate schedulers have it."""
+        return self._optimizers.given
 
     @property
     def projected(self) -> frozenset[str]:

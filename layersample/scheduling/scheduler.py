@@ -128,7 +128,7 @@ class LayerScheduler(SeesExactWeights, Reports):
         projection: str | Projection | None = None,
         projection_options: Mapping[str, Any] | None = None,
         master_weights: bool = True,
-        step_in_backward: StepInBackward | bool = False,
+        step_in_backward: StepInBackward | bool | None = False,
         frozen_weights: str | FrozenFormat | None = None,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
@@ -196,11 +196,6 @@ class LayerScheduler(SeesExactWeights, Reports):
             self._switch.close(plain=False)  # another try must find the optimizer as this one did
             raise
         weakref.finalize(self, self._switch.close).atexit = False  # what nothing refers to any more lets go
-
-    @property
-    def optimizer(self) -> Optimizer | Sequence[Optimizer]:
-        """What the scheduler was given, as learning-rate schedulers have it."""
-        return self._optimizers.given
 
     def reach(self, steps: int) -> str:
         """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.

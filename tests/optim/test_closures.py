@@ -40,16 +40,16 @@ def run(
             def closure(step: int = step) -> Tensor:
                 optimizer.zero_grad()
                 loss: Tensor = model(**make_batch(step), use_cache=False).loss
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 return loss
 
             if how == "before":
                 loss = closure()
                 assert optimizer.step() is None
             elif how == "positional":
-                loss = optimizer.step(closure)  # type: ignore[assignment, arg-type]
+                loss = optimizer.step(closure)
             else:
-                loss = optimizer.step(closure=closure)  # type: ignore[assignment, arg-type]
+                loss = optimizer.step(closure=closure)
             losses.append(float(loss.detach()))
             scheduler.step()
         return {name: value.clone() for name, value in scheduler.fp32_state_dict().items()}, losses

@@ -136,7 +136,7 @@ class SAM(Optimizer):
 
     def __init__(self, params: Any, inner: type[Optimizer], **options: Any) -> None:
         super().__init__(params, dict(rho=0.05, **options))
-        self.base_optimizer = inner(self.param_groups, **options)  # type: ignore[arg-type]
+        self.base_optimizer = inner(self.param_groups, **options)
         self.param_groups = self.base_optimizer.param_groups
 
     @torch.no_grad()
@@ -321,7 +321,7 @@ def test_schedule_free_weights_are_the_same_in_evaluation_whether_state_is_dropp
         model = make_llama()
         optimizer = schedule_free(model.parameters())
         optimizer.train()
-        with LayerScheduler(model, optimizer, "cyclic", num_active=1, period=3, state=state) as scheduler:  # type: ignore[arg-type]
+        with LayerScheduler(model, optimizer, "cyclic", num_active=1, period=3, state=state) as scheduler:
             for step in range(3):
                 model(**make_batch(step)).loss.backward()
                 optimizer.step()

@@ -176,7 +176,7 @@ def test_checkpoints_of_an_older_version_are_read() -> None:
 
 def test_keys_of_the_optimizer_that_look_like_ours_stay_its_own() -> None:
     class Own(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:

@@ -148,7 +148,10 @@ def test_a_window_that_is_dropped_begins_anew(projection: str | None, to_none: b
     def train(backward: StepInBackward | None) -> dict[str, Tensor]:
         model = make_llama()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
-        options = {"projection": projection, "projection_options": {"rank": 4} if projection else None}
+        options: dict[str, Any] = {
+            "projection": projection,
+            "projection_options": {"rank": 4} if projection else None,
+        }
         with LayerScheduler(
             model, optimizer, "cyclic", num_active=2, period=2, step_in_backward=backward, **options
         ) as scheduler:

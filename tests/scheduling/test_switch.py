@@ -154,7 +154,7 @@ def test_a_sparse_embedding_may_step_in_backward() -> None:
             self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            hidden = self.embed(tokens)
+            hidden: torch.Tensor = self.embed(tokens)
             for layer in self.layers:
                 hidden = layer(hidden)
             return hidden.square().mean()
