@@ -72,7 +72,8 @@ def test_only_samplers_are_registered() -> None:
 
 def test_unknown_name_lists_all_and_the_closest() -> None:
     with pytest.raises(
-        ConfigError, match="Unknown sampler 'cylic'. Did you mean 'cyclic'.* There are: .*cyclic, .*full, .*lisa, "
+        ConfigError,
+        match="Unknown sampler 'cylic'. Did you mean 'cyclic'.* There are: .*cyclic, .*full, .*lisa, ",
     ):
         SAMPLERS.get("cylic")
 
