@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
@@ -113,6 +114,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
+            trainer.train = partial(self._train, trainer.train)  # type: ignore[method-assign]
         protect_checkpoints(trainer, verify=verify, allow_changes=self.options.allow_changes)
         return self
 
@@ -206,6 +208,14 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Give every parameter its ``requires_grad`` back."""
         # The Trainer has put the best model's weights in place of the last step's by now.
         self._end(check=not args.load_best_model_at_end)
+
+    def _train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Train; an error, of which no callback is told, leaves the model as it was found as well."""
+        try:
+            return train(*args, **kwargs)
+        except BaseException:
+            self._end(check=False)
+            raise
 
     def _end_interrupted(self, optimizer: Any, *, resumes: bool) -> None:
         """End a run that was interrupted, in a notebook say; its scheduler is still on the optimizer."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -225,3 +225,20 @@ def test_backward_ends_at_the_lowest_active_layer(
     assert any(".2." in name for name in changed) and not any(".1." in name for name in changed)
     # Reentrant checkpointing needs an input that requires grad, and is given it at the lowest active layer.
     assert asked[:2] == [False, False] and asked[3], "backward went below layer 2, or didn't reach it"
+
+
+def test_an_error_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """A plain Trainer on the same model afterwards trains all of it, by the model's own loss."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("enough")
+
+    model = make_llama()
+    trainer = make_trainer(tmp_path, None, model=model)
+    LayerSamplingCallback("cyclic", num_active=1, period=2).attach(trainer)
+    trainer.add_callback(Stop())
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer.train()
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.train()(**make_batch(0)).logits is not None
