@@ -19,7 +19,8 @@ def test_it_is_short() -> None:
 def test_every_built_in_strategy_is_in_a_table() -> None:
     for name, cls in list_samplers().items():
         if cls.__module__.startswith("layersample_strategies"):
-            assert f"| `{name}` |" in README and f"| `{name}` |" in SAMPLERS and f"## `{name}`" in SAMPLERS
+            assert f"`{name}`" in README and f"| `{name}` |" in SAMPLERS, name
+            assert SAMPLERS.count(f"`{name}`") > 1, f"{name} has a row, but no section speaks of it"
     for name, kind in list_projections().items():
         if kind.__module__.startswith("layersample_strategies"):
             assert f"| `{name}` |" in PROJECTIONS and f"## `{name}`" in PROJECTIONS
