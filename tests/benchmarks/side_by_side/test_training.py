@@ -227,6 +227,6 @@ def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
 
 def test_samplers_left_out_need_an_option() -> None:
     for name in set(list_samplers()) - set(default_methods()):
-        with pytest.raises(ConfigError, match="Field required"):
+        with pytest.raises(ConfigError, match="needs the option"):
             create_sampler(name)
     assert get_method("full").summary
