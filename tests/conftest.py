@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from layersample import registry
 from tests.helpers import write_sums, write_tiny_model
@@ -35,6 +36,14 @@ def _forget_new_names() -> Iterator[None]:
     for names, classes in before:
         names.classes.clear()
         names.classes.update(classes)
+
+
+@pytest.fixture(autouse=True)
+def _libraries_speak_again() -> Iterator[None]:
+    """A command that a test ran in this process has quietened them."""
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(autouse=True)

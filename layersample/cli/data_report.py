@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from typing import Annotated, Any, Literal
 
 import typer
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layersample.cli.consoles import console
+from layersample.cli.quiet import quiet_libraries
 from layersample.config import BUILTIN_MODEL, make_config
 
 
@@ -32,17 +32,12 @@ def data_command(
 ) -> None:
     """Show the format of data, its first examples as the model sees them, their lengths, and what would be cut."""
     # Seconds of imports that the other commands don't need.
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
     from layersample.training.answers import show_learned
     from layersample.training.data import load_data
     from layersample.training.models import load_tokenizer
     from layersample.training.trainer import CheckedTrainer
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    quiet_libraries(reads_data=True)
     given: dict[str, Any] = {
         "data": file,
         "model": model,

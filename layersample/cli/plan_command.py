@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import typer
 from layersample.cli.consoles import console, errors
 from layersample.cli.display import plain
 from layersample.cli.flags import own_option
+from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import gather_settings
 from layersample.files import check_output_file
 
@@ -49,15 +49,12 @@ def plan(
 ) -> None:
     """Show the peak memory of a run before it is run; no GPU and no weights are needed."""
     # Seconds of imports that the other commands don't need.
-    from transformers.utils import logging as transformers_logging
-
     from layersample.cli.plan_report import print_plan
     from layersample.planning.planner import plan as plan_run
     from layersample.plots import plot_plan
     from layersample.registry import load_plugin
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.set_verbosity_error()
+    quiet_libraries()
     settings = gather_settings(
         config, preset, sampler_option, projection_option, None, {**flags, "model": model}
     )

@@ -10,6 +10,7 @@ import yaml
 
 from layersample.cli.consoles import console
 from layersample.cli.display import plain
+from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import parse_sampler
 from layersample.errors import ConfigError
 from layersample.files import check_output
@@ -48,16 +49,13 @@ def profile_command(
 ) -> None:
     """Show what the weights of a model say of each layer, and how likely each sampler is to train it."""
     # Seconds of imports that the other commands don't need.
-    from transformers.utils import logging as transformers_logging
-
     from layersample.cli.profile_report import ProfileProgress, print_profile, write_profile
     from layersample.profiling.profile import profile
     from layersample.registry import SAMPLERS, load_plugin
     from layersample.training.batches import make_batches
     from layersample.training.models import load_any_model, resolve_model
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries(reads_data=data is not None)
     if plugin is not None:
         load_plugin(plugin)
     chosen = [parse_sampler(text) for text in sampler or _compared_samplers(with_data=data is not None)]

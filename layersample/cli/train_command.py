@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import typer
 
 from layersample.cli.consoles import console, errors
 from layersample.cli.display import plain
+from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import gather_settings
 from layersample.config import TrainConfig
 from layersample.errors import NEEDS_TRAIN, ConfigError
@@ -34,21 +34,15 @@ def train(
 def _run(settings: TrainConfig) -> None:
     # Seconds of imports that the other commands don't need.
     try:
-        import datasets
         import trl  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"Training {NEEDS_TRAIN}") from error
-    from transformers.utils import logging as transformers_logging
 
     from layersample.cli.display import LiveProgress, print_config, print_summary
     from layersample.training.finetune import finetune
     from layersample.training.trainer import Interrupted, NonFiniteLossError
 
-    # What the libraries say to each other about their own next versions is nothing a user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries(reads_data=True)
     print_config(console, settings)
     try:
         summary = finetune(settings, progress=LiveProgress(console), report=_report)

@@ -49,7 +49,7 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     Dataset.from_list(ROWS).to_parquet(path)
     assert read(path) == ROWS
-    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     assert read(tmp_path / "a.parquet.gz") == ROWS
     whole = bytearray(path.read_bytes())
     whole[4:40] = b"\xff" * 36  # its first page
@@ -89,7 +89,7 @@ def test_several_files_and_a_folder(tmp_path: Path) -> None:
         ("a.json", b'"text"', "must hold a list of examples, but holds a str"),
         ("a.json", b"", "must hold at least one example, but is empty"),
         ("a.jsonl.gz", b"not gzip", "must be UTF-8 text, but: Not a gzipped file"),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-12], "must be UTF-8 text, but: "),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:-12], "must be UTF-8 text, but: "),
         ("a.txt", b"\n \n", "must hold at least one example, but is empty"),
         ("a.parquet", b"PAR1", "must be a Parquet file"),
     ],
