@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from functools import cache
@@ -11,26 +12,55 @@ from typing import Any
 
 import torch
 
+_PACKAGES = (
+    *(
+        "layersample",
+        "torch",
+        "transformers",
+        "trl",
+        "accelerate",
+        "peft",
+        "datasets",
+        "bitsandbytes",
+        "lightning",
+    ),
+    "badam",
+)
 _SLOW = 2.0  # a shared machine's noise stays below
 
 
 def environment() -> dict[str, Any]:
-    """Processor, threads, GPU and versions, to be stored beside every figure."""
-    names = ("layersample", "torch", "transformers", "trl", "accelerate", "peft", "badam")
+    """Processor, memory, threads, GPU and versions, to be stored beside every figure."""
     return {
         "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: v for name in names if (v := _version(name))},
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
     }
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 by instructions of its own; taken to be so where it isn't known.
+
+    Every process of a run answers alike, which a measured time wouldn't: what is computed may depend on it.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    known = [check for name in checks if (check := getattr(torch.cpu, name, None)) is not None]
+    return not known or any(check() for check in known)
 
 
 @cache
 def bf16_slowdown() -> float:
     """How many times longer a product of matrices takes in bf16 than in fp32 here, without a GPU; measured.
 
-    Below 1 where the processor has instructions for bf16; about 8 where it hasn't.
+    Below 1 where the processor has instructions for bf16. What is computed mustn't depend on it, see
+    :func:`has_bf16`.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -45,7 +75,7 @@ def bf16_slowdown() -> float:
     return seconds[torch.bfloat16] / max(seconds[torch.float32], 1e-9)
 
 
-def warn_of_slow_bf16(precision: str) -> str:
+def slow_bf16_warning(precision: str) -> str:
     """What bf16 will cost on this processor and what to choose, in a sentence; empty where it costs nothing more.
 
     Args:
@@ -66,6 +96,13 @@ def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
+        return None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (AttributeError, ValueError):  # Windows has no sysconf
         return None
 
 

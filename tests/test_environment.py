@@ -19,7 +19,7 @@ def test_slow_bf16_is_said_before_any_work(
 ) -> None:
     monkeypatch.setattr(environment, "bf16_slowdown", lambda: slowdown)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    told = environment.warn_of_slow_bf16(precision)
+    told = environment.slow_bf16_warning(precision)
     assert (says in told) if says else told == ""
 
 

@@ -180,7 +180,7 @@ class LiveBenchmark:
 
 def _run(suite: Suite, output: Path, jobs: int) -> None:
     # Seconds of imports that writing a report doesn't need.
-    from layersample.environment import warn_of_slow_bf16
+    from layersample.environment import slow_bf16_warning
 
     from .report import write_report
     from .runner import run_suite
@@ -192,7 +192,7 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
                 console.print(
                     f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
                 )
-    if slow := warn_of_slow_bf16(str(suite.options.get("precision", ""))):
+    if slow := slow_bf16_warning(str(suite.options.get("precision", ""))):
         console.print(slow, highlight=False)
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The command line: ``layersample list | profile | plan | train``, and the commands of installed packages."""
+"""The command line: layersample's own commands, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from layersample.cli.consoles import errors
 from layersample.cli.data_report import data_command
 from layersample.cli.display import plain
+from layersample.cli.env_command import env_command
 from layersample.cli.flags import with_options
 from layersample.cli.groups import Commands, PanelCommand
 from layersample.cli.list_command import list_command
@@ -57,6 +58,7 @@ def main() -> None:
 
 
 app.command("data", cls=PanelCommand)(data_command)
+app.command("env", cls=PanelCommand)(env_command)
 app.command("list", cls=PanelCommand)(list_command)
 app.command("profile", cls=PanelCommand)(profile_command)
 app.command("plan", cls=PanelCommand)(

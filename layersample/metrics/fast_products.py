@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from layersample.environment import has_bf16
 from layersample.sampling.pace import PROGRESS, Say
 
 _PRODUCTS = frozenset(
@@ -52,15 +52,6 @@ def fast_products(model: nn.Module, report: Say = PROGRESS.info) -> Iterator[Non
     )
     with _InFloat32():
         yield
-
-
-def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 by instructions of its own; taken to be so where it isn't known."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    known = [check for name in checks if (check := getattr(torch.cpu, name, None)) is not None]
-    return not known or any(check() for check in known)
 
 
 class _InFloat32(TorchFunctionMode):

@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
-from layersample.environment import warn_of_slow_bf16
+from layersample.environment import slow_bf16_warning
 from layersample.errors import ConfigError, short
 from layersample.files import replace_folder, write_json, write_text
 from layersample.frozen.loading import freeze_model
@@ -65,7 +65,7 @@ def finetune(
     folder = RunFolder.choose(config)
     arguments = training_arguments(config, folder.checkpoints)
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
-    if slow := warn_of_slow_bf16(config.precision):
+    if slow := slow_bf16_warning(config.precision):
         report(slow)
     train, held_out = data = load_split(
         config.data,

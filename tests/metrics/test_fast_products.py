@@ -7,9 +7,10 @@ import torch
 import transformers
 from torch import nn
 
+from layersample.environment import has_bf16
 from layersample.metrics import fast_products as module
 from layersample.metrics import outlier_ratios, probe_lora
-from layersample.metrics.fast_products import fast_products, has_bf16
+from layersample.metrics.fast_products import fast_products
 from tests.helpers import make_batch, make_llama
 
 
