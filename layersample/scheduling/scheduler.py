@@ -40,13 +40,13 @@ from layersample.sampling.sampler import (
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
-from layersample.scheduling.reports import Reports
+from layersample.scheduling.resuming import Resumes
 from layersample.scheduling.switch import Switch, take_over
 
 logger = logging.getLogger(__name__)
 
 
-class LayerScheduler(SeesExactWeights, Reports):
+class LayerScheduler(SeesExactWeights, Resumes):
     """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
 
     The first set of layers is active once the scheduler is made; :meth:`step`, called after each
@@ -284,60 +284,6 @@ class LayerScheduler(SeesExactWeights, Reports):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(check=error is None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, of JSON types."""
-        _ = self.statistics  # what is still on the device becomes part of the history
-        return {
-            **self._identity.state_dict(),
-            "round": self._round,
-            "steps": self._steps,
-            "began": self._began,
-            "active": list(self._active),
-            **self._history.state_dict(),
-            "inclusion": self.inclusion_probabilities,
-            # Whoever loads sharded state must know which of it has a low rank; shapes alone don't tell.
-            "projected": None
-            if self.projection is None
-            else {"rank": self.projection.rank, "names": sorted(self.projected)},
-            "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
-            "sampler_state": self.sampler.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, in the middle of a period too.
-
-        Load the model and the optimizer first. Where the sampler or its options are others than then, it measures
-        the model now, if it measures at all, and draws from the next period on.
-
-        Raises:
-            ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
-                number of active layers or projection, unless the scheduler was made with ``allow_changes``; if
-                another sampler can't measure the model.
-        """
-        if self.options.period is None:  # it followed from something that may be another number now
-            self.period = state.get("period", self.period)
-            self._identity = self._identity.with_period(self.period)
-        changed = self._identity.changes(state, allow=self.options.allow_changes)
-        if changed & {"projection", "projection_options"}:
-            self._switch.forget_state()
-        self._round, self._steps = state["round"], state["steps"]
-        self._began = state.get("began", self._steps - self._steps % self.period)
-        self._history.load_state_dict(state)
-        if changed & {"sampler", "sampler_options"}:
-            # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
-            self._history.changed = set(range(len(self.layers)))
-            with naming(self.sampler, self._sampler_name, self._round):
-                self._measure()
-        else:
-            self.sampler.load_state_dict(state["sampler_state"])
-        self._inclusion = state["inclusion"]
-        self._active = tuple(state["active"])
-        if self._switch.stepper is not None and state.get("backward"):
-            self._switch.stepper.load_state_dict(state["backward"])
-        self._switch.apply(self._active, self._round)
-        self._switch.place_state()
-        self._state_is_placed = True
 
     def _context(self, active: tuple[int, ...] = ()) -> SamplingContext:
         return SamplingContext(

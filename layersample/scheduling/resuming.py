@@ -1,0 +1,85 @@
+"""What a checkpoint holds of a scheduler, and how a run goes on from it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from layersample.projection.projection import Projection
+from layersample.sampling.faults import naming
+from layersample.sampling.sampler import LayerSampler
+from layersample.scheduling.identity import RunIdentity
+from layersample.scheduling.options import SchedulerOptions
+from layersample.scheduling.reports import Reports
+
+
+class Resumes(Reports):
+    """The part of a scheduler that is saved and loaded."""
+
+    options: SchedulerOptions
+    sampler: LayerSampler
+    projection: Projection | None
+    period: int
+    _identity: RunIdentity
+    _sampler_name: str
+    _began: int
+    _state_is_placed: bool
+
+    @abstractmethod
+    def _measure(self) -> None:
+        """Have the sampler measure the model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, of JSON types."""
+        _ = self.statistics  # what is still on the device becomes part of the history
+        return {
+            **self._identity.state_dict(),
+            "round": self._round,
+            "steps": self._steps,
+            "began": self._began,
+            "active": list(self._active),
+            **self._history.state_dict(),
+            "inclusion": self.inclusion_probabilities,
+            # Whoever loads sharded state must know which of it has a low rank; shapes alone don't tell.
+            "projected": None
+            if self.projection is None
+            else {"rank": self.projection.rank, "names": sorted(self.projected)},
+            "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
+            "sampler_state": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, in the middle of a period too.
+
+        Load the model and the optimizer first. Where the sampler or its options are others than then, it measures
+        the model now, if it measures at all, and draws from the next period on.
+
+        Raises:
+            ConfigError: If the state is of another version or list of layers; of another sampler, seed, period,
+                number of active layers or projection, unless the scheduler was made with ``allow_changes``; if
+                another sampler can't measure the model.
+        """
+        if self.options.period is None:  # it followed from something that may be another number now
+            self.period = state.get("period", self.period)
+            self._identity = self._identity.with_period(self.period)
+        changed = self._identity.changes(state, allow=self.options.allow_changes)
+        if changed & {"projection", "projection_options"}:
+            self._switch.forget_state()
+        self._round, self._steps = state["round"], state["steps"]
+        self._began = state.get("began", self._steps - self._steps % self.period)
+        self._history.load_state_dict(state)
+        if changed & {"sampler", "sampler_options"}:
+            # The state is of another one, and this one's own measurement, if any, of the model before it was loaded.
+            self._history.changed = set(range(len(self.layers)))
+            with naming(self.sampler, self._sampler_name, self._round):
+                self._measure()
+        else:
+            self.sampler.load_state_dict(state["sampler_state"])
+        self._inclusion = state["inclusion"]
+        self._active = tuple(state["active"])
+        if self._switch.stepper is not None and state.get("backward"):
+            self._switch.stepper.load_state_dict(state["backward"])
+        self._switch.apply(self._active, self._round)
+        self._switch.place_state()
+        self._state_is_placed = True
