@@ -1,7 +1,7 @@
 """The long torture: ``python -m tests.torture --kills 500 --schedules 1000 --damage 500 --ranks 100``.
 
 It prints how many ended wrong, 0 if all is well, and ends with 1 otherwise. What is done is kept in ``--output``: the
-same command goes on where it was stopped.
+same command goes on where it was stopped. ``--store`` writes the counts, with the commits and the machine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("torture-results"), help="folder of what came of them"
     )
+    parser.add_argument("--store", type=Path, help="file of the counts (JSON)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums differ in their last bits by the number of threads
     warnings.filterwarnings("ignore")
@@ -43,11 +44,10 @@ def main() -> int:
             found = torture.run(kind, count, lambda text: print(text, flush=True))
             print(f"{kind}: {count} done, {found} ended wrong", flush=True)
             wrong += found
-    killed = sum(
-        line["what"]["killed"] for line in torture.results if line["kind"] == "kills" and line["what"]
-    )
-    if killed:
-        print(f"processes killed: {killed}")
+    if torture.killed:
+        print(f"processes killed: {torture.killed}")
+    if arguments.store:
+        torture.store(arguments.store)
     print(f"wrong ends: {wrong}")
     return 1 if wrong else 0
 

@@ -14,6 +14,15 @@ import torch
 from torch import Tensor, nn
 
 
+def signed(columns: Tensor) -> Tensor:
+    """Singular vectors ``(k, rank)`` with signs of their own.
+
+    An SVD gives either sign, by the last bit of its matrix, and the sign meets the moments of an earlier basis.
+    """
+    along = torch.linspace(1, 2, len(columns), dtype=columns.dtype).cos()  # at right angles to none of them
+    return columns * torch.where(along @ columns < 0, -1.0, 1.0)
+
+
 @dataclass
 class Slot:
     """What the naive loop knows of one parameter."""
@@ -121,9 +130,8 @@ class Naive:
         left = weight.shape[0] < weight.shape[1]  # the shorter side is projected
         turned = gradient if left else gradient.T
         if slot.steps % galore["update_gap"] == 0:
-            # Of the weight's own gradient: the signs of singular vectors meet moments of an earlier basis.
-            u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
-            new = (u if left else vh.T)[:, : galore["rank"]]
+            u, _, _ = torch.linalg.svd(turned, full_matrices=False)
+            new = signed(u[:, : galore["rank"]])
             if galore["rotate_moments"] and slot.basis is not None and slot.optimizer is not None:
                 assert slot.stepped is not None
                 moments = slot.optimizer.state[slot.stepped]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from layersample.environment import environment
+from layersample.files import write_json
 from tests.helpers import write_sums, write_tiny_model
 from tests.torture import loops, schedules, two_ranks
 from tests.torture.damage import Damage
@@ -37,6 +40,7 @@ class Torture:
         write_sums(self._runs / "sums.jsonl")
         self._kills: tuple[int, Kills] | None = None
         self._damage: Damage | None = None
+        self._commit = _commit()
         self.results = [line for line in self._read() if line["seed"] == seed]
 
     @property
@@ -66,6 +70,7 @@ class Torture:
             except Exception as error:
                 what, wrong = None, "".join(traceback.format_exception(error)[-3:])
             line = {"kind": kind, "seed": self.seed, "index": index, "what": what, "wrong": wrong}
+            line["commit"] = self._commit
             self.results.append(line)
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -75,6 +80,31 @@ class Torture:
                 report(f"{kind}: {index + 1} of {count}")
         mine = [line for line in self.results if line["kind"] == kind and line["index"] < count]
         return sum(line["wrong"] is not None for line in mine)
+
+    @property
+    def killed(self) -> int:
+        """How many processes were killed in all."""
+        kills = [line["what"] for line in self.results if line["kind"] == "kills"]
+        return sum(what["killed"] for what in kills if what)
+
+    def store(self, path: Path) -> None:
+        """Write how many were done and how many ended wrong, on which commits and machine."""
+        by_kind = {kind: [line for line in self.results if line["kind"] == kind] for kind in KINDS}
+        counts = {
+            kind: {"done": len(lines), "wrong": sum(line["wrong"] is not None for line in lines)}
+            for kind, lines in by_kind.items()
+        }
+        commits = list(dict.fromkeys(line["commit"] for line in self.results))
+        write_json(
+            path,
+            {
+                "seed": self.seed,
+                **counts,
+                "processes_killed": self.killed,
+                "commits": commits,
+                "environment": environment(),
+            },
+        )
 
     def _schedule(self, index: int) -> tuple[Any, str | None]:
         case = schedules.draw(self.seed, index)
@@ -104,3 +134,13 @@ class Torture:
             folder.mkdir()
             self._damage = Damage(folder)
         return self._damage.damage(random.Random(f"damage {self.seed} {index}"))
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, "-dirty" behind it where files differ from it; none outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

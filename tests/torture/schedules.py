@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layersample import Checkpoints, LayerScheduler, StepInBackward
+from layersample import Checkpoints, LayerScheduler, Projection, ProjectionContext, StepInBackward
+from layersample.registry import create_projection
 from tests.helpers import make_batch, make_llama
-from tests.torture.naive import Naive
+from tests.torture.naive import Naive, signed
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "lisa": {},
@@ -29,6 +31,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3),
 }
 GROUPS = {"embeddings": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
+
+
+@dataclass(kw_only=True, eq=False)
+class SignedGaLore(Projection):
+    """GaLore by an SVD whose vectors have signs that don't hang on the last bit of a gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._galore = create_projection("galore", {"rank": self.rank, "basis": "svd"})
+
+    def basis(self, gradient: Tensor, previous: Tensor | None, context: ProjectionContext) -> Tensor:
+        """Choose it."""
+        return signed(self._galore.basis(gradient, None, context)) if previous is None else previous
 
 
 def draw(seed: int, index: int) -> dict[str, Any]:
@@ -94,8 +109,7 @@ class Library:
             period=case["period"],
             seed=case["seed"],
             state=case["state"],
-            projection="galore" if case["galore"] else None,
-            projection_options={**case["galore"], "basis": "svd"} if case["galore"] else None,
+            projection=SignedGaLore(**case["galore"]) if case["galore"] else None,
             step_in_backward=backward or False,
             **case["rules"],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_killed_runs_end_as_one_that_was_not(loop: str, kills: int, tmp_path: Pa
 
 def test_random_schedules_are_those_of_the_naive_loop(tmp_path: Path) -> None:
     torture = Torture(tmp_path, 100)
-    torture.run("schedules", 40)
+    torture.run("schedules", 30)
     assert wrong(torture) == []
 
 
@@ -59,5 +60,9 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     again = Torture(tmp_path, 100)
     again.run("schedules", 3)
     assert [line["index"] for line in again.results] == [0, 1, 2]
+    again.store(tmp_path / "counts.json")
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["schedules"] == {"done": 3, "wrong": 0} and counts["seed"] == 100
+    assert len(counts["commits"]) == 1 and "torch" in counts["environment"]["versions"]
     assert draw(100, 1) == draw(100, 1) != draw(100, 2)
     assert loops.draw(0, 1) != loops.draw(1, 1)
