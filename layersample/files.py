@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def check_output(path: Path, what: str = "output folder") -> None:
-    """Make sure, before any work, that a path can be written; nothing is made.
+    """Make sure, before any work, that a path can be written; nothing new stays there.
 
     Args:
         path: Of a file or folder that needn't be there yet.
@@ -48,11 +49,12 @@ def check_output(path: Path, what: str = "output folder") -> None:
             raise OSError(errno.ENOTDIR, f"{there} is a file")
         if not os.access(there, os.W_OK):
             raise OSError(errno.EACCES, f"there is no permission to write {there}")
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ValueError: a NUL character; RuntimeError: a circle
+        if (
+            there.is_dir()
+        ):  # what the permissions say isn't all: a system of files may be read-only, or no disk
+            os.rmdir(tempfile.mkdtemp(prefix=".layersample-", dir=there))
+    # ValueError: a NUL character; RuntimeError: a circle
+    except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"The {what} must be writable, but for {short(str(path))}: {reason}.") from error
 

@@ -12,7 +12,6 @@ from layersample.cli.consoles import console
 from layersample.cli.display import plain
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import parse_sampler
-from layersample.errors import ConfigError
 from layersample.files import check_output
 from layersample.plugins import settings_files
 
@@ -63,10 +62,6 @@ def profile_command(
         SAMPLERS.get(name)  # a misspelt one is told before the model loads
     if output is not None:
         check_output(output)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"The output folder must be writable, but: {error}.") from error
     loaded = load_any_model(model, console.print)
     calibration = None
     if data is not None:
@@ -85,6 +80,7 @@ def profile_command(
         )
     print_profile(console, measured)
     if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
         written = ", ".join(write_profile(output, measured, model))
         console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
 

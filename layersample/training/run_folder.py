@@ -67,7 +67,6 @@ class RunFolder:
             check(last, verify=config.verify, allow_changes=config.allow_changes)
             check_resumable(last)
             check_same_run(config, path / "config.yaml")
-        folder._check_writable()
         return folder
 
     @property
@@ -146,17 +145,6 @@ class RunFolder:
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.previous" + (f"-{number}" if number > 1 else ""))
-
-    def _check_writable(self) -> None:
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        probe = parent / f".layersample-{datetime.now():%f}"
-        try:
-            probe.mkdir()
-            probe.rmdir()
-        except OSError as error:
-            raise ConfigError(f"The output folder must be writable, but {parent} isn't: {error}.") from error
 
 
 def _new_name(sampler: str) -> Path:
