@@ -26,6 +26,7 @@ from layersample import LayerSampler, LayerScheduler, Projection, register
 from layersample.cli import app as cli
 from layersample.config import make_config
 from layersample.testing import ProjectionContract
+from layersample.training import batches, data
 from layersample.training.data import load_data
 from layersample_benchmarks.side_by_side.suite import Suite
 from tests.documents import (
@@ -109,7 +110,8 @@ def test_commands_are_understood(
         (tmp_path / name).write_text("")
     for name in ("alternate", "mine"):
         register(name)(type(name.title(), (LayerSampler,), {"sample": lambda self, context: [0]}))
-    monkeypatch.setattr("layersample.training.data.load_data", leave)
+    for module in (data, batches):  # imported before: a first import would keep what is put in its place here
+        monkeypatch.setattr(module, "load_data", leave)
     monkeypatch.setattr("layersample.planning.planner.plan", leave)  # what it prints is tested with it
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, shlex.split(command)[1:])
