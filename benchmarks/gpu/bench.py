@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from layersample.planning.shapes import load_shape
 
-Verdict = Literal["met", "MISS", "measured", "no meaning", "not available"]
-"""``no meaning``: on this device the figure would say nothing, and isn't given."""
+Verdict = Literal["met", "MISS", "measured", "no meaning", "not available", "FAILED"]
+"""``no meaning``: on this device the figure would say nothing, and isn't given. ``FAILED``: an error ended it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Row:
     claimed: str
     verdict: Verdict
     figures: dict[str, Any]
+
+
+Job = Callable[[], Iterable[Row]]
+"""A part of a measurement that is stored as a whole: it is run again if it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,9 @@ class Bench:
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Seconds of a function: by CUDA events on a GPU, and by the clock elsewhere."""
-        self.wait()
         if not self.on_gpu:
-            started = time.perf_counter()
-            function()
-            return time.perf_counter() - started
+            return self.clock(function)
+        self.wait()
         event: Any = torch.cuda.Event
         begin, end = event(enable_timing=True), event(enable_timing=True)
         begin.record()
@@ -104,6 +106,14 @@ class Bench:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
+
+    def clock(self, function: Callable[[], object]) -> float:
+        """Seconds of a function by the host's clock, from one standstill of the device to the next."""
+        self.wait()
+        started = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - started
 
     def release(self) -> None:
         """Give back what no tensor holds any more."""

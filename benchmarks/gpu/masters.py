@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layersample.optim.masters import combine, split
 
-from .bench import Bench, Row
+from .bench import Bench, Job, Row
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def jobs(bench: Bench) -> dict[str, Job]:
+    """One job: it takes seconds."""
+    return {"masters": partial(_measure, bench)}
+
+
+def _measure(bench: Bench) -> Iterator[Row]:
     """Split fp32 values into bf16 weights and remainders, and put them together again, in both places."""
     values = _values(2**16 if bench.tiny else 2**24)
     device = values.to(bench.device)

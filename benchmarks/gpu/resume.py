@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,17 @@ import typer
 
 from layersample import Checkpoints, LayerScheduler
 
-from .bench import Bench, Row, loss_of
+from .bench import Bench, Job, Row, loss_of
 
 _STEPS, _SAVE_EVERY, _KILLED_AT = 12, 4, 10
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def jobs(bench: Bench) -> dict[str, Job]:
+    """One job: three processes."""
+    return {"resume": partial(_measure, bench)}
+
+
+def _measure(bench: Bench) -> Iterator[Row]:
     """Train once in one go, and once with a kill between two checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         whole = _child(bench, Path(folder) / "whole", None)
@@ -34,7 +40,11 @@ def measure(bench: Bench) -> Iterator[Row]:
     figures = {
         "whole": whole.stdout.strip(),
         "resumed": resumed.stdout.strip(),
-        "errors": resumed.stderr[-500:],
+        "errors": {
+            "whole": whole.stderr[-2000:],
+            "killed": killed.stderr[-2000:],
+            "resumed": resumed.stderr[-2000:],
+        },
     }
     yield Row("resume", setting, f"same bits: {same}", "same bits", "met" if same else "MISS", figures)
 

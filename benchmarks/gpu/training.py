@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from statistics import mean
 
 import torch
@@ -10,12 +11,17 @@ import torch
 from layersample import LayerScheduler
 from layersample.activations.save_memory import save_memory
 
-from .bench import Bench, Row, loss_of
+from .bench import Bench, Job, Row, loss_of
 
 STEPS, LEAST = 100, 0.10
 
 
-def measure(bench: Bench) -> Iterator[Row]:
+def jobs(bench: Bench) -> dict[str, Job]:
+    """One job: the run."""
+    return {"training": partial(_measure, bench)}
+
+
+def _measure(bench: Bench) -> Iterator[Row]:
     """Train on sequences that count upwards, which can be learned from any start."""
     shape = bench.shape("tinyllama-1.1b")
     model = bench.model(shape, torch.bfloat16)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layersample import ChunkedLoss, LayerScheduler, SelectiveRecompute
 from layersample.metrics.spectrum import spectrum
 from layersample.optim.masters import combine, split
+from layersample.unwrapping import FROZEN
 from tests.helpers import Given, make_batch, make_llama, weights_of
 
 pytestmark = [
@@ -26,7 +27,10 @@ def batch() -> dict[str, torch.Tensor]:
 def train(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
     """Weights after some steps of layers 1, 2, 1, ..."""
     adamw = {"fused": options.pop("fused", False), "capturable": options.pop("capturable", False)}
+    compiled = options.pop("compiled", False)
     model = make_llama(dtype=dtype).cuda().train()  # type: ignore[call-arg]
+    for layer in model.model.layers if compiled else ():
+        layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **adamw)
     with LayerScheduler(model, optimizer, Given((1,), (2,)), num_active=1, period=2, **options) as scheduler:
         for _ in range(steps):
@@ -59,6 +63,54 @@ def test_offloaded_state_is_pinned_and_comes_back_to_the_bit() -> None:
 def test_offloaded_training_is_that_of_kept_state() -> None:
     kept, offloaded = train(8, state="keep"), train(8, state="offload")
     assert all(torch.equal(kept[name], offloaded[name]) for name in kept)
+
+
+def test_offloaded_masters_train_as_kept_ones() -> None:
+    """Remainders of bf16 weights are pinned copies too."""
+    kept, offloaded = (train(8, torch.bfloat16, state=state) for state in ("keep", "offload"))
+    assert all(torch.equal(kept[name], offloaded[name]) for name in kept)
+
+
+def test_a_step_in_backward_is_that_of_the_loop() -> None:
+    plain, stepped = train(6, fused=True), train(6, fused=True, step_in_backward=True)
+    for name, weight in plain.items():
+        torch.testing.assert_close(stepped[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_layers_train_as_plain_ones() -> None:
+    """Layers 1 and 2 in turns: compiled code must notice that what requires a gradient has changed."""
+    plain, compiled = train(8), train(8, compiled=True)
+    torch.compiler.reset()
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_frozen_weights_are_on_the_device_and_their_exact_values_pinned(form: str) -> None:
+    if form == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = make_llama().cuda().train()  # type: ignore[call-arg]
+    before = weights_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    given = {"num_active": 1, "period": 1, "frozen_weights": form}
+    with LayerScheduler(model, optimizer, Given((1,), (2,)), **given) as scheduler:  # type: ignore[arg-type]
+        frozen = model.model.layers[3].mlp.up_proj.weight
+        held = getattr(frozen, FROZEN)
+        assert held.tensors and all(tensor.is_cuda for tensor in held.tensors)
+        assert held.exact().is_pinned()
+        for _ in range(4):
+            model(**batch(), use_cache=False).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        exact = model.state_dict()
+        name = "model.layers.3.mlp.up_proj.weight"
+        assert torch.equal(exact[name].cpu(), before[name].cpu())
+        assert not torch.equal(
+            exact["model.layers.1.mlp.up_proj.weight"].cpu(),
+            before["model.layers.1.mlp.up_proj.weight"].cpu(),
+        )
+    assert all(p.is_cuda for p in model.parameters())
 
 
 def test_masters_split_on_the_device_as_on_the_cpu() -> None:
@@ -103,6 +155,8 @@ def test_a_step_that_overflows_is_skipped_by_a_grad_scaler() -> None:
 
 def test_savers_give_the_same_gradients_under_flash_attention() -> None:
     gradients = []
+    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this build or card has no flash attention")
     for saving in (False, True):
         model = make_llama(dtype=torch.bfloat16).cuda().train()  # type: ignore[call-arg]
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
