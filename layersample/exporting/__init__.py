@@ -1,0 +1,1 @@
+"""What comes out of a run: deltas against the base, model cards, GGUF files, uploads to the hub."""
