@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from layersample.cli.display import make_bar, plain
+from layersample.cli.groups import PanelGroup
 from layersample.errors import ConfigError
 from layersample.files import check_output
 from layersample.option_files import parse_pairs, read_yaml
@@ -34,7 +35,14 @@ _FLAGS = {
 }
 _OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
-    help="Samplers and baselines side by side, measured and tested.", invoke_without_command=True
+    cls=PanelGroup,
+    help="Samplers and baselines side by side, measured and tested.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    epilog="layersample benchmark --suite quick\n"
+    "layersample benchmark --methods lisa,owlore,lora --steps 60 --seeds 3\n"
+    "layersample benchmark report runs/benchmark",
 )
 console = Console()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -59,16 +60,45 @@ def main() -> None:
         sys.exit(2)
 
 
-app.command("data", cls=PanelCommand)(data_command)
-app.command("env", cls=PanelCommand)(env_command)
-app.command("apply", cls=PanelCommand)(apply_command)
-app.command("chat", cls=PanelCommand)(chat_command)
-app.command("export", cls=PanelCommand)(export_command)
-app.command("list", cls=PanelCommand)(list_command)
-app.command("profile", cls=PanelCommand)(profile_command)
-app.command("plan", cls=PanelCommand)(
-    with_options(plan, role=Role.MEMORY, leave_out=("trainer_option",), first=OWN_OPTIONS)
+def _add(name: str, command: Callable[..., None], *examples: str) -> None:
+    app.command(name, cls=PanelCommand, epilog="\n".join(examples))(command)
+
+
+_add("data", data_command, "layersample data my.jsonl --model ./my-model")
+_add("env", env_command, "layersample env")
+_add("apply", apply_command, "layersample apply smollm2-135m runs/first/delta --output whole")
+_add(
+    "chat",
+    chat_command,
+    'layersample chat runs/first "What is 12 times 12?" --compare',
+    "layersample chat runs/first",
 )
-app.command("train", cls=PanelCommand)(with_options(train))
+_add(
+    "export",
+    export_command,
+    "layersample export runs/first --delta",
+    "layersample export runs/first --gguf --converter llama.cpp/convert_hf_to_gguf.py",
+)
+_add("list", list_command, "layersample list", "layersample list owlore")
+_add(
+    "profile",
+    profile_command,
+    "layersample profile smollm2-135m",
+    "layersample profile ./my-model --data my.jsonl --sampler owlore --output profile",
+)
+_add(
+    "plan",
+    with_options(plan, role=Role.MEMORY, leave_out=("trainer_option",), first=OWN_OPTIONS),
+    "layersample plan llama-2-7b --preset lisa-7b",
+    "layersample plan ./my-model --sampler owlore --rank 128 --budget 2GiB",
+)
+_add(
+    "train",
+    with_options(train),
+    "layersample train",
+    "layersample train --model ./my-model --data my.jsonl --output runs/first",
+    "layersample train --output runs/first --resume",
+    "layersample train --sampler owlore --projection galore --embeddings freeze",
+)
 if __name__ == "__main__":
     main()

@@ -62,7 +62,7 @@ def with_options(
         for name in _own_fields(section):
             if name in wanted:
                 field = TrainConfig.model_fields[name]
-                text = f"{field.description} [default: {_default(field)}]"
+                text = f"{field.description}{_default(field)}"
                 panel = (section.__doc__ or "").strip(".")
                 parameters.append(_flag(name, _flag_type(field.annotation), text, panel))
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -113,9 +113,8 @@ def _plain(annotation: Any) -> Any:
 
 
 def _default(field: FieldInfo) -> str:
-    words = {None: "none", True: "on", False: "off"}
-    return (
-        words[field.default]
-        if field.default is None or isinstance(field.default, bool)
-        else str(field.default)
-    )
+    """The default in brackets; where there is none, the description says what that means."""
+    if field.default is None:
+        return ""
+    words = {True: "on", False: "off"}
+    return f" [default: {words[field.default] if isinstance(field.default, bool) else field.default}]"

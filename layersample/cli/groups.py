@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import ast
+import re
 from importlib.metadata import EntryPoint
 from typing import Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
 
+from layersample.options import MOST
 from layersample.plugins import COMMANDS, find_file, installed
 
+_NO_LIMIT = re.compile(rf"\b(\S+)<=x<={MOST}(?:\.0)?")
 
-class PanelCommand(TyperCommand):
-    """A command whose help groups its options, and wraps lines where typer would cut the names of flags."""
+
+class _Panels:
+    """Help that groups options, wraps lines where typer would cut the names of flags, and ends in examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group of options."""
         panels: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
+        for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
             record = parameter.get_help_record(ctx)
             if record is not None:
                 usual = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
-                panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+                flag, text = record
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(
+                    (flag.replace(" range>", ">"), _NO_LIMIT.sub(r"at least \1", text))
+                )
         for title, records in panels.items():
             with formatter.section(title):
                 formatter.write_dl(records, col_max=26)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the epilog, lines that a user can type, as they are."""
+        if self.epilog:  # type: ignore[attr-defined]
+            with formatter.section("Examples"):
+                formatter.write_text(f"\b\n{self.epilog}")  # type: ignore[attr-defined]
+
+
+class PanelCommand(_Panels, TyperCommand):
+    """A command of our own."""
+
+
+class PanelGroup(_Panels, TyperGroup):
+    """A command that has commands of its own."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group of options, and one for the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 class Commands(TyperGroup):

@@ -171,3 +171,13 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     monkeypatch.setattr("layersample.training.finetune.finetune", finetune)
     result = runner.invoke(cli.app, ["train"])
     assert result.exit_code == code
+
+
+@pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands] + ["benchmark"])
+def test_help_fits_a_narrow_terminal_and_ends_in_examples(command: str) -> None:
+    text = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "80"}).output
+    assert max(map(len, text.splitlines())) <= 80
+    assert "1000000000" not in text and "default: none" not in text
+    before, examples = text.split("Examples:\n")
+    assert all(line.startswith(f"  layersample {command}") for line in examples.strip("\n").splitlines())
+    assert all(flag in before for flag in re.findall(r"--[\w-]+", examples))
