@@ -77,14 +77,14 @@ _add(
     "export",
     export_command,
     "layersample export runs/first --delta",
-    "layersample export runs/first --gguf --converter llama.cpp/convert_hf_to_gguf.py",
+    "layersample export runs/first --gguf",
 )
 _add("list", list_command, "layersample list", "layersample list owlore")
 _add(
     "profile",
     profile_command,
     "layersample profile smollm2-135m",
-    "layersample profile ./my-model --data my.jsonl --sampler owlore --output profile",
+    "layersample profile ./my-model --data my.jsonl --sampler owlore",
 )
 _add(
     "plan",
