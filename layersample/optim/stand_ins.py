@@ -9,7 +9,7 @@ as tensors: the optimizer's own state, and ours under keys that begin with ``lay
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from layersample.optim.host_copies import wait_for_copies
 from layersample.optim.masters import AT_REST, MASTER, REMAINDER, combine, follow, split
 from layersample.optim.own_state import end_plain, fits, fresh_state, is_ours, makes_state_when_made, widened
 from layersample.optim.packing import pack, parameters_of, unpack
+from layersample.optim.slices import SlicedState, find_slices
 from layersample.optim.support import check_state
 from layersample.projection.low_rank import BASIS, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
@@ -45,6 +46,8 @@ class _Replaced:
         kept: The part of the parameter's state that isn't the optimizer's own.
         group: The parameter's group.
         low_rank: The rest of the stand-in, where it has a low rank.
+        rows: The rows that the stand-in is of; ``None`` for all.
+        sliced: The optimizer's state of all rows, where those are some.
     """
 
     parameter: nn.Parameter
@@ -52,6 +55,8 @@ class _Replaced:
     kept: dict[str, Tensor]
     group: dict[str, Any]
     low_rank: LowRankParameter | None = None
+    rows: slice | None = None
+    sliced: SlicedState | None = None
 
 
 class OptimizerView:
@@ -85,6 +90,8 @@ class OptimizerView:
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
         self._skips = False
+        self._rows: slice | None = None  # of the parameter that is stepped now
+        self._sliced: SlicedState | None = None
         # Of each parameter, what :func:`_writes` was when its master was last right.
         self._versions: dict[nn.Parameter, tuple[int, int]] = {}
         end_plain(self._optimizer)
@@ -166,6 +173,23 @@ class OptimizerView:
         """Whether a parameter's gradient is projected now."""
         return self._low_rank is not None and parameter in self._low_rank.names
 
+    def slices(self, parameter: Tensor) -> Iterator[None]:
+        """Have the steps that follow be of some rows of a parameter each, as many as this yields.
+
+        One that is large and has a master is stepped slice by slice, where the optimizer treats each element by
+        itself: the gradient in fp32 is then never whole. Any other one is stepped at once.
+
+        Args:
+            parameter: A parameter of the optimizer, the only one that the steps are of.
+        """
+        divides = self.has_master(parameter) and not self.is_projected(parameter)
+        rows = find_slices(self._optimizer, parameter) if divides else []
+        try:
+            for self._rows in rows if len(rows) > 1 else (None,):
+                yield
+        finally:
+            self._rows = self._sliced = None
+
     # A step
 
     @torch.no_grad()
@@ -222,9 +246,15 @@ class OptimizerView:
     def _make_master(self, parameter: nn.Parameter, group: dict[str, Any]) -> nn.Parameter:
         own, kept = self._split_state(parameter)
         assert parameter.grad is not None
-        stand_in = nn.Parameter(kept[MASTER])
-        stand_in.grad = parameter.grad.float()
-        return self._replace(_Replaced(parameter, stand_in, kept, group), own)
+        if self._rows is None:
+            stand_in = nn.Parameter(kept[MASTER])
+            stand_in.grad = parameter.grad.float()
+            return self._replace(_Replaced(parameter, stand_in, kept, group), own)
+        self._sliced = self._sliced or SlicedState(own, parameter.shape)
+        stand_in = nn.Parameter(kept[MASTER][self._rows])
+        stand_in.grad = parameter.grad[self._rows].float()
+        replaced = _Replaced(parameter, stand_in, kept, group, rows=self._rows, sliced=self._sliced)
+        return self._replace(replaced, self._sliced.begin(self._rows))
 
     def _make_low_rank(
         self, parameter: nn.Parameter, group: dict[str, Any], scale: Tensor | None
@@ -292,7 +322,8 @@ class OptimizerView:
             assert self._low_rank is not None
             done.kept = self._low_rank.finish(done.low_rank, weight, done.group, done.kept)
         if MASTER in done.kept:
-            done.parameter.detach().copy_(weight)
+            rows = ... if done.rows is None else done.rows
+            done.parameter.detach()[rows].copy_(weight[rows])
             self._versions[done.parameter] = _writes(done.parameter)
 
     def _restore(self) -> None:
@@ -300,6 +331,8 @@ class OptimizerView:
         for replacement in self._replaced:
             own = self._optimizer.state.pop(replacement.stand_in, {})
             self._records.take_back(replacement.stand_in)
+            if replacement.sliced is not None and replacement.rows is not None:
+                own = replacement.sliced.end(replacement.rows, own)
             if own or replacement.kept:
                 self._optimizer.state[replacement.parameter] = {**own, **replacement.kept}
         for group, parameters in zip(self._groups, self._parameters, strict=True):

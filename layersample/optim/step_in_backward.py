@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -91,6 +91,10 @@ class BackwardStepper:
         self._updated = 0  # parameters, in the step that is under way
         self._squares: list[Tensor] = []
         self._ended: set[Optimizer] = set()  # those that the loop has stepped in the step that is ending
+        self.slices: dict[Optimizer, Callable[[Tensor], Iterator[None]]] = {
+            each: lambda _: iter([None]) for each in optimizers.each
+        }
+        """How often each optimizer is to step a parameter: once a slice of it."""
         self.norm: float | None = None
         """Norm of all gradients of the last whole step, before clipping; ``None`` before there was one."""
         self.largest_gradient = 0
@@ -183,7 +187,8 @@ class BackwardStepper:
         try:
             for i, group in enumerate(groups):
                 group["params"] = [*[PLACEHOLDER] * number, parameter] if i == index else []
-            optimizer.step()
+            for _ in self.slices[optimizer](parameter):
+                optimizer.step()
         except NonFiniteGradientError as error:  # the other weights of this step may have been updated by now
             raise NonFiniteGradientError(error.where, self._updated) from error
         finally:

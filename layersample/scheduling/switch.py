@@ -114,6 +114,8 @@ class Switch:
                 )
                 made.callback(view.close)
                 self._views.append(view)
+                if self.stepper is not None:
+                    self.stepper.slices[each] = view.slices
             self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights)
             if self.frozen is not None:
                 made.callback(self.frozen.close)
