@@ -141,14 +141,19 @@ def optimizer_of(checkpoint: str | None, model: nn.Module) -> AbstractContextMan
     return nullcontext()
 
 
-def stored_state(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the optimizer state in a checkpoint of torch.distributed.checkpoint: by parameter, then by key."""
+def stored_state(folder: Path, root: str = "optimizer") -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the optimizer state in a checkpoint of torch.distributed.checkpoint: by parameter, then by key.
+
+    Args:
+        folder: The checkpoint.
+        root: Under which name it holds the optimizer.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     metadata = FileSystemReader(folder).read_metadata()
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for flat, path in (metadata.planner_data or {}).items():
-        if path[:2] == ("optimizer", "state"):
+        if path[:2] == (root, "state"):
             size = getattr(metadata.state_dict_metadata[flat], "size", ())
             found.setdefault(path[2], {})[path[3]] = tuple(size)
     return found
