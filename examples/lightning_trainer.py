@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 import torch
 from common import batches, model_and_tokenizer, parse
+from torch.utils.data import DataLoader
 
 from layersample.integrations.lightning import LayerSampling
 
@@ -34,7 +35,8 @@ class Module(lightning.LightningModule):  # type: ignore[misc]  # of no known ty
         return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
 
-loader: Any = list(batches(options, tokenizer))
+# Each element is a batch already.
+loader: DataLoader[Any] = DataLoader(list(batches(options, tokenizer)), batch_size=None)  # type: ignore[arg-type]
 trainer = lightning.Trainer(
     max_epochs=1,
     accelerator="auto",
