@@ -15,3 +15,9 @@ ClipBy = Literal["running", "parameter"]
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 """Type of weights and arithmetic; mixed: fp32 weights, and arithmetic in the other."""
+
+Inactive = Literal["freeze", "sgd", "signsgd"]
+"""What layers do that aren't active: nothing, or a step of plain or sign SGD in the backward pass."""
+
+InactiveScope = Literal["all", "above"]
+"""Which inactive layers do so: all, or those above the lowest active one."""

@@ -43,7 +43,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
     the layers that were active. Samplers that measure with data get the first training examples.
 
     The Trainer's logs get ``active_layers``, ``sampling_round``, ``layer_coverage`` (share of the layers that
-    have trained) and ``layer_staleness`` (most periods since a layer last trained). They are in
+    have trained) and ``layer_staleness`` (most periods since a layer last trained); with ``inactive`` also
+    ``moving_layers`` (how many move without state). They are in
     ``state.log_history`` and reach the callbacks behind this one. The Trainer puts its own reporters
     (TensorBoard, W&B) in front of callbacks that it is given, so use :meth:`attach` to have them report these.
 
@@ -199,6 +200,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "layer_coverage": self.scheduler.coverage,
             "layer_staleness": max(self.scheduler.staleness),
         }
+        if self.options.inactive != "freeze":
+            active["moving_layers"] = len(self.scheduler.moving_layers)
         logs.update(active)
         state.log_history[-1].update(active)  # type: ignore[arg-type]
 

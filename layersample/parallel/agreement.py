@@ -65,6 +65,37 @@ def check_agreement(
     )
 
 
+def agree(
+    answer: bool,
+    what: str,
+    *,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Make sure that all ranks answer a question alike, or they would wait for each other without end.
+
+    Args:
+        answer: This rank's answer.
+        what: The question, for messages.
+        device: Where the ranks' gradients are.
+        group: The ranks that must agree; all of them by default.
+
+    Raises:
+        ConfigError: On every rank, if they don't.
+    """
+    if not is_distributed():
+        return
+    told = [bool(part[0]) for part in _gather(bytes([answer]), device, group)]
+    if len(set(told)) > 1:
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        yes = ", ".join(str(rank) for rank, said in zip(members, told, strict=True) if said)
+        no = ", ".join(str(rank) for rank, said in zip(members, told, strict=True) if not said)
+        raise ConfigError(
+            f"All ranks must agree {what}, but ranks {yes} say yes, and ranks {no} no: a sampler must decide by what "
+            "it is told and by its context alone, which are the same everywhere."
+        )
+
+
 def mean_over_ranks(value: float, *, device: torch.device | str = "cpu") -> float:
     """The mean of a number over all ranks; the number itself in a single process.
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from layersample.errors import ConfigError
-from layersample.parallel.agreement import check_agreement, is_distributed
+from layersample.parallel.agreement import agree, check_agreement, is_distributed
 from layersample.sampling.sampler import LayerSampler
 
 NO_DATA_PARALLEL = (
@@ -52,8 +52,25 @@ class Engine:
         for group in self.groups:
             check_agreement(active, round=round, device=self.device, group=group)
 
-    def check_step_in_backward(self) -> None:
+    def agree(self, answer: bool, what: str) -> bool:
+        """Make sure that all ranks answer a question alike.
+
+        Args:
+            answer: This rank's.
+            what: The question, for messages.
+
+        Raises:
+            ConfigError: On every rank, if they don't.
+        """
+        for group in self.groups:
+            agree(answer, what, device=self.device, group=group)
+        return answer
+
+    def check_step_in_backward(self, option: str = "step_in_backward") -> None:
         """Whether gradients are whole as soon as backward has made them.
+
+        Args:
+            option: The option that needs it.
 
         Raises:
             ConfigError: If other ranks add to them after that.
@@ -61,7 +78,7 @@ class Engine:
         if is_distributed():
             raise ConfigError(
                 "A step in the backward pass needs gradients that are whole there, but those of several processes "
-                "are added up later: leave step_in_backward out."
+                f"are added up later: leave {option} out."
             )
 
     def check_frozen_weights(self) -> None:

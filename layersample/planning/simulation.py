@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,7 @@ def simulate_step(
         if lora_rank is None:
             scheduler = stack.enter_context(schedule_given(model, optimizer, config, active))
             with live:
-                _fill_state(model, optimizer, live)
+                _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
             scheduler.step()  # from the set that has left its state to the one that trains
             host_bytes = _hold_frozen(model, live, scheduler)
         for parameter in model.parameters():
@@ -188,10 +188,23 @@ def _unmasked_attention() -> Iterator[None]:
         masking_utils.is_tracing = before  # type: ignore[attr-defined]
 
 
-def _fill_state(model: nn.Module, optimizer: torch.optim.Optimizer, live: LiveMemory) -> None:
-    """Give the optimizer the state that a first step would leave, without one."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+def _fill_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    live: LiveMemory,
+    *,
+    without: Collection[str] = (),
+) -> None:
+    """Give the optimizer the state that a first step would leave, without one.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        live: What follows memory.
+        without: Names of parameters that move without state.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in without:
             parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()

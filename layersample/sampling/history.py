@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
-from layersample.sampling.statistics import GRADIENTS, LOSS, GradientRecord, LayerStatistics, LossRecord
+from layersample.sampling.statistics import (
+    GRADIENTS,
+    LOSS,
+    WEIGHTS,
+    GradientRecord,
+    LayerStatistics,
+    LossRecord,
+)
 
 
 class LayerHistory:
@@ -13,7 +21,7 @@ class LayerHistory:
 
     Args:
         num_layers: Number of layers that are sampled.
-        collects: What is collected beside: ``"gradients"``, ``"loss"``.
+        collects: What is collected beside: ``"gradients"``, ``"loss"``, ``"weights"``.
         names: Names of the layers, for gradients.
         sizes: Elements of each, for gradients.
     """
@@ -28,17 +36,31 @@ class LayerHistory:
     ) -> None:
         self.gradients = GradientRecord(names, sizes) if GRADIENTS in collects else None
         self.losses = LossRecord() if LOSS in collects else None
+        self._changes: list[float | None] | None = [None] * num_layers if WEIGHTS in collects else None
         self._visits = [0] * num_layers
         self._last_active: list[int | None] = [None] * num_layers
         self.changed = set(range(num_layers))
-        """Layers that have trained since they were last measured."""
+        """Layers whose weights have moved since they were last measured."""
 
-    def record(self, period: int, active: Iterable[int]) -> None:
-        """Note that a period has ended in which some layers trained."""
+    def record(self, period: int, active: Iterable[int], *, moved: Iterable[int] = ()) -> None:
+        """Note that a period has ended.
+
+        Args:
+            period: Its number.
+            active: Layers that trained in it.
+            moved: Layers whose weights moved though they weren't active.
+        """
+        self.changed.update(moved)
         for index in active:
             self._visits[index] += 1
             self._last_active[index] = period
             self.changed.add(index)
+
+    def record_changes(self, norms: Mapping[int, float]) -> None:
+        """Note how far weights moved in a period, by layer; what isn't a number counts for nothing."""
+        if self._changes is not None:
+            for index, norm in norms.items():
+                self._changes[index] = norm if isfinite(norm) else self._changes[index]
 
     def statistics(self, period: int) -> LayerStatistics:
         """What a sampler may know of it in a period."""
@@ -48,6 +70,7 @@ class LayerHistory:
             period,
             None if self.gradients is None else self.gradients.statistics,
             None if self.losses is None else self.losses.statistics,
+            None if self._changes is None else tuple(self._changes),
         )
 
     def end_period(self) -> None:
@@ -75,6 +98,7 @@ class LayerHistory:
             "changed": sorted(self.changed),
             "gradients": None if self.gradients is None else self.gradients.state_dict(),
             "losses": None if self.losses is None else self.losses.state_dict(),
+            "changes": None if self._changes is None else list(self._changes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,3 +110,5 @@ class LayerHistory:
             self.gradients.load_state_dict(state["gradients"])
         if self.losses is not None and state.get("losses"):
             self.losses.load_state_dict(state["losses"])
+        if self._changes is not None and state.get("changes"):
+            self._changes = list(state["changes"])

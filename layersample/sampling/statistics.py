@@ -12,8 +12,8 @@ from layersample.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-GRADIENTS, LOSS = "gradients", "loss"  # what a sampler's `collects` may name
-COLLECTABLE = frozenset({GRADIENTS, LOSS})
+GRADIENTS, LOSS, WEIGHTS = "gradients", "loss", "weights"  # what a sampler's `collects` may name
+COLLECTABLE = frozenset({GRADIENTS, LOSS, WEIGHTS})
 Norms = tuple[float | None, ...]
 
 
@@ -70,7 +70,7 @@ class LossStatistics:
 class LayerStatistics:
     """What is known of each layer from the run so far.
 
-    Gradients and losses are collected for samplers that ask for them, see ``LayerSampler.collects``.
+    Gradients, losses and changes of weights are collected for samplers that ask, see ``LayerSampler.collects``.
 
     Args:
         visits: Number of earlier periods in which each layer trained, one number a layer.
@@ -78,6 +78,7 @@ class LayerStatistics:
         period: Number of the period in which this is known.
         gradients: Norms of gradients; ``None`` where they aren't collected.
         losses: The training loss; ``None`` where it isn't collected.
+        changes: How far weights moved, see :attr:`weight_change`; ``None`` where that isn't collected.
     """
 
     visits: tuple[int, ...]
@@ -85,6 +86,7 @@ class LayerStatistics:
     period: int = 0
     gradients: GradientStatistics | None = None
     losses: LossStatistics | None = None
+    changes: Norms | None = None
 
     @property
     def staleness(self) -> tuple[int, ...]:
@@ -100,6 +102,16 @@ class LayerStatistics:
     def gradient_rms(self) -> Norms:
         """The same per element: the norm over the square root of the layer's elements."""
         return self._collected_gradients().rms
+
+    @property
+    def weight_change(self) -> Norms:
+        """Frobenius norm of what each layer's weights moved by in the last whole period in which it trained.
+
+        A period in which a run was resumed from a checkpoint leaves it alone: its beginning isn't known.
+        """
+        if self.changes is None:
+            raise _not_collected(WEIGHTS)
+        return self.changes
 
     @property
     def loss(self) -> LossStatistics:
@@ -122,6 +134,7 @@ class LayerStatistics:
             visits=tuple(self.visits[i] for i in indices),
             last_active=tuple(self.last_active[i] for i in indices),
             gradients=gradients,
+            changes=None if self.changes is None else tuple(self.changes[i] for i in indices),
         )
 
     def _collected_gradients(self) -> GradientStatistics:

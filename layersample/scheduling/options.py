@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
-from layersample.choices import Rule, StatePolicyName
+from pydantic import model_validator
+
+from layersample.choices import Inactive, InactiveScope, Rule, StatePolicyName
 from layersample.option_files import Options
 from layersample.options import MOST, Role, option
 
@@ -13,6 +15,9 @@ DEFAULT_SAMPLER = "lisa"
 
 DEFAULT_PERIOD = 20
 """Optimizer steps between draws in the authors' code of LISA."""
+
+DEFAULT_INACTIVE_LR_SCALE = 5.0
+"""Of BREAD's experiments: what layers without state move by, relative to what Adam moves by."""
 
 _SETS = 8
 """Sets of layers that a run shall draw at least, where its length is known."""
@@ -107,6 +112,37 @@ class UpdateOptions(Options):
         *_RUN,
         Role.SHOWN,
     )
+    inactive: Inactive = option(
+        "freeze",
+        "What layers do that aren't active: freeze, or a step without state in the same backward pass (sgd, signsgd).",
+        *_RUN,
+    )
+    inactive_lr_scale: float = option(
+        DEFAULT_INACTIVE_LR_SCALE,
+        "Learning rate of inactive layers, relative to that of their group.",
+        Role.IDENTITY,
+        gt=0,
+        le=1e6,
+    )
+    inactive_scope: InactiveScope = option(
+        "all", "Which inactive layers move: all, or those above the lowest active one.", *_RUN
+    )
+
+    @model_validator(mode="after")
+    def _says_what_inactive_layers_do(self) -> Self:
+        for name in ("inactive_lr_scale", "inactive_scope"):
+            value = getattr(self, name)
+            if self.inactive == "freeze" and value != UpdateOptions.model_fields[name].default:
+                raise ValueError(
+                    f"{name} is for layers that move while they are inactive: choose inactive='sgd' or 'signsgd' as "
+                    f"well, or leave it out, but got inactive='freeze' and {name}={value!r}"
+                )
+        if self.inactive != "freeze" and self.frozen_weights is not None:
+            raise ValueError(
+                f"inactive={self.inactive!r} moves the weights of inactive layers, and frozen_weights="
+                f"{self.frozen_weights!r} holds them rounded: leave one of the two out"
+            )
+        return self
 
 
 class SchedulerOptions(SamplingOptions, ProjectionOptions, UpdateOptions):

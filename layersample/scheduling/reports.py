@@ -44,6 +44,16 @@ class Reports:
         return tuple(self._units.sampled[i].name for i in self._active)
 
     @property
+    def moving_layers(self) -> tuple[str, ...]:
+        """Names of the sampled layers that move though they aren't active, see the argument ``inactive``."""
+        return tuple(self._units.sampled[i].name for i in self._switch.moving)
+
+    @property
+    def moving_parameters(self) -> frozenset[str]:
+        """Names of the parameters that move without state."""
+        return self._switch.moving_parameters
+
+    @property
     def optimizer(self) -> Any:
         """What the scheduler was given, an optimizer or a list of them, as learning-rate schedulers have it."""
         return self._optimizers.given

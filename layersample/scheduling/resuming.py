@@ -81,5 +81,7 @@ class Resumes(Reports):
         if self._switch.stepper is not None and state.get("backward"):
             self._switch.stepper.load_state_dict(state["backward"])
         self._switch.apply(self._active, self._round)
+        if self._switch.changes is not None and self._steps != self._began:
+            self._switch.changes.forget()
         self._switch.place_state()
         self._state_is_placed = True

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layersample.choices import Rule, StatePolicyName
+from layersample.choices import Inactive, InactiveScope, Rule, StatePolicyName
 from layersample.errors import ConfigError
 from layersample.frozen.formats import FrozenFormat
 from layersample.layers.costs import count_elements, layer_costs
@@ -85,6 +85,10 @@ class LayerScheduler(SeesExactWeights, Resumes):
             ``False`` leaves it to the loop.
         frozen_weights: Format in which the device holds the matrices of frozen layers: ``"int8"``, ``"nf4"`` or one
             of your own. Exact values wait in the host's memory, or in the file that the model was loaded from.
+        inactive: What layers do that aren't active: ``"freeze"``, or ``"sgd"`` and ``"signsgd"``, a step without
+            state in the backward pass, after which their gradient is freed (BREAD). It isn't clipped.
+        inactive_lr_scale: Learning rate of that step, relative to that of the parameter's group.
+        inactive_scope: Which layers take it: ``"all"``, or those ``"above"`` the lowest active one.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -100,7 +104,7 @@ class LayerScheduler(SeesExactWeights, Resumes):
             ``LayerScheduler`` that isn't closed. Nothing then stays on the model or the optimizer.
 
     References:
-        LISA, arXiv 2403.17919.
+        LISA, arXiv 2403.17919; BREAD, OpenReview DBybUx7ARy.
 
     Example:
         >>> scheduler = LayerScheduler(model, optimizer, "lisa", num_active=2, period=20)  # doctest: +SKIP
@@ -130,6 +134,9 @@ class LayerScheduler(SeesExactWeights, Resumes):
         master_weights: bool = True,
         step_in_backward: StepInBackward | bool | None = False,
         frozen_weights: str | FrozenFormat | None = None,
+        inactive: Inactive = "freeze",
+        inactive_lr_scale: float = 5.0,
+        inactive_scope: InactiveScope = "all",
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
@@ -251,13 +258,16 @@ class LayerScheduler(SeesExactWeights, Resumes):
             due = self._steps - self._began >= self.period
             if trained and not due and self.sampler.watches_steps:
                 with naming(self.sampler, self._sampler_name, self._round):
-                    due = self.sampler.wants_new_period(self.statistics, self._context(self._active))
+                    wanted = self.sampler.wants_new_period(self.statistics, self._context(self._active))
+                due = self._engine.agree(wanted, f"whether period {self._round} ends at step {self._steps}")
             if due:
                 self._end_round(observed=trained)
 
     def _end_round(self, *, observed: bool) -> None:
-        self._history.record(self._round, self._active)
+        self._history.record(self._round, self._active, moved=self._switch.moving)
         self._switch.check(self._active)
+        if self._switch.changes is not None:
+            self._history.record_changes(self._switch.changes.end())
         if observed:
             with naming(self.sampler, self._sampler_name, self._round):
                 self.sampler.observe(self.statistics, self._context(self._active))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,12 +54,19 @@ class SelfCheck:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._digests = {name: self._digest(parameter) for name, parameter in parameters.items()}
 
-    def end(self, parameters: Mapping[str, nn.Parameter], active: Mapping[str, tuple[str, ...]]) -> None:
+    def end(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        active: Mapping[str, tuple[str, ...]],
+        *,
+        moving: Collection[str] = (),
+    ) -> None:
         """Compare at the end of a period, before anything is frozen.
 
         Args:
             parameters: All parameters by name.
             active: Names of the parameters of each layer or group that trained, by its name.
+            moving: Names of the parameters that moved without state while they were inactive.
 
         Raises:
             SelfCheckError: If a promise doesn't hold.
@@ -70,7 +77,7 @@ class SelfCheck:
             for name, digest in self._digests.items()
             if name in parameters and self._digest(parameters[name]) != digest
         }
-        for name in sorted(changed - training):
+        for name in sorted(changed.difference(training, moving)):
             raise SelfCheckError(f"{name} was frozen in this period, but its weights changed.")
         for layer, names in active.items():
             pushed = self._pushed.intersection(names) & parameters.keys()  # some may have been taken out

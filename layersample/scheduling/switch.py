@@ -23,6 +23,7 @@ from layersample.layers.modules import is_inside
 from layersample.layers.rules import Units, check_optimizer
 from layersample.optim.closures import run_closures_first
 from layersample.optim.frozen_state import create_policy
+from layersample.optim.inactive import InactiveStepper, moving_units
 from layersample.optim.masters import MASTER, at_rest, combine, follow
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.own_state import end_plain, make_plain, plain_before_use
@@ -33,11 +34,12 @@ from layersample.optim.support import WrapperWatch, check_supported, refuse_capt
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
-from layersample.sampling.statistics import GRADIENTS
+from layersample.sampling.statistics import GRADIENTS, WEIGHTS
 from layersample.scheduling.gradient_norms import GradientNorms
 from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.self_check import SelfCheck
+from layersample.scheduling.weight_changes import WeightChanges
 from layersample.unwrapping import exact_values
 
 logger = logging.getLogger(__name__)
@@ -88,9 +90,17 @@ class Switch:
             engine.check_step_in_backward()
         if options.frozen_weights is not None:
             engine.check_frozen_weights()
+        if options.inactive != "freeze":
+            engine.check_step_in_backward(f"inactive={options.inactive!r}")
         self.stepper: BackwardStepper | None = None
+        self._inactive: InactiveStepper | None = None
+        self._rule, self._scope = options.inactive, options.inactive_scope
+        self.moving: tuple[int, ...] = ()
+        """Indices of the sampled layers that move though they aren't active."""
+        self.moving_parameters: frozenset[str] = frozenset()
         self._self_check: SelfCheck | None = None
         self._closed = self._named_later = False
+        self._moving: set[Tensor] = set()
         self._at_rest: dict[Tensor, dict[str, Tensor]] = {}
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
             for each in optimizers.each:
@@ -101,6 +111,14 @@ class Switch:
                 # In front of the views: what the loop steps itself is clipped before it is projected.
                 self.stepper = BackwardStepper(optimizers, stepping)
                 made.callback(self.stepper.close)
+            if options.inactive != "freeze":
+                self._inactive = InactiveStepper(
+                    optimizers,
+                    options.inactive,
+                    lr_scale=options.inactive_lr_scale,
+                    master_weights=options.master_weights,
+                )
+                made.callback(self._inactive.close)
             self._watches = [WrapperWatch(wrapper, inner) for wrapper, inner in optimizers.beside]
             for watch in self._watches:
                 made.callback(watch.close)
@@ -129,8 +147,9 @@ class Switch:
             made.callback(self._checkpointing.close)
             self.norms: GradientNorms | None = None
             if GRADIENTS in collects:
-                self.norms = GradientNorms(optimizers.each[0], engine, in_backward=stepping is not None)
+                self.norms = GradientNorms(optimizers, engine, in_backward=stepping is not None)
                 made.callback(self.norms.close)
+            self.changes = WeightChanges(optimizers, engine) if WEIGHTS in collects else None
             self._watch = GradientWatch(optimizers)
             made.callback(self._watch.close)
             engine.prepare()
@@ -150,18 +169,21 @@ class Switch:
         """
         self.check_open()
         names = {name for own in self._units.training(active).values() for name in own}
+        self._choose_moving(active, names)
         if self.frozen is not None:
             self.frozen.activate(names)
-        training, later = {}, []
+        training, moving, later = {}, [], []
         for name, parameter in self._model.named_parameters():
             if name not in self._units.trainable:
                 later.append(name)
                 continue
-            parameter.requires_grad_(name in names)
+            parameter.requires_grad_(name in names or name in self.moving_parameters)
             if name in names:
                 training[name] = parameter
-            else:
-                parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+                continue
+            parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
+            if name in self.moving_parameters:
+                moving.append(parameter)
         self._check_parameters(names - training.keys(), later)
         if self.frozen is not None:
             # What masters hold beyond their weights is found while the weights are there.
@@ -172,21 +194,36 @@ class Switch:
             view.set_projected({name: p for name, p in training.items() if name in self.projected})
         units = [self._units.sampled[i] for i in active]
         own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
+        by_index = dict(zip(active, own.values(), strict=True))
         if self.norms is not None:  # in front of what steps in backward, and frees gradients
-            self.norms.begin(dict(zip(active, own.values(), strict=True)))
+            self.norms.begin(by_index)
+        if self.changes is not None:
+            self.changes.begin(by_index)
         if self.stepper is not None:
             self.stepper.watch(training.values())
-        in_stack = [unit for unit in units if unit in self._layers.layers]
+        if self._inactive is not None:
+            self._inactive.watch(moving)
+        with_gradient = [self._units.sampled[i] for i in sorted({*active, *self.moving})]
+        in_stack = [unit for unit in with_gradient if unit in self._layers.layers]
         self._checkpointing.switch({unit.name: self._model.get_submodule(unit.name) for unit in in_stack})
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
+        self._moving = set(moving)
         self._engine.switched([unit.name for unit in units], round)
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
 
+    def _choose_moving(self, active: Sequence[int], training: Collection[str]) -> None:
+        sampled = self._units.sampled
+        self.moving = tuple(moving_units(len(sampled), active, self._rule, self._scope))
+        names = {name for i in self.moving for name in sampled[i].parameters if self._units.trainable[name]}
+        self.moving_parameters = frozenset(names.difference(training))
+
     def count_step(self) -> None:
         """One more optimizer step is done."""
         self._watch.count_step()
+        if self._inactive is not None:
+            self._inactive.end_step()
         if self.norms is not None:
             self.norms.end_step()
 
@@ -207,12 +244,13 @@ class Switch:
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
         parameters = list(self._model.parameters())
-        frozen = [p for p in parameters if not p.requires_grad]
+        training = [p for p in parameters if p.requires_grad and p not in self._moving]
+        frozen = [p for p in parameters if not p.requires_grad or p in self._moving]
         for view in self._views:
             view.freeze(frozen)
         for each in (*self._optimizers.each, *(wrapper for wrapper, _ in self._optimizers.beside)):
             self._policy.freeze(each, frozen)
-            self._policy.activate(each, [p for p in parameters if p.requires_grad])
+            self._policy.activate(each, training)
         for watch in self._watches:
             watch.switched()
 
@@ -240,7 +278,11 @@ class Switch:
             SelfCheckError: If it fails.
         """
         if self._self_check is not None:
-            self._self_check.end(dict(self._model.named_parameters()), self._units.training(active))
+            self._self_check.end(
+                dict(self._model.named_parameters()),
+                self._units.training(active),
+                moving=self.moving_parameters,
+            )
 
     def fp32_weights(self) -> dict[str, Tensor]:
         """The model's state in fp32: bf16 weights with what their masters hold beyond them.

@@ -72,7 +72,7 @@ class RunRecorder(TrainerCallback):
         self._scheduler = scheduler
         self._progress = progress
         self._started = time.perf_counter()
-        self._trainable = 0
+        self._trainable = self._moving = 0
         self._evaluated = 0
         self._round: int | None = None
         if resume_step is not None and path.exists():
@@ -104,7 +104,10 @@ class RunRecorder(TrainerCallback):
         if scheduler is not None:  # gradients that a step in the backward pass has freed already
             use = replace(use, gradients=max(use.gradients, scheduler.largest_gradient))
         self._raise_peak(use)
-        self._trainable = sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
+        moving = frozenset() if scheduler is None else scheduler.moving_parameters
+        sizes = {name: p.numel() for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        self._moving = sum(sizes.pop(name, 0) for name in moving)
+        self._trainable = sum(sizes.values())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,6 +152,8 @@ class RunRecorder(TrainerCallback):
                 "bytes": asdict(self._now),
                 "seconds": round(time.perf_counter() - self._started, 4),
             }
+            if scheduler.options.inactive != "freeze":
+                record["moving_parameters"] = self._moving
             if scheduler.round != self._round:  # once a period
                 self._round = scheduler.round
                 record["inclusion_probabilities"] = scheduler.inclusion_probabilities

@@ -72,6 +72,19 @@ def test_what_makes_a_step_smaller_makes_the_plan_smaller() -> None:
     assert projected.parts["optimizer_state"] < simulate_step(TINY, lean, (0,)).parts["optimizer_state"]
 
 
+def test_layers_that_move_without_state_add_one_parameter_s_gradient() -> None:
+    frozen, moving = (
+        simulate_step(TINY, config(inactive=rule, step_in_backward=True, clip_by="running"), (0,))
+        for rule in ("freeze", "sgd")
+    )
+    assert moving.moments["optimizer"]["optimizer_state"] == frozen.moments["optimizer"]["optimizer_state"]
+    assert moving.moments["optimizer"]["gradients"] == 0
+    most = max(weight.numel() for weight in make_llama(4).model.layers[0].parameters()) * 4
+    assert moving.moments["backward"]["gradients"] <= frozen.moments["backward"]["gradients"] + most
+    # A weight that moves needs its input; what is kept for that is planned as well.
+    assert moving.peak_bytes > frozen.peak_bytes
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_hold_what_real_ones_hold(precision: str, checkpointing: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ LAYERS = 3
 class Watching(LayerSampler):
     """One layer after another; keeps what it is told."""
 
-    collects = frozenset({"gradients", "loss"})
+    collects = frozenset({"gradients", "loss", "weights"})
 
     def __init__(self, *, every_step: bool = False, ends_at: float = -1.0) -> None:
         self.watches_steps, self.ends_at = every_step, ends_at
@@ -52,7 +53,13 @@ def norm_of(model: nn.Module, index: int) -> float:
 
 
 def run(
-    sampler: Watching, steps: int = 6, *, batches: int = 1, dtype: torch.dtype = torch.float32, **options: Any
+    sampler: Watching,
+    steps: int = 6,
+    *,
+    batches: int = 1,
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[LayerScheduler, list[float], list[float]]:
     """Train; return the scheduler, and norms and losses of each step taken by hand."""
     model = make_llama(LAYERS, dtype=dtype)
@@ -70,6 +77,8 @@ def run(
             loss.backward()
         if "step_in_backward" not in options:
             norms.append(norm_of(model, active))
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         losses.append(float(loss.detach()))
         scheduler.step(loss=loss)
@@ -83,10 +92,11 @@ def run(
     [
         {},
         {"batches": 2},
+        {"clip": 1e-6},
         {"projection": "galore", "projection_options": {"rank": 2}},
         {"dtype": torch.bfloat16},
     ],
-    ids=["plain", "accumulated", "projected", "bf16"],
+    ids=["plain", "accumulated", "clipped", "projected", "bf16"],
 )
 def test_norms_are_those_of_the_whole_gradients(options: dict[str, Any]) -> None:
     sampler = Watching()
@@ -127,6 +137,86 @@ def test_a_step_in_backward_has_the_same_norms_before_it_clips(batches: int) -> 
     ]
     one, other = (scheduler.statistics.gradient_norm[0] for scheduler in states)
     assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_a_gradient_that_the_loop_made_itself_is_looked_at_as_it_is_stepped_with() -> None:
+    model = make_llama(LAYERS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = LayerScheduler(model, optimizer, Watching(), num_active=1, period=9)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    size = sum(p.numel() for p in model.get_submodule("model.layers.0").parameters())
+    assert scheduler.statistics.gradient_norm[0] == pytest.approx(size**0.5)
+    # A backward pass that failed leaves nothing behind that would count.
+    loss = model(**make_batch()).loss
+    weight = model.get_parameter("model.embed_tokens.weight")
+    handle = weight.register_hook(lambda gradient: 1 / 0)  # type: ignore[no-untyped-call]
+    optimizer.zero_grad()
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    handle.remove()
+    optimizer.zero_grad()
+    model(**make_batch()).loss.backward()
+    norm = norm_of(model, 0)
+    optimizer.step()
+    assert scheduler.statistics.gradients is not None
+    assert scheduler.statistics.gradients.last_norm[0] == pytest.approx(norm, rel=1e-6)
+    scheduler.close()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_s_scale_is_undone_where_the_loop_clips_before_the_step(fused: bool) -> None:
+    model = make_llama(LAYERS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scheduler = LayerScheduler(model, optimizer, Watching(), num_active=1, period=9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for clips in (True, False):
+        scaler.scale(model(**make_batch()).loss).backward()
+        norm = norm_of(model, 0) / 2**10
+        if clips:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad()
+        gradients = scheduler.statistics.gradients
+        assert gradients is not None and gradients.last_norm[0] == pytest.approx(norm, rel=1e-5)
+    scheduler.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"inactive": "sgd"}], ids=["plain", "moving"])
+def test_changes_of_weights_are_those_from_the_period_s_first_to_its_last_step(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    model = make_llama(LAYERS, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scheduler = LayerScheduler(model, optimizer, Watching(), num_active=1, period=2, **options)
+    expected: list[float | None] = [None] * LAYERS
+    for period in range(4):
+        before = {name: value.clone() for name, value in scheduler.fp32_state_dict().items()}
+        prefix = f"model.layers.{period % LAYERS}."
+        for step in range(2):
+            model(**make_batch(2 * period + step)).loss.backward()
+            optimizer.step()
+            if step == 1:
+                after = scheduler.fp32_state_dict()
+                squares = [
+                    float((after[name] - value).double().square().sum())
+                    for name, value in before.items()
+                    if name.startswith(prefix)
+                ]
+                expected[period % LAYERS] = sum(squares) ** 0.5
+            scheduler.step()
+            optimizer.zero_grad()
+        changes = scheduler.statistics.weight_change
+        assert [change is None for change in changes] == [change is None for change in expected]
+        assert [change or 0 for change in changes] == pytest.approx([e or 0 for e in expected], rel=1e-6)
+    assert min(change or 0 for change in expected) > 1e-3
+    scheduler.close()
 
 
 def test_a_scaler_s_scale_is_undone_and_the_steps_it_skips_are_left_out() -> None:
@@ -209,11 +299,15 @@ def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
     state = json.loads(json.dumps(first[2].state_dict()))
     second = start(state)
     train(second, range(4, 8))
-    assert second[2].statistics == whole[2].statistics
+    # The weights with which the period began that it was resumed in aren't known any more.
+    assert whole[2].statistics.weight_change == (0.0, 0.0, None), "the learning rate is 0"
+    assert second[2].statistics.weight_change == (0.0, None, None)
+    assert replace(second[2].statistics, changes=whole[2].statistics.changes) == whole[2].statistics
     assert isinstance(second[2].sampler, Watching) and isinstance(whole[2].sampler, Watching)
-    assert second[2].sampler.told == whole[2].sampler.told[1:]
+    told = [statistics.gradients for statistics, _ in second[2].sampler.told]
+    assert told == [statistics.gradients for statistics, _ in whole[2].sampler.told[1:]]
     # A state of before there were statistics.
-    for key in ("gradients", "losses", "began"):
+    for key in ("gradients", "losses", "changes", "began"):
         del state[key]
     assert start(state)[2].steps == 4
 
@@ -226,6 +320,8 @@ def test_what_is_not_collected_or_unknown_is_said() -> None:
         _ = statistics.gradient_norm
     with pytest.raises(ConfigError, match="'loss' isn't collected"):
         _ = statistics.loss
+    with pytest.raises(ConfigError, match="'weights' isn't collected"):
+        _ = statistics.weight_change
     model = make_llama(LAYERS)
 
     class Wrong(Watching):
