@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -49,6 +50,30 @@ def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
     while (inner := _inner(found[-1])) is not None:
         found.append(inner)
     return found
+
+
+def optimizers_beside(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one steps in turn, each some of its parameters (a chain of Muon and AdamW); none of others.
+
+    They are its members only where they share its parameters among them: each parameter is in one, and none is left.
+    """
+    own = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    found: list[Optimizer] = []
+    for value in vars(optimizer).values():
+        found += [o for o in optimizers_in(value) if not any(o is known for known in found)]
+    parts = [id(p) for other in found for group in other.param_groups for p in group["params"]]
+    return found if len(found) > 1 and len(parts) == len(own) and set(parts) == set(own) else []
+
+
+def optimizers_in(value: object) -> Iterator[Optimizer]:
+    """Optimizers that an attribute is or lists."""
+    if isinstance(value, Optimizer):
+        yield value
+    elif isinstance(value, dict):
+        yield from (item for item in value.values() if isinstance(item, Optimizer))
+    elif isinstance(value, list | tuple | set | nn.Module):
+        items = value.children() if isinstance(value, nn.Module) else value
+        yield from (item for item in items if isinstance(item, Optimizer))
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -7,8 +7,11 @@ import pickle
 import re
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from layersample.errors import ConfigError
@@ -34,18 +37,20 @@ def remove_unfinished(folder: Path, *, alone: bool = False) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check_loadable(path: Path, what: str) -> None:
+def check_loadable(path: Path, what: str, *, arrays: bool = False) -> None:
     """Make sure that a file can be loaded with ``torch.load(weights_only=True)``; no tensor is read.
 
     Args:
         path: The file, just written.
         what: What is in it, for the message.
+        arrays: Whether it is loaded by :func:`load_state`, which takes NumPy's arrays as well.
 
     Raises:
         ConfigError: If it can't.
     """
     try:
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        load = load_state if arrays else partial(torch.load, weights_only=True)
+        load(path, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported [^\n]*|GLOBAL [^\n]*? was not", str(error))
         hint = f" ({reason[0].removesuffix(' was not')})" if reason else ""
@@ -54,6 +59,23 @@ def check_loadable(path: Path, what: str) -> None:
             f"without running code from the file, but {what} holds other objects{hint}: give them as those, say an "
             "array as torch.from_numpy(array) or array.tolist()."
         ) from error
+
+
+def load_state(path: Path, **options: Any) -> Any:
+    """Load what was saved, without running code from the file: tensors, plain values, and NumPy's arrays of values.
+
+    Args:
+        path: The file.
+        options: Of ``torch.load``.
+
+    Raises:
+        pickle.UnpicklingError: If it holds anything else.
+    """
+    # The functions behind arrays and single values have other places in NumPy 1 and 2.
+    functions: list[Any] = [np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    types = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"]
+    with torch.serialization.safe_globals([*functions, np.ndarray, np.dtype, *types]):
+        return torch.load(path, weights_only=True, **options)
 
 
 def _host() -> str:

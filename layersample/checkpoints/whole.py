@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
+from layersample.checkpoints.saving import check_loadable, load_state, remove_unfinished, saving_folder
 from layersample.checkpoints.seal import (
     CheckpointError,
     check,
@@ -144,10 +144,10 @@ class Checkpoints:
                 f"The checkpoint {checkpoint} must hold {', '.join(sorted(self._objects))}, but holds "
                 f"{', '.join(sorted(held)) or 'nothing'}."
             )
-        states = {name: torch.load(checkpoint / f"{name}.pt", weights_only=True) for name in self._objects}
+        states = {name: load_state(checkpoint / f"{name}.pt") for name in self._objects}
         for name, value in self._objects.items():
             value.load_state_dict(states[name])
-        _set_random_state(torch.load(checkpoint / f"{_RANDOM}.pt", weights_only=True))
+        _set_random_state(load_state(checkpoint / f"{_RANDOM}.pt"))
         self._number = last_number(self.folder)
         return step_of(checkpoint)
 
@@ -181,7 +181,7 @@ def _save_state(state: object, path: Path, what: str) -> None:
         TypeError,
     ) as error:  # what pickle raises, by the kind of object
         raise ConfigError(f"What is kept must be possible to save, but {what} isn't: {error}") from error
-    check_loadable(path, what)
+    check_loadable(path, what, arrays=True)
 
 
 def _random_state() -> dict[str, Any]:

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
-from layersample.unwrapping import optimizers_inside
+from layersample.unwrapping import optimizers_beside, optimizers_inside
 
 
 class Optimizers:
     """One optimizer, or several that share a model's parameters among them, such as Muon and AdamW.
 
     Args:
-        given: A torch optimizer, a wrapper of one, or a list of them, which the loop steps one after another.
+        given: A torch optimizer, a wrapper of one, a chain that steps some of them in turn, or a list of them, which
+            the loop steps one after another.
 
     Raises:
         ConfigError: If something else was given, or one twice.
@@ -33,17 +34,25 @@ class Optimizers:
                     "The optimizer must be one of torch's kind, or a list of them, but there is a "
                     f"{type(optimizer).__name__}."
                 )
-        self.each: tuple[Optimizer, ...] = tuple(optimizers_inside(o)[-1] for o in self.outer)
-        """The optimizers themselves, without wrappers."""
+        innermost = [optimizers_inside(optimizer)[-1] for optimizer in self.outer]
+        members = [[optimizers_inside(m)[-1] for m in optimizers_beside(o)] for o in innermost]
+        self.each: tuple[Optimizer, ...] = tuple(
+            each for one, parts in zip(innermost, members, strict=True) for each in parts or [one]
+        )
+        """The optimizers themselves, without wrappers and chains."""
         if not self.each or len({id(optimizer) for optimizer in self.each}) < len(self.each):
             raise ConfigError(
                 f"A list of optimizers must hold at least one, and each once, but it holds {len(self.each)}."
             )
+        self.chains: tuple[tuple[Optimizer, Sequence[Optimizer]], ...] = tuple(
+            (one, parts) for one, parts in zip(innermost, members, strict=True) if parts
+        )
+        """Those that have others step, each with these."""
         self.beside: tuple[tuple[Optimizer, Optimizer], ...] = tuple(
-            (wrapper, inner)
-            for optimizer, inner in zip(self.outer, self.each, strict=True)
-            for wrapper in optimizers_inside(optimizer)[:-1]
-            if hasattr(wrapper, "state") and wrapper.state is not inner.state
+            (wrapper, (parts or [one])[0])
+            for optimizer, one, parts in zip(self.outer, innermost, members, strict=True)
+            for wrapper in [*optimizers_inside(optimizer)[:-1], *([one] if parts else [])]
+            if all(getattr(wrapper, "state", each.state) is not each.state for each in parts or [one])
         )
         """Wrappers that keep state of their own beside that of the optimizer inside (SAM), each with that one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from layersample.choices import ClipBy
 from layersample.errors import ConfigError
 from layersample.optim.by_identity import PLACEHOLDER, knows_places
+from layersample.optim.one_at_a_time import check_one_at_a_time, clips_itself, refuse_scaler
 from layersample.optim.optimizers import Optimizers
 from layersample.projection.low_rank import NonFiniteGradientError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +80,13 @@ class BackwardStepper:
     Args:
         optimizers: Torch optimizers that treat each parameter by itself.
         options: What to do.
+
+    Raises:
+        ConfigError: If an optimizer's step of a parameter isn't of that parameter alone.
     """
 
     def __init__(self, optimizers: Optimizers, options: StepInBackward) -> None:
+        check_one_at_a_time(optimizers)
         self._optimizers = optimizers
         self._options = options
         self._hooks: list[RemovableHandle] = []
@@ -89,6 +97,8 @@ class BackwardStepper:
         self._standing = 0  # bytes of the gradients that exist now
         self._stepping = False
         self._updated = 0  # parameters, in the step that is under way
+        self._stepped: set[Tensor] = set()  # those that have been updated since the loop's last step
+        self._has_begun = self._has_ended = False
         self._squares: list[Tensor] = []
         self._ended: set[Optimizer] = set()  # those that the loop has stepped in the step that is ending
         self.slices: dict[Optimizer, Callable[[Tensor], Iterator[None]]] = {
@@ -170,6 +180,11 @@ class BackwardStepper:
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        if not self._has_begun:
+            refuse_scaler()
+            self._has_begun = True
+        if parameter in self._stepped:
+            raise ConfigError(self._second_pass())
         size, passes = size_of(parameter.grad), self._passes.get(parameter, 0)
         self._passes[parameter] = passes + 1
         self._standing += 0 if passes else size
@@ -196,7 +211,17 @@ class BackwardStepper:
                 group["params"] = parameters
             self._stepping = False
         self._updated += 1
+        self._stepped.add(parameter)
         parameter.grad = None
+
+    def _second_pass(self) -> str:
+        return (
+            "step_in_backward must be told how many backward passes a step has, but with "
+            f"accumulation={self._options.accumulation} a parameter that has been updated got another gradient before "
+            "the loop's optimizer.step(): choose StepInBackward(accumulation=...), add losses up for one backward "
+            "pass, or choose step_in_backward=False. The updates of the first pass are done, and zero_grad() can't "
+            "take them back: go back to the last checkpoint, or begin anew."
+        )
 
     def _is_whole(self, parameter: Tensor) -> bool:
         if any(hasattr(optimizer, "gradient_state") for optimizer in self._optimizers.outer):
@@ -228,6 +253,8 @@ class BackwardStepper:
         """
         if self._stepping:
             return
+        self._name_clipping()
+        self.end_step(optimizer)
         if optimizer in self._ended:
             self._note_norm()
         self._ended.add(optimizer)
@@ -241,6 +268,24 @@ class BackwardStepper:
         if len(self._ended) == len(self._optimizers.each):
             self._note_norm()
             self._standing = self._updated = 0
+
+    def end_step(self, optimizer: Optimizer | None = None) -> None:
+        """The loop's step is done: of one optimizer, or of all."""
+        if optimizer is None:
+            self._stepped.clear()
+        else:
+            self._stepped = {p for p in self._stepped if self._place_of(p).optimizer is not optimizer}
+
+    def _name_clipping(self) -> None:
+        """Say once what becomes of a loop's own clipping: it finds no gradients."""
+        function = None if self._has_ended or not self._has_begun else clips_itself()
+        self._has_ended = True
+        if function is not None:
+            logger.warning(
+                "The loop calls %s, which finds no gradients and clips nothing under step_in_backward: choose "
+                "StepInBackward(max_norm=...) in its place.",
+                function,
+            )
 
     def _note_norm(self) -> None:
         self._ended.clear()

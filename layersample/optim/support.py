@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
 from layersample.optim.frozen_state import has_two_weights
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.packing import PACKED, parameters_of
-from layersample.unwrapping import optimizers_inside
+from layersample.unwrapping import optimizers_in, optimizers_inside
+
+logger = logging.getLogger(__name__)
 
 _NEEDS = "An optimizer must keep one entry of state a parameter, and step a parameter by that alone"
 
@@ -28,18 +31,21 @@ def check_supported(optimizers: Optimizers, *, offloads: bool, replaces: bool) -
         replaces: Whether it steps on masters or low-rank parameters in place of the user's.
 
     Raises:
-        ConfigError: If one must run a closure, is a chain of others, changes weights outside of its step, or is
-            differentiated. It says what to do.
+        ConfigError: If one must run a closure, has others step its parameters as well, changes weights outside of
+            its step, or is differentiated. It says what to do.
     """
     for outer in optimizers.outer:
         chain = optimizers_inside(outer)
         for optimizer in chain:
             _refuse_required_closure(optimizer)
-            _refuse_chain(optimizer, chain)
+            if not any(optimizer is one for one, _ in optimizers.chains):
+                _refuse_chain(optimizer, chain)
         _refuse_two_weights(
             chain[-1], ok=not offloads and not replaces
         )  # accelerate's wrapper always has both
         _refuse_state_of_all(chain)
+    for one, parts in optimizers.chains:
+        _name_what_is_not_saved(one, parts)
     for optimizer in optimizers.each:
         if any(group.get("differentiable") for group in optimizer.param_groups):
             raise ConfigError(
@@ -130,7 +136,7 @@ def _refuse_chain(optimizer: Optimizer, inside: list[Optimizer]) -> None:
     others = [
         other
         for value in vars(optimizer).values()
-        for other in _optimizers_in(value)
+        for other in optimizers_in(value)
         if not any(other is known for known in inside)
         and own & {id(parameter) for parameter in parameters_of(other)}
     ]
@@ -142,14 +148,16 @@ def _refuse_chain(optimizer: Optimizer, inside: list[Optimizer]) -> None:
         )
 
 
-def _optimizers_in(value: Any) -> Iterator[Optimizer]:
-    if isinstance(value, Optimizer):
-        yield value
-    elif isinstance(value, dict):
-        yield from (item for item in value.values() if isinstance(item, Optimizer))
-    elif isinstance(value, list | tuple | set | nn.Module):
-        items = value.children() if isinstance(value, nn.Module) else value
-        yield from (item for item in items if isinstance(item, Optimizer))
+def _name_what_is_not_saved(chain: Optimizer, parts: Sequence[Optimizer]) -> None:
+    if type(chain).state_dict is Optimizer.state_dict and all(
+        part.state is not chain.state for part in parts
+    ):
+        logger.warning(
+            "%s leaves the state of the optimizers that it steps (%s) out of its state_dict(): a checkpoint must keep "
+            "theirs.",
+            _name(chain),
+            ", ".join(_name(part) for part in parts),
+        )
 
 
 def _refuse_two_weights(optimizer: Optimizer, *, ok: bool) -> None:

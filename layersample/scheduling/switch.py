@@ -224,6 +224,8 @@ class Switch:
         self._watch.count_step()
         if self._inactive is not None:
             self._inactive.end_step()
+        if self.stepper is not None:
+            self.stepper.end_step()
         if self.norms is not None:
             self.norms.end_step()
 

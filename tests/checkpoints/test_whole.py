@@ -340,7 +340,28 @@ class Holds:
         self.value = state["order"]
 
 
-@pytest.mark.parametrize("value", [numpy.arange(4), numpy.float32(1), Path("x"), lambda: 0, Holds(1)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        numpy.arange(4),
+        numpy.ones((2, 3), dtype=numpy.float16, order="F"),
+        numpy.array(["a", "bc"]),
+        numpy.float32(1.5),
+        numpy.bool_(True),
+        numpy.random.RandomState(0).get_state(),  # noqa: NPY002
+        numpy.random.PCG64(0).state,
+    ],
+    ids=repr,
+)
+def test_arrays_come_back(value: Any, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {"loader": (loader := Holds(value))})
+    checkpoints.save(1)
+    loader.value = None
+    assert checkpoints.load_last() == 1
+    assert type(loader.value) is type(value) and repr(loader.value) == repr(value)
+
+
+@pytest.mark.parametrize("value", [numpy.array([None]), Path("x"), lambda: 0, Holds(1)])
 def test_what_could_not_be_loaded_is_refused_when_it_is_saved(two: Checkpoints, value: Any) -> None:
     checkpoints = Checkpoints(two.folder, {"model": nn.Linear(2, 2), "loader": Holds(value)}, keep=1)
     with pytest.raises(ConfigError, match="the state of 'loader'"):

@@ -251,6 +251,24 @@ class Chain(Optimizer):
             part.step()
 
 
+class Overlapping(Optimizer):
+    """Steps all of its parameters itself, and has others step some of them."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.parts = (parts[0], torch.optim.SGD(parts[0].param_groups[0]["params"]), parts[1])
+
+
+@pytest.mark.parametrize("name", [name for name in COMBINATIONS if name != "backward"])
+def test_a_chain_is_the_list_of_its_members(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = COMBINATIONS[name]
+    listed, _ = run(muon_and_adamw, **options)
+    chained, (chain,) = run(lambda model: [Chain(*muon_and_adamw(model))], **options)
+    assert all(torch.equal(listed[name], chained[name]) for name in listed)
+    assert not chain.state
+    assert "Chain leaves the state of the optimizers that it steps (Muon, AdamW)" in caplog.text
+
+
 class OneVector(Optimizer):
     """Keeps the state of all parameters under a name."""
 
@@ -276,7 +294,7 @@ class StateOfFrozen(OneVector):
 def test_what_cannot_be_right_is_refused_when_the_scheduler_is_made() -> None:
     model = make_llama()
     refused: list[tuple[Any, str]] = [
-        (Chain(*muon_and_adamw(model)), r"Chain has others do it \(Muon, AdamW\).*the list of them"),
+        (Overlapping(*muon_and_adamw(model)), r"Overlapping has others do it \(Muon, SGD, AdamW\)"),
         (torch.optim.LBFGS(model.parameters()), "the step of LBFGS needs a closure"),
         (torch.optim.SGD(model.parameters(), lr=1e-3, differentiable=True), "differentiable=False"),
     ]
