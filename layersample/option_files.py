@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from layersample.errors import ConfigError, short, text_fault, unknown
 from layersample.strict_yaml import parse_yaml, read_yaml_file
 
+_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+
 
 class Options(BaseModel):
-    """Options that take what is meant and nothing else: no ``true`` for a number, no 2.5 for a whole one.
+    """Options that take what is meant and nothing else: no ``true`` or text for a number, no 2.5 for a whole one.
 
-    Numbers are finite. Unknown names are refused.
+    Numbers are finite, and may be single ones of NumPy or torch. Unknown names are refused.
     """
 
     model_config = ConfigDict(
@@ -27,7 +29,9 @@ class Options(BaseModel):
     @classmethod
     def _means_what_it_says(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        check_plain(value, cls.model_fields[info.field_name].annotation)
+        annotation = cls.model_fields[info.field_name].annotation
+        value = _python_number(value, annotation)
+        check_plain(value, annotation)
         return value
 
 
@@ -134,11 +138,26 @@ def check_plain(value: Any, annotation: Any) -> None:
         ValueError: If it isn't; the message goes before ", but got …".
     """
     kinds = list(_kinds(annotation))
+    wanted = [kind for kind in kinds if kind in _NUMBERS]
+    words = any(kind in (str, Any, object) or get_origin(kind) is Literal for kind in kinds)
+    if wanted and isinstance(value, str | bytes) and not words:
+        raise ValueError(f"Input should be {_NUMBERS[wanted[-1]]}, not text")
+    if (
+        wanted == [bool]
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and object not in kinds
+    ):
+        raise ValueError("Input should be true or false")
     if isinstance(value, bool) and bool not in kinds and Any not in kinds:
         raise ValueError("Input should not be true or false")
     if isinstance(value, float) and int in kinds and float not in kinds:
         raise ValueError("Input should be a valid integer, without a fractional part")
-    if Path in kinds and value is not None and not (isinstance(value, str | Path) and str(value)):
+    if (
+        Path in kinds
+        and not (value is None and type(None) in kinds)
+        and not (isinstance(value, str | Path) and str(value))
+    ):
         raise ValueError("Input should be a path")
     if isinstance(value, list):
         for kind in kinds:
@@ -148,6 +167,14 @@ def check_plain(value: Any, annotation: Any) -> None:
     for text in _texts(value):
         if fault := text_fault(text):
             raise ValueError(f"Input should be plain text, but it holds {fault}")
+
+
+def _python_number(value: Any, annotation: Any) -> Any:
+    """A single number of NumPy's or torch's as Python's own, where a number is wanted; anything else as it is."""
+    item = getattr(value, "item", None)
+    if not callable(item) or getattr(value, "ndim", None) != 0 or getattr(value, "is_meta", False):
+        return value
+    return item() if any(kind in _NUMBERS for kind in _kinds(annotation)) else value
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

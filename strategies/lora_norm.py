@@ -66,6 +66,11 @@ class LoraNorm(_MeasureOption, MeasuredSampler):
             )
         self._measure = measure
 
+    @property
+    def needs_batches(self) -> bool:  # type: ignore[override]
+        """Whether a LoRA is trained, because no adapter was named; not on a model that has one."""
+        return self.adapter is None
+
     def measure(self, measurement: Measurement) -> None:  # type: ignore[misc]  # the option is no attribute
         """Find the norms of all layers: an adapter changes them together."""
         norms = self._norms(measurement)

@@ -97,6 +97,11 @@ class OwLore(MeasuredSampler):
         """The M that serves, where outliers are counted."""
         return self._serving if self.metric == "outlier" else None
 
+    @property
+    def needs_batches(self) -> bool:  # type: ignore[override]
+        """Whether outliers are counted."""
+        return self.metric == "outlier"
+
     def state_dict(self) -> dict[str, Any]:
         """The scores, what they come from, and the M that serves."""
         return {**super().state_dict(), "hills": self._hills, "threshold": self._serving}

@@ -31,6 +31,7 @@ class WrappedSampler(LayerSampler):
         self.watches_steps = self.inner.watches_steps
         self.measure_every = self.inner.measure_every
         self.trains_everything = self.inner.trains_everything
+        self.needs_batches = self.inner.needs_batches
 
     @property
     def measures(self) -> bool:

@@ -149,7 +149,7 @@ def test_flags(fails: Fails, flag: str, value: str, message: str) -> None:
         ("report_to=nonsense", "nonsense is not supported"),
         ("lr_scheduler_kwargs={a: 1}", "don't go together: .*unexpected keyword argument 'a'"),
         ("lr_scheduler_kwargs=abc", "trainer|go together"),
-        ("torch_compile=maybe", "torch_compile: .*valid boolean.*but got 'maybe'"),
+        ("torch_compile=maybe", "torch_compile: .*true or false, not text, but got 'maybe'"),
         ("torch_compile_backend=nonsense", "torch_compile_backend 'nonsense' is none of torch's"),
         ("deepspeed=x.json", "deepspeed must be left out, .*one process"),
         ("fsdp=full_shard", "fsdp must be left out, .*one process"),

@@ -24,7 +24,7 @@ def test_every_option_has_a_description() -> None:
     ("options", "message"),
     [
         ({"num_actve": 2}, "run.yaml: Unknown option 'num_actve'. Did you mean 'num_active'"),
-        ({"period": "often"}, "run.yaml: period: Input should be a valid integer.* but got 'often'"),
+        ({"period": "often"}, "run.yaml: period: Input should be a whole number, not text, but got 'often'"),
         ({"period": 0}, "run.yaml: period: .*greater than or equal to 1, but got 0"),
         ({"num_active": 0}, "run.yaml: num_active: .*greater than or equal to 1, but got 0"),
         ({"state": "burn"}, "run.yaml: state: Input should be 'drop', 'keep' or 'offload', but got 'burn'"),

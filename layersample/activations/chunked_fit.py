@@ -23,7 +23,23 @@ def why_not_by_look(model: Any) -> str | None:
         model: The model inside of its wrappers.
     """
     name = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    reason = why_not_its_head(model)
+    if reason is not None:
+        return reason
+    # A property over _loss_function, in place of which ours is put and taken away again.
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        return f"{name} has no property loss_function, as models of transformers 5 have ({_installed()})"
+    return _why_not_its_loss(model)
+
+
+def head_of(model: Any) -> Any:
+    """The module that makes a model's logits, or ``None``."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def why_not_its_head(model: Any) -> str | None:
+    """Why the head that a model has now can't be given its chunks, or ``None``."""
+    name, head = type(model).__name__, head_of(model)
     if head is None:
         return f"it needs a language model with a linear head, but {name} has none"
     # Subclasses that keep nn.Linear's forward are linear (FSDP2's, parametrized ones); a quantized head, or one of
@@ -35,10 +51,7 @@ def why_not_by_look(model: Any) -> str | None:
         )
     if "forward" in vars(head):
         return f"the forward of {name}'s head has been replaced already, by another chunked loss or a library"
-    # A property over _loss_function, in place of which ours is put and taken away again.
-    if not isinstance(getattr(type(model), "loss_function", None), property):
-        return f"{name} has no property loss_function, as models of transformers 5 have ({_installed()})"
-    return _why_not_its_loss(model)
+    return None
 
 
 def _installed() -> str:

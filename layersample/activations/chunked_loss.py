@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from layersample.activations.chunked_cross_entropy import LogitTransform, chunked_cross_entropy, shift_labels
-from layersample.activations.chunked_fit import inner_model, why_not_by_look
+from layersample.activations.chunked_fit import head_of, inner_model, why_not_by_look, why_not_its_head
 from layersample.errors import ConfigError
+from layersample.notices import warn_once
+from layersample.option_files import Options, make_options
+from layersample.options import MOST, option
 from layersample.unwrapping import is_dtensor
 
 logger = logging.getLogger(__name__)
@@ -27,14 +30,18 @@ _REFUSED = (
 _PROBES = (0.0, 1e-6, 1.0, -1.0, 3.0, 40.0, 1e30)
 
 
+class _Chunks(Options):
+    chunk_size: int = option(128, "Positions at a time.", ge=1, le=MOST)
+
+
 class ChunkedLoss:
     """Makes a causal language model compute its loss from a few positions' logits at a time.
 
     While the model trains and is called with labels, ``model(**batch).loss`` is ``chunked_cross_entropy``:
-    the same loss and gradients, and no ``logits`` in the output. In eval mode, or without labels, nothing
-    changes. The rest of the model's forward runs as it is, label shift, ``num_items_in_batch``, auxiliary
-    losses and autocast included. What it does to its logits (a scale, a softcap) is found by what it does to
-    a few numbers.
+    the same loss and gradients, and no ``logits`` in the output. In eval mode, without labels, or where a call asks
+    for logits (``logits_to_keep``, ``return_dict=False``), nothing changes. The rest of the model's forward runs as it
+    is, label shift, ``num_items_in_batch``, auxiliary losses and autocast included. What it does to its logits (a
+    scale, a softcap) is found by what it does to a few numbers.
 
     Whether the model's loss is nothing else (it may use its logits afterwards, in a z-loss say, or compute its loss by
     itself) shows in a trial: four tokens go through it twice when this is made, with and without, and the two
@@ -56,8 +63,7 @@ class ChunkedLoss:
     """
 
     def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
-        if chunk_size < 1:
-            raise ConfigError(f"chunk_size must be at least 1 position, but got chunk_size={chunk_size}.")
+        chunk_size = make_options(_Chunks, [("", {"chunk_size": chunk_size})], "argument").chunk_size
         self._model = inner_model(model)
         reason = why_not_by_look(self._model)
         if reason is not None:
@@ -72,7 +78,7 @@ class ChunkedLoss:
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
-        self._head.forward = self._forward_head
+        vars(self._head)["forward"] = self._forward_head
         self._original_loss = self._model.loss_function
         self._model.loss_function = self._loss
         try:
@@ -91,7 +97,7 @@ class ChunkedLoss:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        del self._head.forward
+        vars(self._head).pop("forward", None)
         if self._loss_before is None:
             del self._model._loss_function
         else:
@@ -160,8 +166,29 @@ class ChunkedLoss:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         has_labels = kwargs.get("labels") is not None
-        self._asked = module.training and has_labels and not self._paused and not kwargs.get("fused_lm_head")
         self._answered = False
+        self._asked = module.training and has_labels and not self._paused and not kwargs.get("fused_lm_head")
+        if not self._asked:
+            return
+        reason = _why_its_own(kwargs)
+        if reason is not None:
+            self._asked = False
+            warn_once(logger, module, "The model computes its own loss where %s: not in chunks.", reason)
+            return
+        self._follow_head()
+
+    def _follow_head(self) -> None:
+        """Take the model's head of now: ``resize_token_embeddings`` and others make a new one."""
+        head = head_of(self._model)
+        if head is self._head:
+            return
+        reason = why_not_its_head(self._model)
+        if reason is not None:
+            self.close()
+            raise ConfigError(_REFUSED.format(f"{reason}, since the head was replaced"))
+        vars(self._head).pop("forward", None)
+        self._head = head
+        vars(self._head)["forward"] = self._forward_head
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         asked, self._asked, self._hidden = self._asked, False, None
@@ -205,11 +232,18 @@ class ChunkedLoss:
         if self._transform is None:
             self._transform = _find_transform(logits, type(self._model).__name__)
         self._answered = True
+        targets = _shift(labels, ignore_index) if shift_labels is None else shift_labels
+        positions = self._hidden.numel() // self._hidden.shape[-1]
+        if targets.numel() != positions:
+            raise ValueError(
+                f"The loss needs a label for each of the {positions} positions that go through the head (-100 where "
+                f"there is none), but got {targets.numel()} labels."
+            )
         return chunked_cross_entropy(
             self._hidden,
             self._head.weight,
             self._head.bias,
-            _shift(labels, ignore_index) if shift_labels is None else shift_labels,
+            targets,
             transform=self._transform,
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
@@ -231,6 +265,18 @@ def why_not_chunked(model: nn.Module) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def _why_its_own(arguments: dict[str, Any]) -> str | None:
+    """Why a call wants the model's own loss and logits, or ``None``."""
+    keep = arguments.get("logits_to_keep")
+    if keep is not None and not (isinstance(keep, int) and keep == 0):
+        return "logits_to_keep asks for some of its logits"
+    return (
+        None
+        if arguments.get("return_dict") in (None, True)
+        else "it returns a tuple (return_dict=False), whose logits may be used"
+    )
 
 
 def _has_fsdp1(model: nn.Module) -> bool:

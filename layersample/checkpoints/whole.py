@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import pickle
 import random
 import re
@@ -25,8 +24,24 @@ from layersample.checkpoints.seal import (
 )
 from layersample.errors import ConfigError
 from layersample.files import replace_folder
+from layersample.option_files import Options, make_options
+from layersample.options import MOST, option
 
 _RANDOM = "random"  # the random generators are kept under this name
+
+
+class _CheckpointOptions(Options):
+    folder: Path = option(..., "Where the checkpoints are.")
+    keep: int = option(2, "How many of the last ones stay.", ge=1, le=MOST)
+    verify: bool = option(True, "Whether loading compares checksums.")
+
+
+class _Step(Options):
+    step: int = option(..., "Optimizer steps done.", ge=0, le=MOST)
+
+
+class _Folder(Options):
+    checkpoint: Path = option(..., "A checkpoint's folder.")
 
 
 class Stateful(Protocol):
@@ -58,7 +73,8 @@ class Checkpoints:
             once more, at about 2 GB/s a processor.
 
     Raises:
-        ConfigError: If ``keep`` is out of bounds, a name can't be a file's, or an object has no state.
+        ConfigError: If an argument is of another type or out of bounds, a name can't be a file's, or an object has no
+            state.
 
     Example:
         >>> checkpoints = Checkpoints("run", {"model": model, "optimizer": optimizer})  # doctest: +SKIP
@@ -71,8 +87,8 @@ class Checkpoints:
     def __init__(
         self, folder: str | Path, objects: Mapping[str, Stateful], *, keep: int = 2, verify: bool = True
     ) -> None:
-        if keep < 1:
-            raise ConfigError(f"keep must be at least 1 checkpoint, but got keep={keep}.")
+        given = {"folder": folder, "keep": keep, "verify": verify}
+        options = make_options(_CheckpointOptions, [("", given)], "argument")
         _check_names(objects)
         for name, value in objects.items():
             if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
@@ -80,7 +96,7 @@ class Checkpoints:
                     f"What is kept must have state_dict and load_state_dict, but {name!r} ({type(value).__name__}) "
                     "hasn't."
                 )
-        self.folder, self.keep, self.verify = Path(folder), keep, verify
+        self.folder, self.keep, self.verify = options.folder, options.keep, options.verify
         self._objects = dict(objects)
         self._number = last_number(self.folder)  # of the last checkpoint that this run knows of
 
@@ -91,12 +107,10 @@ class Checkpoints:
             step: Optimizer steps done, at least 0.
 
         Raises:
-            ConfigError: If an object's state couldn't be loaded again, or another run has saved into the folder
-                since this one began. Nothing is then written or removed.
+            ConfigError: If it isn't a whole number of steps, an object's state couldn't be loaded again, or another
+                run has saved into the folder since this one began. Nothing is then written or removed.
         """
-        step = operator.index(step)
-        if step < 0:
-            raise ConfigError(f"step must be at least 0 optimizer steps, but got step={step}.")
+        step = make_options(_Step, [("", {"step": step})], "argument").step
         self._check_alone()
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch, target = saving_folder(self.folder, step), self.folder / f"checkpoint-{step}"
@@ -133,10 +147,14 @@ class Checkpoints:
     def load(self, checkpoint: str | Path) -> int:
         """Load one checkpoint.
 
+        Args:
+            checkpoint: Its folder.
+
         Raises:
             CheckpointError: As :func:`check`; or if it holds other objects than these.
+            ConfigError: If it isn't a path.
         """
-        checkpoint = Path(checkpoint)
+        checkpoint = make_options(_Folder, [("", {"checkpoint": checkpoint})], "argument").checkpoint
         check(checkpoint, verify=self.verify)
         held = {path.name.removesuffix(".pt") for path in checkpoint.glob("*.pt")} - {_RANDOM}
         if held != set(self._objects):
@@ -161,9 +179,18 @@ class Checkpoints:
 
 
 def _check_names(objects: Mapping[str, Stateful]) -> None:
+    if not isinstance(objects, Mapping):
+        raise ConfigError(
+            f"What is kept must be a mapping of names to objects, but got a {type(objects).__name__}."
+        )
     seen: set[str] = set()
     for name in objects:
-        if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() == _RANDOM or name.lower() in seen:
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"\w[\w.-]*", name)
+            or name.lower() == _RANDOM
+            or name.lower() in seen
+        ):
             raise ConfigError(
                 "The name of what is kept must be made of letters, digits, '_', '-' and '.', stand once (in small or "
                 f"capital letters), and not be {_RANDOM!r}, where the random generators are kept; but got {name!r}."

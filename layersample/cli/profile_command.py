@@ -12,6 +12,7 @@ from layersample.cli.consoles import console
 from layersample.cli.display import plain
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import parse_sampler
+from layersample.errors import ConfigError
 from layersample.files import check_output
 from layersample.plugins import settings_files
 
@@ -58,8 +59,12 @@ def profile_command(
     if plugin is not None:
         load_plugin(plugin)
     chosen = [parse_sampler(text) for text in sampler or _compared_samplers(with_data=data is not None)]
-    for name, _ in chosen:
-        SAMPLERS.get(name)  # a misspelt one is told before the model loads
+    for name, options in chosen:  # a misspelt one is told before the model loads
+        if SAMPLERS.create(name, options).needs_batches and data is None:
+            raise ConfigError(
+                f"The sampler {name!r} measures with calibration data: give --data FILE, or options with which it "
+                f"needs none (layersample list {name})."
+            )
     if output is not None:
         check_output(output)
     loaded = load_any_model(model, console.print)

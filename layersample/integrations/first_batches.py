@@ -2,72 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
-from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from layersample.errors import ConfigError
-
-_INSTEAD = (
-    "Give the Trainer a dataset that can be read again (a datasets.Dataset or datasets.IterableDataset), or choose a "
-    "sampler or options that need no data."
-)
+from layersample.parallel.agreement import num_ranks
+from layersample.sampling.calibration import first_of_two_readings, is_indexed
 
 
-def first_batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]]:
-    """The training examples in their own order, in batches; the loader would move the global random state.
+class FirstBatches:
+    """Gives the training examples in their own order, in batches; the loader would move the global random state.
+
+    What is read of a stream is put in front of it, so that the loader's next reading begins with it: also where the
+    stream can be read once only. With workers, or several processes, it can't be; then it must be readable again.
 
     Args:
         loader: The Trainer's loader of training data.
         size: Examples of a batch.
-
-    Raises:
-        ConfigError: If the loader has no dataset to read, or one that can be read once only: what a measurement reads
-            of it would never train.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    if dataset is None or collate is None:
-        raise ConfigError(
-            f"The sampler measures with the first training examples, so the loader must have a dataset and a "
-            f"collate_fn to read them with, but {type(loader).__name__} has none. {_INSTEAD}"
-        )
-    rows = _rows(dataset)
-    while batch := list(islice(rows, size)):
-        yield collate(batch)
+
+    def __init__(self, loader: Any, size: int) -> None:
+        self._loader, self._size = loader, size
+        self._replay: Replay | None = None
+
+    def __call__(self) -> Iterator[Mapping[str, Any]]:
+        """Read them from the first on.
+
+        Raises:
+            ConfigError: If the loader has no dataset to read, or what is read of it would never train.
+        """
+        dataset, collate = getattr(self._loader, "dataset", None), getattr(self._loader, "collate_fn", None)
+        if dataset is None or collate is None:
+            raise ConfigError(
+                f"The sampler measures with the first training examples, so the loader must have a dataset and a "
+                f"collate_fn to read them with, but {type(self._loader).__name__} has none. Give the Trainer a "
+                "dataset, or choose a sampler or options that need no data."
+            )
+        rows = self._rows(dataset)
+        while batch := list(islice(rows, self._size)):
+            yield collate(batch)
+
+    def _rows(self, dataset: Any) -> Iterator[Any]:
+        if is_indexed(dataset):
+            return (dataset[index] for index in range(len(dataset)))
+        if self._replay is not None:  # measured again: training has read on by now
+            return map(copy.copy, list(self._replay.read))
+        loader = getattr(self._loader, "base_dataloader", self._loader)  # accelerate's holds torch's
+        if not isinstance(loader, DataLoader) or loader.num_workers or num_ranks() > 1:
+            return first_of_two_readings(dataset)
+        self._replay = Replay(dataset)
+        object.__setattr__(loader, "dataset", self._replay)  # which it forbids to others
+        return self._replay.look_ahead()
 
 
-def _rows(dataset: Any) -> Iterator[Any]:
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        return (dataset[index] for index in range(len(dataset)))
-    rows = iter(dataset)
-    if rows is dataset:
-        raise ConfigError(_once(dataset))
-    first = list(islice(rows, 1))
-    # A second reading must begin where the first did, or training would go on behind what was measured.
-    if first and not _is_same(first, list(islice(iter(dataset), 1))):
-        raise ConfigError(_once(dataset))
-    return chain(first, rows)
+class Replay(IterableDataset[Any]):
+    """A stream whose first examples have been looked at, and come again in the next reading.
 
+    Args:
+        stream: The stream. Whatever else is asked of this is asked of it.
+    """
 
-def _once(dataset: Any) -> str:
-    return (
-        f"The sampler measures with the first training examples, so the training data must be the same each time it "
-        f"is read, but a second reading of {type(dataset).__name__} doesn't begin with the first example: what was "
-        f"measured would never train. {_INSTEAD}"
-    )
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._rest: Iterator[Any] | None = None
+        self.read: list[Any] = []
+        """What has been looked at."""
 
+    def look_ahead(self) -> Iterator[Any]:
+        """Read from the beginning, without taking anything away."""
+        self._rest = iter(self._stream)
+        for row in self._rest:
+            self.read.append(row)
+            yield copy.copy(row)  # who puts a batch together may change its parts
 
-def _is_same(one: object, other: object) -> bool:
-    """Whether two examples are equal, tensors and arrays in them too."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
-    if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str | bytes):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    equal = one == other
-    return bool(getattr(equal, "all", lambda: equal)())
+    def __iter__(self) -> Iterator[Any]:
+        rest, self._rest = self._rest, None
+        return iter(self._stream) if rest is None else chain(list(self.read), rest)
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        if (
+            name.startswith("__") or name == "_stream"
+        ):  # copying and pickling ask for them before there is a stream
+            raise AttributeError(name)
+        return getattr(self._stream, name)

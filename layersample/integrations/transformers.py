@@ -18,7 +18,7 @@ from layersample.activations.options import ActivationOptions
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
-from layersample.integrations.first_batches import first_batches
+from layersample.integrations.first_batches import FirstBatches
 from layersample.integrations.trainer_checkpoints import protect_checkpoints
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
@@ -144,7 +144,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             kwargs["model"] if trainer is None else trainer.model_wrapped,
             kwargs["optimizer"],
             **arguments,
-            batches=partial(first_batches, kwargs["train_dataloader"], args.per_device_train_batch_size),
+            batches=FirstBatches(kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
         self._is_training = True

@@ -133,6 +133,41 @@ def warn_of_towers(model: nn.Module, layers: ModelLayers, units: Units) -> None:
         )
 
 
+def warn_of_shared(model: nn.Module, layers: ModelLayers, units: Units) -> None:
+    """Say once which parameters belong to no layer, because several layers share them, and what becomes of them."""
+    holders: dict[int, set[str]] = {}
+    paths = {layer.name for layer in layers.layers}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = next((part for part in _ancestors(name) if part in paths), None)
+        if path is not None:
+            holders.setdefault(id(parameter), set()).add(path)
+    parameters = dict(model.named_parameters())
+    shared = [
+        name
+        for name in layers.groups["other"].parameters
+        if units.trainable[name] and len(holders.get(id(parameters[name]), ())) > 1
+    ]
+    if shared:
+        always = {name for names in units.training(()).values() for name in names}
+        warn_once(
+            logger,
+            model,
+            "%s is shared by several layers, so that it is no layer's own: the rule other= holds for it, by which it "
+            "%s.",
+            some(shared),
+            "trains in every period"
+            if always.issuperset(shared)
+            else "is sampled by itself, or stays frozen",
+        )
+
+
+def _ancestors(name: str) -> Iterable[str]:
+    """The paths of the modules that a parameter lies in, the innermost first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def check_optimizer(model: nn.Module, groups: Iterable[Mapping[str, Any]], units: Units) -> None:
     """Make sure that a model's optimizers hold every parameter that may train, and each is held by one of them.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
 from layersample.errors import ConfigError, unknown
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["own", "weightwatcher"]
 DEFAULT_METRICS = ("alpha", "hill", "stable_rank")
+_TRIED = 256  # rows and columns of the matrix of noise by which time is estimated
 
 Measured = tuple[dict[str, float], dict[str, str]]
 
@@ -134,6 +137,26 @@ def layer_metrics(
     )
     _warn(rows)
     return LayerMetrics(rows, names)
+
+
+def estimate_seconds(model: nn.Module, layers: ModelLayers | None = None) -> tuple[int, float]:
+    """How many matrices :func:`layer_metrics` would measure, and about how long that takes here without a cache.
+
+    One matrix of noise is measured; the others are taken to cost in proportion to the products of their shorter side.
+
+    Args:
+        model: Any model that ``find_layers`` works on.
+        layers: Its layers; found by default.
+
+    Returns:
+        Their number, and seconds.
+    """
+    shapes = [matrix.weight.shape for matrix in weight_matrices(model, layers)]
+    began = time.perf_counter()
+    compute_eigenvalues(torch.randn(_TRIED, _TRIED, generator=torch.Generator().manual_seed(0)))
+    took = time.perf_counter() - began
+    costs = [min(shape) ** 2 * sum(shape) / (2 * _TRIED**3) for shape in shapes]
+    return len(shapes), took * sum(costs) / torch.get_num_threads()
 
 
 def _measure(matrix: WeightMatrix, metrics: Iterable[str], cache: MetricCache | None) -> Measured:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from layersample.errors import ConfigError
 from layersample.optim.by_identity import PLACEHOLDER, knows_places
 from layersample.optim.one_at_a_time import check_one_at_a_time, clips_itself, refuse_scaler
 from layersample.optim.optimizers import Optimizers
+from layersample.option_files import Options, make_options
+from layersample.options import MOST, option
 from layersample.projection.low_rank import NonFiniteGradientError
 
 logger = logging.getLogger(__name__)
@@ -51,14 +53,15 @@ class StepInBackward:
     clip_by: ClipBy = "running"
 
     def __post_init__(self) -> None:
-        if self.accumulation < 1:
-            raise ConfigError(f"accumulation must be at least 1 backward pass, but got {self.accumulation}.")
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ConfigError(f"max_norm must be above 0, or None, but got {self.max_norm}.")
-        if self.clip_by not in get_args(ClipBy):
-            raise ConfigError(
-                f"clip_by must be one of {', '.join(get_args(ClipBy))}, but got {self.clip_by!r}."
-            )
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in make_options(_Limits, [("", given)], "option"):
+            object.__setattr__(self, name, value)
+
+
+class _Limits(Options):
+    accumulation: int = option(1, "Backward passes of one optimizer step.", ge=1, le=MOST)
+    max_norm: float | None = option(None, "Largest norm; none doesn't clip.", gt=0)
+    clip_by: ClipBy = option("running", "Which norm it is.")
 
 
 def how_to_step(option: object) -> StepInBackward | None:

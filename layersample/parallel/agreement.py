@@ -20,6 +20,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def num_ranks() -> int:
+    """How many processes train together; 1 where there is no group of them."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def check_agreement(
     active: Sequence[str],
     *,

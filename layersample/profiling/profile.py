@@ -19,8 +19,10 @@ from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.rules import Units
 from layersample.layers.unchanged import unchanged
 from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
+from layersample.metrics.model import estimate_seconds
 from layersample.registry import create_sampler
 from layersample.sampling.calibration import Batches
+from layersample.sampling.pace import PROGRESS
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext
 from layersample.sampling.statistics import LayerStatistics
 from layersample.sampling.weighted import MeasuredSampler, WeightedSampler
@@ -214,6 +216,12 @@ def _spectra(
 ) -> dict[str, dict[str, float]]:
     """By metric, the mean over each layer's matrices; a layer without any that it is defined for is left out."""
     try:
+        count, seconds = estimate_seconds(model, layers)
+        PROGRESS.info(
+            "Spectra of %d matrices: about %.0f s here, less for those that are cached.",
+            count,
+            max(1, seconds),
+        )
         with _quiet("layersample.metrics.model"):  # the notes below say the same
             measured = layer_metrics(
                 model, layers, _SPECTRAL, cache=cache, progress=lambda n, total: report("spectra", n, total)

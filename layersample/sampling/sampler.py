@@ -156,6 +156,9 @@ class LayerSampler(ABC):
     outlier_threshold: float | None = None
     """M of the outliers that it counts, if it does: those that a profile shows beside its probabilities."""
 
+    needs_batches: bool = False
+    """Whether :meth:`measure` reads calibration batches, with the options that it has."""
+
     trains_everything: bool = False
     """Whether it trains the whole model in every period, the towers beside a language model too."""
 

@@ -155,3 +155,9 @@ class SchedulerOptions(SamplingOptions, ProjectionOptions, UpdateOptions):
     def arguments(self) -> dict[str, Any]:
         """Every option by name, as arguments of a ``LayerScheduler``; nested ones as they were given."""
         return {name: getattr(self, name) for name in SchedulerOptions.model_fields}
+
+
+class StepCount(Options):
+    """A number of steps that a loop tells a scheduler."""
+
+    steps: int = option(0, "Optimizer steps.", ge=0, le=MOST)

@@ -39,7 +39,13 @@ from layersample.sampling.sampler import (
 )
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
-from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period, describe_reach
+from layersample.scheduling.options import (
+    DEFAULT_SAMPLER,
+    SchedulerOptions,
+    StepCount,
+    default_period,
+    describe_reach,
+)
 from layersample.scheduling.resuming import Resumes
 from layersample.scheduling.switch import Switch, take_over
 
@@ -153,7 +159,8 @@ class LayerScheduler(SeesExactWeights, Resumes):
         self._optimizers = Optimizers(optimizer)
         take_over(self._optimizers)  # before its frozen layers are taken for the user's
         self._engine, self._model = engine, engine.model
-        self.num_active, self.seed = num_active, options.seed or 0
+        self.num_active = num_active = options.num_active
+        self.seed = options.seed or 0
         self.period = options.period or default_period()
         self.model_layers = find_layers(self._model, layers)
         rules: dict[GroupName, Rule] = {name: getattr(options, name) for name in GROUPS}
@@ -210,6 +217,7 @@ class LayerScheduler(SeesExactWeights, Resumes):
         Args:
             steps: Optimizer steps still to do.
         """
+        steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
         return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))
 
     def step(self, *, loss: float | Tensor | None = None) -> None:
@@ -244,6 +252,8 @@ class LayerScheduler(SeesExactWeights, Resumes):
         Args:
             steps: Optimizer steps done since training began; nothing happens if they are counted already.
         """
+        if type(steps) is not int:
+            steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
         trained = (
             steps == self._steps + 1
         )  # or steps of before sampling are caught up with, of which nothing is known

@@ -20,7 +20,7 @@ from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
 from layersample.layers.modules import is_inside
-from layersample.layers.rules import Units, check_optimizer
+from layersample.layers.rules import Units, check_optimizer, warn_of_shared
 from layersample.optim.closures import run_closures_first
 from layersample.optim.frozen_state import create_policy
 from layersample.optim.inactive import InactiveStepper, moving_units
@@ -35,6 +35,7 @@ from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
 from layersample.sampling.statistics import GRADIENTS, WEIGHTS
+from layersample.scheduling.flag_watch import FlagWatch
 from layersample.scheduling.gradient_norms import GradientNorms
 from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
@@ -102,6 +103,7 @@ class Switch:
         self._closed = self._named_later = False
         self._moving: set[Tensor] = set()
         self._at_rest: dict[Tensor, dict[str, Tensor]] = {}
+        self._flags = FlagWatch()
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
             for each in optimizers.each:
                 # In front of all else, which needs the gradients that a closure computes.
@@ -154,6 +156,7 @@ class Switch:
             made.callback(self._watch.close)
             engine.prepare()
             self._made = made.pop_all()
+        warn_of_shared(self._model, model_layers, units)
         for each in optimizers.each:
             _switches[each] = weakref.ref(self)
 
@@ -209,6 +212,7 @@ class Switch:
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._moving = set(moving)
+        self._flags.begin({n: p for n, p in self._model.named_parameters() if n in self._units.trainable})
         self._engine.switched([unit.name for unit in units], round)
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
@@ -224,6 +228,7 @@ class Switch:
         self._watch.count_step()
         if self._inactive is not None:
             self._inactive.end_step()
+        self._flags.look()
         if self.stepper is not None:
             self.stepper.end_step()
         if self.norms is not None:

@@ -212,7 +212,9 @@ def test_models_that_have_no_such_loss_are_refused() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             ChunkedLoss(model)
-    with pytest.raises(ConfigError, match="chunk_size must be at least 1 position, but got chunk_size=0"):
+    with pytest.raises(
+        ConfigError, match="chunk_size must be greater than or equal to 1, but got chunk_size=0"
+    ):
         ChunkedLoss(llama, chunk_size=0)
 
 
@@ -267,3 +269,59 @@ def test_the_callback_brings_it_to_the_trainer(tmp_path: Any, autocast: bool) ->
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         assert "forward" not in vars(model.lm_head) and not model._forward_hooks
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if autocast else 1e-6)
+
+
+def test_a_tuple_holds_the_model_s_own_logits(caplog: pytest.LogCaptureFixture) -> None:
+    model, more = make_llama(), {"return_dict": False}
+    own = model(**masked_batch(), use_cache=False, **more)
+    with ChunkedLoss(model):
+        for _ in range(2):
+            loss, logits = model(**masked_batch(), use_cache=False, **more)[:2]
+    assert torch.equal(loss, own[0]) and torch.equal(logits, own[1])
+    assert caplog.text.count("computes its own loss where it returns a tuple") == 1
+
+
+@pytest.mark.parametrize("keep", [4, torch.arange(8, 12)])
+def test_logits_that_are_asked_for_are_there(keep: Any) -> None:
+    model, batch = make_llama(), masked_batch()
+    batch["labels"] = batch["labels"][:, 8:]
+    own = model(**batch, logits_to_keep=keep, use_cache=False)
+    with ChunkedLoss(model):
+        found = model(**batch, logits_to_keep=keep, use_cache=False)
+        assert torch.equal(found.loss, own.loss) and torch.equal(found.logits, own.logits)
+        assert model(**masked_batch(), logits_to_keep=0, use_cache=False).logits is None
+
+
+def test_labels_of_some_positions_alone_are_refused() -> None:
+    """As the model's own loss does; here they would have been taken for those of other positions."""
+    model, batch = make_llama(), masked_batch()
+    batch["labels"] = batch["labels"][:, 8:]
+    with pytest.raises(ValueError, match="batch_size"):
+        model(**batch)
+    with ChunkedLoss(model), pytest.raises(ValueError, match="each of the 24 positions.*but got 8 labels"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_replaced_is_followed(tied: bool) -> None:
+    model = make_llama(dtype=torch.float64, tie=tied)
+    first = model.lm_head
+    with ChunkedLoss(model, chunk_size=5) as chunked:
+        model(**masked_batch(), use_cache=False)
+        model.resize_token_embeddings(264)
+        if not tied:
+            model.lm_head = nn.Linear(model.config.hidden_size, 264, bias=True).double()
+        found = model(**masked_batch(), use_cache=False)
+        assert found.logits is None
+        chunked.close()
+        assert "forward" not in vars(model.lm_head) and "forward" not in vars(first)
+        assert torch.allclose(found.loss, model(**masked_batch(), use_cache=False).loss, rtol=1e-12)
+
+
+def test_a_head_that_is_replaced_by_another_kind_is_refused() -> None:
+    model = make_llama()
+    with ChunkedLoss(model):
+        model.lm_head = nn.Sequential(nn.Linear(model.config.hidden_size, 260))
+        with pytest.raises(ConfigError, match="Sequential, since the head was replaced.*--loss-chunk 0"):
+            model(**masked_batch())
+        assert model(**masked_batch()).logits is not None  # its own from then on

@@ -388,7 +388,7 @@ def test_a_missing_checkpoint_is_named(two: Checkpoints) -> None:
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="keep must be at least 1"):
+    with pytest.raises(ConfigError, match="keep must be greater than or equal to 1"):
         Checkpoints(tmp_path, {}, keep=0)
     with pytest.raises(ConfigError, match="'step' .int. hasn't"):
         Checkpoints(tmp_path, {"step": 3})  # type: ignore[dict-item]
@@ -424,3 +424,42 @@ def test_changes_are_refused_with_both_values_or_allowed(tmp_path: Path) -> None
             resume(**changes)
         assert resume(**changes, allow_changes=True).steps >= 4
         resume(allow_changes=True)  # and back again
+
+
+@pytest.mark.parametrize(
+    "step", [1.0, "1", None, True, -1, float("nan"), 10**30, numpy.float64(1), torch.tensor(1.5)]
+)
+def test_a_step_that_is_no_number_of_steps_is_refused(step: Any, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {"model": Holds(1)})
+    with pytest.raises(ConfigError, match=r"^step must .*but got step="):
+        checkpoints.save(step)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [3, numpy.int64(3), torch.tensor(3)], ids=["int", "numpy", "torch"])
+def test_numbers_of_other_libraries_are_numbers(step: Any, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {"model": Holds(1)}, keep=step)
+    assert type(checkpoints.keep) is int
+    assert checkpoints.save(step).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": "2"}, "keep must be a whole number, not text"),
+        ({"keep": 2.5}, "keep must be a valid integer"),
+        ({"keep": True}, "keep must not be true or false"),
+        ({"keep": 0}, "keep must be greater than or equal to 1"),
+        ({"verify": "no"}, "verify must be true or false, not text"),
+        ({"verify": 0}, "verify must be true or false"),
+        ({"folder": None}, "folder must be a path"),
+        ({"folder": ""}, "folder must be a path"),
+        ({"objects": [Holds(1)]}, "must be a mapping of names to objects, but got a list"),
+        ({"objects": {1: Holds(1)}}, "but got 1"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Checkpoints(**{"folder": tmp_path, "objects": {"model": Holds(1)}, **arguments})

@@ -97,7 +97,7 @@ def schedule_free(parameters: Any) -> Any:
     "kind",
     [
         *(getattr(torch.optim, name) for name in ("AdamW", "SGD", "Adafactor", "Adagrad", "NAdam", "Rprop")),
-        lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3), foreach=True),
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3)),
         lambda p: torch.optim.AdamW(p, fused=True, amsgrad=True, maximize=True),
         lambda p: torch.optim.Muon([q for q in p if q.dim() == 2]),
         transformers_adafactor,

@@ -267,9 +267,14 @@ def test_the_running_norm_survives_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": 0}, "accumulation must be at least 1"),
-        ({"max_norm": 0.0}, "max_norm must be above 0"),
-        ({"clip_by": "all"}, "clip_by must be one of running, parameter"),
+        ({"accumulation": 0}, "accumulation must be greater than or equal to 1, but got accumulation=0"),
+        ({"accumulation": 1.5}, "accumulation must be a valid integer"),
+        ({"accumulation": "2"}, "accumulation must be a whole number, not text"),
+        ({"accumulation": True}, "accumulation must not be true or false"),
+        ({"max_norm": 0.0}, "max_norm must be greater than 0"),
+        ({"max_norm": float("inf")}, "max_norm must be a finite number"),
+        ({"max_norm": "1"}, "max_norm must be a number, not text"),
+        ({"clip_by": "all"}, "clip_by must be 'running' or 'parameter', but got clip_by='all'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -477,3 +478,17 @@ def test_smollm2(smollm2: Path) -> None:
     probabilities = [layer.probabilities[ALPHA] or 0 for layer in found.layers]
     assert sum(probabilities) == pytest.approx(1)
     assert probabilities.index(max(probabilities)) == alphas.index(min(alphas))
+
+
+def test_how_much_is_read_and_how_long_is_said_before(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+    with caplog.at_level("INFO", "layersample.progress"):
+        profile(make_llama(), cache=False, progress=lambda what, *_: calls.append(caplog.text))
+    assert "Spectra of 28 matrices: about 1 s here" in calls[0]
+
+
+@pytest.mark.parametrize("sampler", ["owlore:metric=outlier", "owlore", "lora_norm", "warmup:sampler=owlore"])
+def test_a_sampler_that_needs_data_asks_for_it_at_once(sampler: str, capsys: Any) -> None:
+    result = CliRunner().invoke(cli.app, ["profile", "no-such-model", "--sampler", sampler])
+    assert isinstance(result.exception, ConfigError)
+    assert re.search(r"measures with calibration data: give --data FILE", str(result.exception))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -416,6 +417,10 @@ def test_counts_visits() -> None:
         ({"num_active": 5}, "num_active must be between 1 and the 4 layers .* but got num_active=5"),
         ({"period": 2.5}, "period must be a valid integer.*, but got period=2.5"),
         ({"period": float("nan")}, "period must be a valid integer.*, but got period=nan"),
+        ({"period": "3"}, "period must be a whole number, not text, but got period='3'"),
+        ({"num_active": "2"}, "num_active must be a whole number, not text"),
+        ({"check": "yes"}, "check must be true or false, not text, but got check='yes'"),
+        ({"master_weights": 1}, "master_weights must be true or false, but got master_weights=1"),
         ({"period": True}, "period must not be true or false, but got period=True"),
         ({"seed": -1}, "seed must be greater than or equal to 0, but got seed=-1"),
         ({"step_in_backward": "yes"}, "step_in_backward must be a StepInBackward, True or False"),
@@ -430,6 +435,24 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     with pytest.raises(ConfigError, match=message):
         LayerScheduler(model, optimizer, **{"sampler": "lisa", **arguments})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    model = make_llama()
+    options: dict[str, Any] = {
+        "num_active": np.int64(3),
+        "period": torch.tensor(5),
+        "seed": np.uint8(7),
+        "check": np.bool_(True),
+    }
+    with LayerScheduler(model, OPTIMIZERS["adamw"](model.parameters()), **options) as scheduler:
+        found = (scheduler.num_active, scheduler.period, scheduler.seed, scheduler.options.check)
+        assert found == (3, 5, 7, True) and {type(value) for value in found} == {int, bool}
+        scheduler.advance_to(np.int64(5))  # type: ignore[arg-type]
+        assert scheduler.round == 1
+        with pytest.raises(ConfigError, match="steps must be a whole number, not text"):
+            scheduler.advance_to("6")  # type: ignore[arg-type]
+        json.dumps(scheduler.state_dict())
 
 
 def test_an_optimizer_built_while_layers_were_frozen_is_refused() -> None:

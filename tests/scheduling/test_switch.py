@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import weakref
 from typing import Any
@@ -184,3 +185,34 @@ def test_a_sparse_embedding_may_step_in_backward() -> None:
     options = StepInBackward(max_norm=0.01, clip_by="parameter")
     ours, naive = run(options, torch.float32, 0.01), run(None, torch.float32, 0.01)
     assert all(torch.allclose(ours[name], naive[name], atol=1e-6) for name in naive)
+
+
+@pytest.mark.parametrize(
+    ("unfreezes", "message"),
+    [(True, "model.layers.3.* trains until then"), (False, "model.layers.1.* doesn't train until then")],
+)
+def test_flags_that_somebody_else_changes_are_named(
+    unfreezes: bool, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = build()
+    with LayerScheduler(model, optimizer, Given((1,), (2,)), period=2) as scheduler:
+        for number in range(4):
+            model.model.layers[3 if unfreezes else 1].requires_grad_(unfreezes)
+            step(model, optimizer, number)
+            scheduler.step()
+        assert not any(p.requires_grad for p in model.model.layers[3].parameters())
+    told = [r.getMessage() for r in caplog.records if "changed from outside" in r.getMessage()]
+    assert len(told) == 1 and re.search(message, told[0])
+
+
+@pytest.mark.parametrize("other", ["train", "freeze"])
+def test_a_weight_that_layers_share_is_named(other: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_llama()
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    optimizer = torch.optim.SGD(model.parameters())
+    LayerScheduler(model, optimizer, "lisa", other=other).close()
+    how = "trains in every period" if other == "train" else "stays frozen"
+    assert (
+        "model.layers.0.mlp.down_proj.weight is shared by several layers" in caplog.text
+        and how in caplog.text
+    )
