@@ -23,10 +23,12 @@ class FirstBatches:
     Args:
         loader: The Trainer's loader of training data.
         size: Examples of a batch.
+        replays: Whether the loader is only iterated later. One that has an iterator already (Lightning's) wouldn't
+            begin with what was read.
     """
 
-    def __init__(self, loader: Any, size: int) -> None:
-        self._loader, self._size = loader, size
+    def __init__(self, loader: Any, size: int, *, replays: bool = True) -> None:
+        self._loader, self._size, self._replays = loader, size, replays
         self._replay: Replay | None = None
 
     def __call__(self) -> Iterator[Mapping[str, Any]]:
@@ -52,7 +54,8 @@ class FirstBatches:
         if self._replay is not None:  # measured again: training has read on by now
             return map(copy.copy, list(self._replay.read))
         loader = getattr(self._loader, "base_dataloader", self._loader)  # accelerate's holds torch's
-        if not isinstance(loader, DataLoader) or loader.num_workers or num_ranks() > 1:
+        alone = isinstance(loader, DataLoader) and not loader.num_workers and num_ranks() == 1
+        if not (self._replays and alone):
             return first_of_two_readings(dataset)
         self._replay = Replay(dataset)
         object.__setattr__(loader, "dataset", self._replay)  # which it forbids to others

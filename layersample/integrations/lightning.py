@@ -16,7 +16,7 @@ from layersample.activations.options import ActivationOptions
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import only_trainable, stored_state
 from layersample.errors import ConfigError
-from layersample.integrations.first_batches import first_batches
+from layersample.integrations.first_batches import FirstBatches
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
 from layersample.sampling.calibration import Batches
@@ -209,7 +209,7 @@ class LayerSampling(Callback):  # type: ignore[misc]
 
 def _first_batches(trainer: Any) -> Any:
     loader = trainer.train_dataloader
-    return first_batches(loader, getattr(loader, "batch_size", None) or 1)
+    return FirstBatches(loader, getattr(loader, "batch_size", None) or 1, replays=False)()
 
 
 def _refuse_unsavable(trainer: Any, module: nn.Module, projection: object) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
 from layersample.checkpoints.seal import (
@@ -21,7 +23,9 @@ from layersample.checkpoints.seal import (
     remove_oldest,
     seal,
 )
+from layersample.errors import ConfigError
 from layersample.files import replace_folder
+from layersample.parallel.find import find_engine
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +122,28 @@ class ProtectedCheckpoints:
             raise
         replace_folder(saved, target)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_can_save(args: TrainingArguments, model: nn.Module, *, projects: bool) -> None:
+    """Refuse to begin a run whose checkpoints couldn't be loaded.
+
+    Args:
+        args: The Trainer's arguments.
+        model: The model that trains, prepared.
+        projects: Whether gradients are projected.
+
+    Raises:
+        ConfigError: If the model is sharded and gradients are projected: the Trainer loads the optimizer's state of a
+            parameter in the parameter's own shape, which that of a projection hasn't.
+    """
+    if not projects or args.save_strategy == SaveStrategy.NO or args.save_only_model:
+        return
+    if find_engine(model, ()).is_sharded:
+        raise ConfigError(
+            "The Trainer's checkpoints of a sharded model can't hold the optimizer state of a projection, so that a "
+            "run couldn't be resumed: set save_strategy='no' or save_only_model=True, train without the projection or "
+            "under DistributedDataParallel, or save with save_distributed in a loop of your own."
+        )
 
 
 def protect_checkpoints(trainer: Trainer, *, verify: bool, allow_changes: bool) -> None:

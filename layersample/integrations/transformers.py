@@ -19,7 +19,7 @@ from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
 from layersample.integrations.first_batches import FirstBatches
-from layersample.integrations.trainer_checkpoints import protect_checkpoints
+from layersample.integrations.trainer_checkpoints import check_can_save, protect_checkpoints
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
 from layersample.parallel.base import NO_DATA_PARALLEL
@@ -139,6 +139,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             arguments["period"] = (saved or {}).get("period") or default_period(state.max_steps)
         self._forget_earlier_runs()
         trainer = next((trainer for trainer in self._trainers if trainer.state is state), None)
+        check_can_save(args, kwargs["model"], projects=self.options.projection is not None)
         self._state = state
         self.scheduler = LayerScheduler(
             kwargs["model"] if trainer is None else trainer.model_wrapped,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed as dist
@@ -27,6 +27,9 @@ class Engine:
     Args:
         model: The model without its wrappers.
     """
+
+    is_sharded: ClassVar[bool] = False
+    """Whether each rank holds a part of every weight."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -17,6 +17,8 @@ from layersample.sampling.weighted import MeasuredSampler
 class ShardedEngine(Engine):
     """A model of whose weights each rank holds a part."""
 
+    is_sharded = True
+
     def check_frozen_weights(self) -> None:
         """Shards can't be rounded.
 

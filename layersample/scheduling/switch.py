@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
-from layersample.errors import ConfigError, some
+from layersample.errors import ConfigError
 from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
@@ -35,10 +35,10 @@ from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
 from layersample.sampling.statistics import GRADIENTS, WEIGHTS
-from layersample.scheduling.flag_watch import FlagWatch
 from layersample.scheduling.gradient_norms import GradientNorms
 from layersample.scheduling.gradient_watch import GradientWatch
 from layersample.scheduling.options import SchedulerOptions
+from layersample.scheduling.outside_changes import OutsideChanges
 from layersample.scheduling.self_check import SelfCheck
 from layersample.scheduling.weight_changes import WeightChanges
 from layersample.unwrapping import exact_values
@@ -100,10 +100,10 @@ class Switch:
         """Indices of the sampled layers that move though they aren't active."""
         self.moving_parameters: frozenset[str] = frozenset()
         self._self_check: SelfCheck | None = None
-        self._closed = self._named_later = False
+        self._closed = False
         self._moving: set[Tensor] = set()
         self._at_rest: dict[Tensor, dict[str, Tensor]] = {}
-        self._flags = FlagWatch()
+        self._outside = OutsideChanges()
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
             for each in optimizers.each:
                 # In front of all else, which needs the gradients that a closure computes.
@@ -187,7 +187,7 @@ class Switch:
             parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
             if name in self.moving_parameters:
                 moving.append(parameter)
-        self._check_parameters(names - training.keys(), later)
+        self._outside.check_parameters(names - training.keys(), later)
         if self.frozen is not None:
             # What masters hold beyond their weights is found while the weights are there.
             for view in self._views:
@@ -212,7 +212,7 @@ class Switch:
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._moving = set(moving)
-        self._flags.begin({n: p for n, p in self._model.named_parameters() if n in self._units.trainable})
+        self._outside.begin({n: p for n, p in self._model.named_parameters() if n in self._units.trainable})
         self._engine.switched([unit.name for unit in units], round)
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
@@ -228,25 +228,11 @@ class Switch:
         self._watch.count_step()
         if self._inactive is not None:
             self._inactive.end_step()
-        self._flags.look()
+        self._outside.look()
         if self.stepper is not None:
             self.stepper.end_step()
         if self.norms is not None:
             self.norms.end_step()
-
-    def _check_parameters(self, gone: Collection[str], later: Sequence[str]) -> None:
-        if gone:
-            raise ConfigError(
-                f"The model must keep the parameters that are sampled, but {some(sorted(gone))} isn't there any more: "
-                "close() the scheduler, and make a new one for what the model is now."
-            )
-        if later and not self._named_later:
-            self._named_later = True
-            logger.warning(
-                "%s came into the model after the scheduler was made: it isn't sampled, and trains if it requires a "
-                "gradient and the optimizer holds it.",
-                some(later),
-            )
 
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""

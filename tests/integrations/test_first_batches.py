@@ -103,10 +103,12 @@ def test_what_is_measured_of_a_stream_trains_all_the_same(kind: str, looked_at: 
 
 
 @pytest.mark.parametrize("kind", ONCE)
-def test_with_workers_a_stream_must_be_readable_again(kind: str) -> None:
-    loader = DataLoader(ONCE[kind](), batch_size=2, collate_fn=list, num_workers=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_elsewhere_a_stream_must_be_readable_again(kind: str, workers: int) -> None:
+    """With workers, and where the loader's iterator is there already."""
+    loader = DataLoader(ONCE[kind](), batch_size=2, collate_fn=list, num_workers=workers)
     with pytest.raises(ConfigError, match="must be the same each time it is read, .* would never train"):
-        next(FirstBatches(loader, 2)())
+        next(FirstBatches(loader, 2, replays=bool(workers))())
 
 
 def test_a_collator_that_takes_its_rows_apart_leaves_them_whole_for_training() -> None:

@@ -382,6 +382,23 @@ def check_the_trainer(folder: Path) -> None:
         torch.save(weights, folder / "trainer.pt")
 
 
+def check_the_trainer_s_checkpoints_of_a_projection_are_refused(folder: Path) -> None:
+    """Before anything has trained; without checkpoints it trains."""
+    for saves in (True, False):
+        strategy: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2} if saves else {}
+        run = trainer(folder / f"saves-{saves}", model=sharded(), max_steps=2, **strategy)
+        LayerSamplingCallback("lisa", period=1, projection="galore", projection_options={"rank": 2}).attach(
+            run
+        )
+        if saves:
+            with pytest.raises(
+                ConfigError, match="of a sharded model can't hold .* save_distributed in a loop"
+            ):
+                run.train()
+        else:
+            run.train()
+
+
 def check_projection_on_shards(folder: Path) -> None:
     """GaLore on shards is GaLore on whole gradients; its low-rank state is spread over the ranks."""
     for name, options in (

@@ -1,0 +1,68 @@
+"""What somebody else changes about a model while its layers are sampled: said once and by name, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from layersample.errors import ConfigError, some
+
+logger = logging.getLogger(__name__)
+
+
+class OutsideChanges:
+    """Looks for parameters that come, go, or are frozen and unfrozen between two switches."""
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[str, nn.Parameter, bool]] = []
+        self._named_flags = self._named_later = False
+
+    def check_parameters(self, gone: Collection[str], later: Sequence[str]) -> None:
+        """Make sure that what is to train is there, and name what has come.
+
+        Args:
+            gone: Parameters that should train, and aren't in the model any more.
+            later: Those that came into the model after the scheduler was made.
+
+        Raises:
+            ConfigError: If any are gone.
+        """
+        if gone:
+            raise ConfigError(
+                f"The model must keep the parameters that are sampled, but {some(sorted(gone))} isn't there any more: "
+                "close() the scheduler, and make a new one for what the model is now."
+            )
+        if later and not self._named_later:
+            self._named_later = True
+            logger.warning(
+                "%s came into the model after the scheduler was made: it isn't sampled, and trains if it requires a "
+                "gradient and the optimizer holds it.",
+                some(later),
+            )
+
+    def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """A period begins: note what requires a gradient in it."""
+        self._flags = [(name, parameter, parameter.requires_grad) for name, parameter in parameters.items()]
+
+    def look(self) -> None:
+        """Look, after an optimizer step, whether ``requires_grad`` is still what the last switch left it at."""
+        if self._named_flags:
+            return
+        changed = [(name, flag) for name, parameter, flag in self._flags if parameter.requires_grad != flag]
+        for required, what in (
+            (False, "trains until then, though its layer is frozen"),
+            (True, "doesn't train until then"),
+        ):
+            names = [name for name, flag in changed if flag == required]
+            if names:
+                self._named_flags = True
+                logger.warning(
+                    "requires_grad of %s was changed from outside while layers are sampled; each switch sets it "
+                    "again, and it %s. To freeze something for good, do so before the scheduler is made; to train "
+                    "something always, name its group's rule (embeddings, head, norm, other), or leave its layer out "
+                    "with layers=.",
+                    some(names),
+                    what,
+                )
