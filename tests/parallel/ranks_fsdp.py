@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
@@ -34,6 +35,7 @@ from layersample import (
     measure_memory,
 )
 from layersample.checkpoints.sharded import load_distributed, optimizer_of, save_distributed
+from layersample.integrations.trainer_checkpoints import check_can_save
 from layersample.projection.low_rank import BASIS
 from layersample.unwrapping import local_part
 from tests.helpers import make_batch, make_llama
@@ -383,20 +385,16 @@ def check_the_trainer(folder: Path) -> None:
 
 
 def check_the_trainer_s_checkpoints_of_a_projection_are_refused(folder: Path) -> None:
-    """Before anything has trained; without checkpoints it trains."""
-    for saves in (True, False):
-        strategy: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2} if saves else {}
-        run = trainer(folder / f"saves-{saves}", model=sharded(), max_steps=2, **strategy)
-        LayerSamplingCallback("lisa", period=1, projection="galore", projection_options={"rank": 2}).attach(
-            run
-        )
-        if saves:
-            with pytest.raises(
-                ConfigError, match="of a sharded model can't hold .* save_distributed in a loop"
-            ):
-                run.train()
-        else:
-            run.train()
+    def args(**more: Any) -> TrainingArguments:
+        return trainer(folder / "refused", **more).args
+
+    saves = args(save_strategy="steps")
+    with pytest.raises(ConfigError, match="of a sharded model can't hold .* save_distributed in a loop"):
+        check_can_save(saves, sharded(), projects=True)
+    check_can_save(saves, sharded(), projects=False)
+    check_can_save(saves, make_llama(), projects=True)
+    for fine in ({"save_strategy": "no"}, {"save_strategy": "steps", "save_only_model": True}):
+        check_can_save(args(**fine), sharded(), projects=True)
 
 
 def check_projection_on_shards(folder: Path) -> None:
