@@ -7,6 +7,9 @@ from typing import Literal
 Rule = Literal["train", "freeze", "sample"]
 """What happens to what isn't a layer: it always trains, never trains, or is sampled as one more layer."""
 
+Granularity = Literal["layer", "block", "module", "tensor"]
+"""What is sampled of a layer: all of it, its attention and MLP, its modules, or its tensors."""
+
 StatePolicyName = Literal["drop", "keep", "offload"]
 """What happens to the optimizer's state of a frozen layer."""
 

@@ -253,6 +253,10 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
+        if self.budget is not None and self.draw_budget is not None:
+            raise ValueError(
+                "budget chooses num_active once, and draw_budget bounds each draw in its place: give one of them"
+            )
         if self.resume and self.overwrite:
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:

@@ -18,7 +18,12 @@ _MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
 
 
 def plot_active_layers(
-    path: Path, layers: Sequence[str], active: Sequence[tuple[int, Sequence[int]]], title: str
+    path: Path,
+    layers: Sequence[str],
+    active: Sequence[tuple[int, Sequence[int]]],
+    title: str,
+    *,
+    unit: str = "layer",
 ) -> None:
     """Draw the layers that trained at each step.
 
@@ -27,14 +32,16 @@ def plot_active_layers(
         layers: Names of the layers, from the input to the output.
         active: Pairs of an optimizer step, from 1, and the indices of the layers that trained in it.
         title: Above the picture.
+        unit: What one of them is.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, 0.8 + max(2.0, 0.14 * len(layers))), layout="constrained")
+        height = min(max(2.0, 0.14 * len(layers)), 14.0)  # hundreds of tensors get thin lines
+        figure = Figure(figsize=(8, 0.8 + height), layout="constrained")
         axes = figure.subplots()
         for step, indices in active:
             for index in indices:
                 axes.broken_barh([(step - 0.5, 1)], (index - 0.5, 1), color="#1f5fa8", linewidth=0)
-        axes.set(xlabel="optimizer step", ylabel="layer", title=title)
+        axes.set(xlabel="optimizer step", ylabel=unit, title=title)
         axes.set_xlim(0.5, max((step for step, _ in active), default=1) + 0.5)
         axes.set_ylim(-0.5, len(layers) - 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))

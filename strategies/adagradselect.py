@@ -69,7 +69,7 @@ class AdaGradSelect(ObservedSampler):
         def rank(index: int) -> tuple[bool, float, int]:
             return visits[index] > 0, -self.scores.get(context.layers[index], 0.0), index
 
-        return sorted(range(context.num_layers), key=rank)[: context.num_active]
+        return context.take(sorted(range(context.num_layers), key=rank))
 
     def weights(self, context: SamplingContext) -> list[float]:
         """Return this period's p."""

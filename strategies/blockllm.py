@@ -33,6 +33,7 @@ class BlockLLM(LayerSampler):
     source = "arXiv 2406.17296"
     collects = frozenset({"gradients", "loss"})
     fixed_size = True
+    keeps_budget = True
     watches_steps = True
 
     patience: int = 100
@@ -52,7 +53,7 @@ class BlockLLM(LayerSampler):
             norm = self.norms.get(context.layers[index], 0.0)
             return visits[index] > 0, -norm / math.exp(visits[index] / periods), index
 
-        return sorted(range(context.num_layers), key=rank)[: context.num_active]
+        return context.take(sorted(range(context.num_layers), key=rank))
 
     def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
         """Whether the loss is no better than the mean of the last ones."""

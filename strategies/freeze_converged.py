@@ -33,6 +33,7 @@ class FreezeConverged(WrappedSampler):  # type: ignore[misc]
 
     source = "arXiv 2509.01842"
     collects = frozenset({"gradients"})
+    passes_budget = True
 
     threshold: float = 0.1
     relative: bool = True

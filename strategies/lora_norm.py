@@ -74,7 +74,10 @@ class LoraNorm(_MeasureOption, MeasuredSampler):
     def measure(self, measurement: Measurement) -> None:  # type: ignore[misc]  # the option is no attribute
         """Find the norms of all layers: an adapter changes them together."""
         norms = self._norms(measurement)
-        self.scores = {name: _value(found, self._measure) for name, found in norms.items()}
+        # A part of a layer that no adapter changes, such as a norm, isn't known to need no training.
+        parts = {layer.name for layer in measurement.model_layers.layers if layer.within is not None}
+        known = {name: found for name, found in norms.items() if found.base or name not in parts}
+        self.scores = {name: _value(found, self._measure) for name, found in known.items()}
         logger.info("%s of LoRA by layer: %s", self._measure, self.scores)
 
     def _norms(self, measurement: Measurement) -> dict[str, LoraNorms]:

@@ -63,21 +63,28 @@ class Misa(ObservedSampler):
     def sample(self, context: SamplingContext) -> list[int]:
         """Take those that have waited longest, and draw the rest."""
         sure, rest = self._split(context)
-        drawn = super().sample(self._among(context, rest)) if len(sure) < context.num_active else []
+        drawn = super().sample(self._among(context, sure, rest)) if rest else []
         return [*sure, *(rest[index] for index in drawn)]
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """1 for those that have waited longest; for the rest that of the draw among them."""
         sure, rest = self._split(context)
-        among = super().inclusion_probabilities(self._among(context, rest))
-        of_rest = dict(zip(rest, among, strict=True))
-        return [of_rest.get(index, 1.0) for index in range(context.num_layers)]
+        among = super().inclusion_probabilities(self._among(context, sure, rest)) if rest else []
+        known = {**dict.fromkeys(sure, 1.0), **dict(zip(rest, among, strict=True))}
+        return [known.get(index, 0.0) for index in range(context.num_layers)]
 
     def _split(self, context: SamplingContext) -> tuple[list[int], list[int]]:
-        """Those that are in for sure, and the others; the lowest of those that have waited alike."""
+        """Those that are in for sure, and those to draw from; the lowest of those that have waited alike."""
         by_wait = sorted(range(context.num_layers), key=lambda index: -context.statistics.staleness[index])
-        sure = by_wait[: min(self.oldest, context.num_active // 2)]
-        return sure, [index for index in range(context.num_layers) if index not in sure]
+        budget = context.budget
+        if budget is None:
+            sure = by_wait[: min(self.oldest, context.num_active // 2)]
+            rest = sorted(by_wait[len(sure) :]) if len(sure) < context.num_active else []
+        else:
+            sure = budget.fit(by_wait[: self.oldest])
+            room = budget.limit - budget.total(sure)
+            rest = [i for i, size in enumerate(budget.sizes) if i not in sure and size <= room]
+        return sure, rest
 
-    def _among(self, context: SamplingContext, rest: list[int]) -> SamplingContext:
-        return context.among(rest, context.num_active - (context.num_layers - len(rest)))
+    def _among(self, context: SamplingContext, sure: list[int], rest: list[int]) -> SamplingContext:
+        return context.among(rest, context.num_active - len(sure), taken=sure)

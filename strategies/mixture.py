@@ -47,6 +47,7 @@ class Mixture(LayerSampler):
         self._chances = [share / sum(shares) for share in shares]
         options = self.options or [{}] * len(self.samplers)
         self.inner = [create_sampler(*pair) for pair in zip(self.samplers, options, strict=True)]
+        self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
         self.watches_steps = any(sampler.watches_steps for sampler in self.inner)

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from layersample import ConfigError, MeasuredSampler, Measurement, register
-from layersample.metrics import DEFAULT_THRESHOLDS, layer_metrics, outlier_ratios, random_hill
+from layersample.metrics import (
+    DEFAULT_THRESHOLDS,
+    layer_metrics,
+    outlier_ratios,
+    random_hill,
+    weight_matrices,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +29,7 @@ class OwLore(MeasuredSampler):
     """Draw layers by their outliers or the heaviness of their tails (OwLore).
 
     A layer's probability is its share of the scores, p_l = D_l / ΣD. The low-rank projection of the method is
-    not part of the sampler.
+    not part of the sampler. Of parts of layers, each is compared with itself: an outlier stands out of its own part.
 
     Args:
         metric: ``"outlier"`` is OWL's layer outlier distribution: percent of weights whose |W|·‖X‖₂ is above
@@ -69,7 +75,14 @@ class OwLore(MeasuredSampler):
 
     def measure(self, measurement: Measurement) -> None:
         """Score the layers that have changed."""
-        changed = [layer for layer in measurement.model_layers.layers if layer.name in measurement.changed]
+        layers = measurement.model_layers
+        held = {matrix.layer for matrix in weight_matrices(measurement.model, layers)}
+        # A part of a layer that holds no matrix, such as a norm, gets the mean score.
+        changed = [
+            layer
+            for layer in layers.layers
+            if layer.name in measurement.changed and (layer.within is None or layer.name in held)
+        ]
         if not changed:
             return
         # Weights that have trained are never met again: only the first measurement is worth keeping on disk.
@@ -85,7 +98,7 @@ class OwLore(MeasuredSampler):
             metrics = layer_metrics(some.model, some.model_layers, ("hill",), cache=cache, progress=progress)
             for layer in changed:
                 self._hills[layer.name] = {
-                    m.name.removeprefix(layer.name): m.values["hill"] / self._expected_hill(m.shape)
+                    m.name.removeprefix(layer.layer): m.values["hill"] / self._expected_hill(m.shape)
                     for m in metrics.matrices
                     if m.layer == layer.name and "hill" in m.values
                 }

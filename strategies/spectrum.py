@@ -43,8 +43,9 @@ class Spectrum(MeasuredSampler):
     β the ratio of the smaller to the larger dimension. A layer's score is the mean, over its matrices, of their SNR
     relative to the mean SNR of the same matrix in all layers, since modules differ more than layers do.
 
-    The authors unfreeze the top n percent of each type of module, for the whole run. A unit is a whole layer here:
-    ``choose="top"`` trains the ``num_active`` layers with the highest scores throughout, and the others never.
+    The authors unfreeze the top n percent of each type of module, for the whole run. ``choose="top"`` trains the
+    ``num_active`` layers (with ``granularity="module"``, modules) with the highest scores throughout, and the others
+    never: over all types together, since a score is relative to its type.
 
     Args:
         choose: ``"draw"`` draws layers in proportion to their scores; ``"top"`` always takes the highest ones.
@@ -69,9 +70,10 @@ class Spectrum(MeasuredSampler):
         matrices = weight_matrices(measurement.model, measurement.model_layers)
         changed = [matrix for matrix in matrices if matrix.layer in measurement.changed]
         found = map_parallel(lambda matrix: _ratio(matrix.weight), changed, progress=progress)
+        layer_of = {unit.name: unit.layer for unit in measurement.model_layers.layers}
         for matrix, ratio in zip(changed, found, strict=True):
             if ratio is not None:
-                kind = matrix.name.removeprefix(matrix.layer)
+                kind = matrix.name.removeprefix(layer_of[matrix.layer])
                 self._ratios.setdefault(matrix.layer, {})[kind] = ratio
         by_kind: dict[str, list[float]] = {}
         for of_layer in self._ratios.values():
@@ -88,9 +90,7 @@ class Spectrum(MeasuredSampler):
         scores = super().weights(context)
         if self.choose == "draw":
             return scores
-        top = sorted(range(context.num_layers), key=lambda index: (-scores[index], index))[
-            : context.num_active
-        ]
+        top = context.take(sorted(range(context.num_layers), key=lambda index: (-scores[index], index)))
         return [float(index in top) for index in range(context.num_layers)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, create_sampler
 
@@ -20,6 +20,9 @@ class WrappedSampler(LayerSampler):
         sampler_options: Its options.
     """
 
+    passes_budget: ClassVar[bool] = False
+    """Whether what the other sampler draws within a budget stays within it."""
+
     sampler: str = "lisa"
     sampler_options: dict[str, Any] | None = None
     inner: LayerSampler = field(init=False, repr=False)
@@ -27,6 +30,7 @@ class WrappedSampler(LayerSampler):
     def __post_init__(self) -> None:
         self.inner = create_sampler(self.sampler, self.sampler_options)
         self.fixed_size = self.inner.fixed_size
+        self.keeps_budget = self.passes_budget and self.inner.keeps_budget
         self.collects = self.collects | self.inner.collects
         self.watches_steps = self.inner.watches_steps
         self.measure_every = self.inner.measure_every

@@ -42,6 +42,7 @@ ROOMS = (
         "option_files",
         "options",
         "choices",
+        "amounts",
         "strict_yaml",
         "model_files",
         "files",

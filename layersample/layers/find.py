@@ -15,16 +15,23 @@ from layersample.layers.stacks import find_stacks, list_paths, name_layers, repe
 
 @dataclass(frozen=True)
 class Layer:
-    """A named set of parameters that is frozen and trained as one.
+    """A named set of parameters that is frozen and trained as one: a layer, a part of one, or a group.
 
     Args:
         name: Path of the module, or the name of the group.
-        parameters: Names of its parameters, as in ``model.named_parameters()``, in that order. Names
-            rather than tensors, because FSDP and ``accelerator.prepare`` replace parameter objects.
+        parameters: Names of its parameters, as in ``model.named_parameters()``. Names rather than tensors,
+            because FSDP and ``accelerator.prepare`` replace parameter objects.
+        within: Name of the layer that it is a part of; ``None`` for a whole one.
     """
 
     name: str
     parameters: tuple[str, ...]
+    within: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer that it is, or is a part of."""
+        return self.within or self.name
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from layersample.choices import Rule
+from layersample.choices import Granularity, Rule
 from layersample.errors import ConfigError, some
 from layersample.layers.find import Layer, ModelLayers
 from layersample.layers.groups import GroupName
 from layersample.layers.modules import is_inside
+from layersample.layers.units import split_group, split_layers
 from layersample.notices import warn_once
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Units:
     """The layers and groups of a model, by what happens to them.
 
     Args:
-        sampled: What a sampler picks from, from the input to the output.
+        sampled: What a sampler picks from, from the input to the output: layers and groups, or parts of them.
         always: The groups that train in every period.
         trainable: For each parameter by name, whether it required a gradient before sampling began; one that
             didn't stays frozen.
@@ -42,6 +43,22 @@ class Units:
         units = [*(self.sampled[index] for index in active), *self.always]
         return {unit.name: tuple(n for n in unit.parameters if self.trainable[n]) for unit in units}
 
+    def parts_of(self, layers: ModelLayers) -> ModelLayers:
+        """A model's layers with those of :attr:`sampled` in their place that are layers, or parts of them."""
+        names = {layer.name for layer in layers.layers}
+        return replace(layers, layers=tuple(unit for unit in self.sampled if unit.layer in names))
+
+    def layers_of(self, active: Iterable[int], layers: ModelLayers) -> list[str]:
+        """Names of those of a model's layers that some of :attr:`sampled` are, or are parts of, in their order."""
+        names = {layer.name for layer in layers.layers}
+        found = dict.fromkeys(self.sampled[index].layer for index in active)
+        return [name for name in found if name in names]
+
+    @property
+    def trained_of_each(self) -> list[tuple[str, ...]]:
+        """Parameters that train of each of :attr:`sampled`, while it is active."""
+        return [tuple(n for n in unit.parameters if self.trainable[n]) for unit in self.sampled]
+
     @property
     def always_trains_something(self) -> bool:
         """Whether a period without any layer still trains something."""
@@ -53,19 +70,22 @@ def arrange(
     layers: ModelLayers,
     rules: Mapping[GroupName, Rule],
     *,
+    granularity: Granularity = "layer",
     train_towers: bool = False,
 ) -> Units:
-    """Sort a model's layers and groups by the rules for its groups.
+    """Sort a model's layers and groups by the rules for its groups, and cut what is sampled into units.
 
     Args:
         model: The model, as it is before sampling.
         layers: Its layers.
         rules: The rule of each group. A tied head is the embedding: the stricter rule of the two holds.
+        granularity: What is sampled as one: see :func:`~layersample.layers.units.split_layers`. A part of a layer
+            without a parameter that may train is left out.
         train_towers: Whether the towers that are otherwise frozen train in every period.
 
     Raises:
         ConfigError: If a rule is unknown, or holds for nothing although there may be something that it is meant for;
-            or if a layer to be sampled has no trainable parameter.
+            or if a layer to be sampled has no trainable parameter, or can't be cut.
     """
     for group, rule in rules.items():
         if rule not in _STRICTNESS:
@@ -75,6 +95,8 @@ def arrange(
     if layers.tied_head:
         rules["embeddings"] = max(rules["embeddings"], rules["head"], key=_STRICTNESS.index)
 
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
     def sampled(*names: GroupName) -> list[Layer]:
         return [
             layers.groups[name]
@@ -82,22 +104,31 @@ def arrange(
             if rules[name] == "sample" and layers.groups[name].parameters
         ]
 
-    units = Units(
-        sampled=(*sampled("embeddings", "other"), *layers.layers, *sampled("norm", "head")),
+    below, above = sampled("embeddings", "other"), sampled("norm", "head")
+    _check_trainable((*below, *layers.layers, *above), trainable)
+    units = (
+        *(unit for group in below for unit in split_group(model, group, granularity)),
+        *split_layers(model, layers, granularity),
+        *(unit for group in above for unit in split_group(model, group, granularity)),
+    )
+    return Units(
+        sampled=tuple(unit for unit in units if any(trainable[name] for name in unit.parameters)),
         always=(
             *(group for name, group in layers.groups.items() if rules[name] == "train"),
             *([Layer("towers", layers.frozen)] if train_towers and layers.frozen else []),
         ),
-        trainable={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        trainable=trainable,
     )
-    frozen = [unit.name for unit in units.sampled if not any(units.trainable[n] for n in unit.parameters)]
+
+
+def _check_trainable(sampled: Iterable[Layer], trainable: Mapping[str, bool]) -> None:
+    frozen = [unit.name for unit in sampled if not any(trainable[n] for n in unit.parameters)]
     if frozen:
         raise ConfigError(
             f"Every sampled layer must have a parameter with requires_grad=True when the scheduler is made, "
             f"but {some(frozen)} has none. Unfreeze them before you build the optimizer, leave them out with "
             f"layers=, or close() the scheduler that froze them."
         )
-    return units
 
 
 def _check_that_rules_hold(layers: ModelLayers, rules: Mapping[GroupName, Rule]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layersample.errors import NEEDS_TRAIN, ConfigError
-from layersample.layers.find import ModelLayers, find_layers
+from layersample.layers.find import Layer, ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
 from layersample.metrics.fast_products import fast_products
@@ -58,15 +59,14 @@ def probe_lora(
     batches = list(islice(batches, steps))
     if not batches:
         raise ConfigError("A LoRA probe needs at least one training batch, but got none.")
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
     with exact_model(model), fast_products(model, report), _with_lora(model, layers, rank, seed):
         _train(
             model,
             paced(cycle(batches), "Training a LoRA to see its norms, steps", steps, report),
             learning_rate,
         )
-        # The wrappers have changed the names of the parameters, not those of the layers.
-        found = find_layers(model, [layer.name for layer in layers.layers])
-        return lora_norms(model, layers=found, adapter_name=_ADAPTER)
+        return lora_norms(model, layers=_renamed(layers, before, model), adapter_name=_ADAPTER)
 
 
 @contextmanager
@@ -92,14 +92,31 @@ def _with_lora(model: nn.Module, layers: ModelLayers, rank: int, seed: int) -> I
         yield
 
 
+def _renamed(layers: ModelLayers, before: Mapping[str, int], model: nn.Module) -> ModelLayers:
+    """Layers and groups by the names that their parameters have now that wrappers stand in between.
+
+    Args:
+        layers: The layers as they were.
+        before: Ids of the parameters then.
+        model: The model as it is.
+    """
+    now = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def rename(layer: Layer) -> Layer:
+        return replace(layer, parameters=tuple(now[before[name]] for name in layer.parameters))
+
+    groups = {name: rename(group) for name, group in layers.groups.items()}
+    return replace(layers, layers=tuple(map(rename, layers.layers)), groups=groups)
+
+
 def _linear_modules(model: nn.Module, layers: ModelLayers) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
+    own = {name for layer in layers.layers for name in layer.parameters}
     found: dict[str, nn.Module] = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and any(path.startswith(layer.name + ".") or path == layer.name for layer in layers.layers)
+        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in own
     }
     if not found:
         raise ConfigError(

@@ -106,6 +106,13 @@ class Engine:
             ConfigError: If ranks hold parts of it that can't be told apart.
         """
 
+    def check_sizes(self) -> None:
+        """Whether the size of each parameter is known.
+
+        Raises:
+            ConfigError: If ranks hold parts of it, and each knows its own alone.
+        """
+
     def sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         """Sums of squares of whole gradients, from those of this rank's parts.
 

@@ -130,6 +130,17 @@ class FSDP1Engine(ShardedEngine):
             "for accelerate), but the model is inside of FullyShardedDataParallel."
         )
 
+    def check_sizes(self) -> None:
+        """A rank doesn't know how large the parts are that others hold.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "draw_budget needs FSDP2 (torch.distributed.fsdp.fully_shard, fsdp_version: 2 for accelerate), but the "
+            "model is inside of FullyShardedDataParallel: give num_active."
+        )
+
     @property
     def groups(self) -> list[dist.ProcessGroup | None]:
         """The ranks that hold the shards."""

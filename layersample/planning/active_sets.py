@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from layersample.activations.chunked_loss import why_not_chunked
+from layersample.choices import Granularity
 from layersample.config import TrainConfig
-from layersample.errors import ConfigError
-from layersample.layers.costs import LayerCosts, layer_costs
+from layersample.layers.costs import layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.rules import arrange
 from layersample.planning.fake_models import fake_model
 from layersample.planning.model_kinds import ModelKind
 from layersample.registry import create_sampler
+from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.sampler import LayerSampler, SamplingContext, draw
-from layersample.sampling.statistics import LayerStatistics
 from layersample.sampling.weighted import MeasuredSampler
 
 _DRAWS = 101
@@ -30,7 +30,7 @@ class ActiveSets:
     """The layers of a model, their sizes, and the sets to plan for.
 
     Args:
-        names: All that is sampled, from the input to the output.
+        names: All that is sampled, from the input to the output: layers, groups, or parts of them.
         sizes: Parameters of each.
         always: Parameters that always train.
         outside: Parameters outside of the layers.
@@ -90,28 +90,39 @@ def find_active_sets(
     with fake_model(shape, config.precision, kind=kind) as model:
         layers = find_layers(model, config.layers)
         rules = {name: getattr(config, name) for name in layers.groups}
-        units = arrange(model, layers, rules, train_towers=sampler.trains_everything)
+        units = arrange(
+            model, layers, rules, granularity=config.granularity, train_towers=sampler.trains_everything
+        )
+        drawn = find_draw_size(
+            model, units, sampler, num_active=config.num_active, draw_budget=config.draw_budget
+        )
         size = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        costs = layer_costs(model, units)
+        costs = layer_costs(model, drawn.units)
         can_checkpoint = bool(getattr(model, "supports_gradient_checkpointing", False))
         can_chunk = why_not_chunked(model) is None
     sizes = tuple(sum(size[name] for name in unit.parameters) for unit in units.sampled)
-    if config.num_active > len(sizes):
-        raise ConfigError(
-            f"num_active must be between 1 and the {len(sizes)} layers to sample from, "
-            f"but got num_active={config.num_active}."
-        )
-    names = tuple(unit.name for unit in units.sampled)
-    draws, notes = _draw(sampler, names, config, units.always_trains_something, costs)
-    count = max(map(len, draws))
-    lowest = tuple(range(count))
-    largest = tuple(sorted(sorted(lowest + tuple(range(count, len(sizes))), key=lambda i: -sizes[i])[:count]))
-    # The top one trains while all that backward will need further down is still there.
-    widest = (*lowest[:-1], len(sizes) - 1) if count > 1 else lowest
+    context = SamplingContext(
+        layers=tuple(unit.name for unit in drawn.units.sampled),
+        num_active=drawn.num_active,
+        seed=config.run_seed,
+        allow_empty=units.always_trains_something,
+        costs=costs,
+        budget=drawn.budget,
+    )
+    draws, notes = _draw(sampler, context, config.run_period)
     by_depth = sorted(draws, key=lambda active: (-min(active, default=len(sizes)), active))
+    worst = _worst(
+        replace(context, num_active=max(map(len, draws))),
+        [sizes[place] for place in drawn.places],
+        config.granularity,
+    )
+
+    def places(active: Sequence[int]) -> tuple[int, ...]:
+        return tuple(drawn.places[index] for index in active)
+
     by_layer = [sum(size[name] for name in layer.parameters) for layer in layers.layers]
     return ActiveSets(
-        names=names,
+        names=tuple(unit.name for unit in units.sampled),
         sizes=sizes,
         always=sum(size[name] for group in units.always for name in group.parameters),
         outside=sum(size.values()) - sum(by_layer),
@@ -120,29 +131,39 @@ def find_active_sets(
         groups={name: sum(size[n] for n in group.parameters) for name, group in layers.groups.items()},
         can_checkpoint=can_checkpoint,
         can_chunk=can_chunk,
-        worst=tuple(dict.fromkeys((lowest, largest, widest))),
-        typical=by_depth[len(by_depth) // 2],
-        notes=notes,
+        worst=tuple(map(places, worst)),
+        typical=places(by_depth[len(by_depth) // 2]),
+        notes=(*notes, drawn.note) if drawn.note else notes,
     )
 
 
+def _worst(
+    context: SamplingContext, sizes: Sequence[int], granularity: Granularity
+) -> tuple[tuple[int, ...], ...]:
+    """Sets, one of which holds most.
+
+    Args:
+        context: Of a draw of as many layers as there are in the largest one.
+        sizes: Parameters of each layer.
+        granularity: Parts of layers differ in size more than layers do.
+    """
+    everything = range(len(sizes))
+    by_size = sorted(everything, key=lambda index: -sizes[index])
+    lowest, largest = context.take(everything), context.take(by_size)
+    # The top one trains while all that backward will need further down is still there.
+    widest = context.take([*lowest[:-1], len(sizes) - 1]) if len(lowest) > 1 else lowest
+    sets = [lowest, largest, widest]
+    if granularity != "layer" or context.budget is not None:
+        # Backward goes all the way down, and what trains on the way is as large as can be.
+        sets.append(context.take(sorted(by_size, key=lambda index: index != 0)))
+    return tuple(dict.fromkeys(tuple(sorted(chosen)) for chosen in sets))
+
+
 def _draw(
-    sampler: LayerSampler, names: tuple[str, ...], config: TrainConfig, allow_empty: bool, costs: LayerCosts
+    sampler: LayerSampler, first: SamplingContext, period: int
 ) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
-    contexts = [
-        SamplingContext(
-            layers=names,
-            num_active=config.num_active,
-            round=round,
-            step=round * config.run_period,
-            seed=config.run_seed,
-            statistics=LayerStatistics((0,) * len(names), (None,) * len(names)),
-            allow_empty=allow_empty,
-            costs=costs,
-        )
-        for round in range(_DRAWS)
-    ]
+    contexts = [replace(first, round=round, step=round * period) for round in range(_DRAWS)]
     if isinstance(sampler, MeasuredSampler) and not sampler.scores:  # fake tensors can't be measured
-        uniform = [torch.randperm(len(names), generator=c.generator)[: c.num_active] for c in contexts]
-        return [tuple(sorted(drawn.tolist())) for drawn in uniform], (_UNMEASURED,)
+        uniform = [c.take(torch.randperm(c.num_layers, generator=c.generator).tolist()) for c in contexts]
+        return [tuple(sorted(drawn)) for drawn in uniform], (_UNMEASURED,)
     return [tuple(sorted(draw(sampler, context))) for context in contexts], ()

@@ -93,7 +93,7 @@ def possible_changes(config: TrainConfig, sets: ActiveSets) -> list[Change]:
     fewer = max(1, config.num_active // 2)
     # A budget chooses the number by itself.
     add(
-        fewer < config.num_active and config.budget is None,
+        fewer < config.num_active and config.budget is None and config.draw_budget is None,
         {"num_active": fewer},
         f"--num-active {fewer}",
         f"{fewer} in place of {config.num_active} layers train at a time",

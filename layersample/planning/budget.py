@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
+from layersample.amounts import read_amount
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError
 from layersample.planning.active_sets import find_active_sets
 from layersample.planning.fake_models import quietly
 from layersample.planning.simulation import simulate_step
 from layersample.planning.target import ModelLike, Target, find_target
-
-_SIZE = re.compile(r"\d*\.?\d+\s*[a-z]+", re.IGNORECASE)
-_BYTES = TypeAdapter(ByteSize)
 
 
 def choose_num_active(model: ModelLike, config: TrainConfig, budget: str | float) -> int:
@@ -78,16 +72,5 @@ def parse_budget(budget: str | float) -> int | float:
     Raises:
         ConfigError: If it is neither.
     """
-    text = str(budget).strip()
-    value: int | float | None = None
-    try:
-        # ByteSize reads what it can from the left, so it is asked only about what looks like a size as a whole.
-        value = int(_BYTES.validate_python(text)) if _SIZE.fullmatch(text) else float(text)
-    except (ValidationError, ValueError):
-        pass
-    if value is None or not value > 0 or (isinstance(value, float) and value > 1):
-        raise ConfigError(
-            f"budget must be a size such as '2GiB' or '500MB', or a part of the parameters above 0 and at most 1, "
-            f"but got {budget!r}."
-        )
-    return value
+    amount = read_amount(budget, "budget")
+    return amount if isinstance(amount, int) else float(amount)

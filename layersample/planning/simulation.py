@@ -234,6 +234,7 @@ def schedule_given(
         "sampler": sampler,
         "sampler_options": None,
         "num_active": 1,
+        "draw_budget": None,
         "period": 1,
         "check": False,
     }

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from layersample.errors import ConfigError, unknown
 from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
+from layersample.sampling.draw_budget import DrawBudget
 from layersample.sampling.faults import SamplerError
 from layersample.sampling.pace import PROGRESS, Say, pace, paced
 from layersample.sampling.statistics import COLLECTABLE, LayerStatistics
@@ -27,8 +29,9 @@ class SamplingContext:
     """All that a sampler may look at when it picks the layers of one period.
 
     Args:
-        layers: Names of the layers to pick from, from the input to the output.
-        num_active: How many layers the user asked for.
+        layers: Names of the layers to pick from, from the input to the output; or of parts of layers, where the user
+            has chosen a finer granularity.
+        num_active: How many layers the user asked for; with a budget, the most that it has room for.
         round: Number of this period, from 0.
         step: Optimizer steps done so far.
         seed: The user's seed; every rank has the same.
@@ -36,6 +39,7 @@ class SamplingContext:
         allow_empty: Whether a period without any layer still trains something (embeddings, head, norm).
         costs: What it costs to train each layer; ``None`` where there is no model to count it on.
         active: Where a sampler observes: indices of the layers that train in this period; else empty.
+        budget: What a draw may hold, in place of a number of layers; ``None`` where ``num_active`` holds.
     """
 
     layers: tuple[str, ...]
@@ -47,6 +51,7 @@ class SamplingContext:
     allow_empty: bool = False
     costs: LayerCosts | None = None
     active: tuple[int, ...] = ()
+    budget: DrawBudget | None = None
 
     def __post_init__(self) -> None:
         none, never = (0,) * self.num_layers, (None,) * self.num_layers
@@ -69,12 +74,23 @@ class SamplingContext:
         """The only randomness allowed: fresh for each period, from the seed and the period alone."""
         return self.generator_at(self.round)
 
-    def among(self, indices: Sequence[int], num_active: int) -> SamplingContext:
+    def take(self, order: Iterable[int]) -> list[int]:
+        """The layers of an order that a draw has room for: the first ``num_active``, or all that the budget allows.
+
+        Args:
+            order: Indices of layers, the preferred one first. Under a budget, one that doesn't fit is left out.
+        """
+        if self.budget is None:
+            return list(islice(order, self.num_active))
+        return self.budget.fit(order)
+
+    def among(self, indices: Sequence[int], num_active: int, *, taken: Sequence[int] = ()) -> SamplingContext:
         """The same period with some of the layers alone, for samplers that let another one choose among these.
 
         Args:
             indices: Which layers; what is drawn then counts along them.
             num_active: How many layers to ask for.
+            taken: Layers that are chosen already: a budget has less room.
         """
         place = {index: number for number, index in enumerate(indices)}
         return replace(
@@ -84,6 +100,7 @@ class SamplingContext:
             statistics=self.statistics.subset(indices),
             costs=None if self.costs is None else self.costs.subset(indices),
             active=tuple(place[index] for index in self.active if index in place),
+            budget=None if self.budget is None else self.budget.among(indices, taken),
         )
 
     def generator_at(self, round: int) -> torch.Generator:
@@ -98,7 +115,7 @@ class Measurement:
 
     Args:
         model: The model. It must be left as it was.
-        model_layers: Its layers and groups.
+        model_layers: Its layers and groups; where parts of layers are sampled, these stand for the layers.
         layers: Names of the layers to pick from, as in the context.
         num_active: How many layers the user asked for.
         changed: Names of the layers that have trained since the last measurement; all of them at the first.
@@ -151,7 +168,10 @@ class LayerSampler(ABC):
     """Where the rule comes from: an arXiv id or a repository."""
 
     fixed_size: bool = False
-    """Whether every draw holds exactly ``num_active`` layers."""
+    """Whether every draw holds exactly ``num_active`` layers, where there is no budget."""
+
+    keeps_budget: bool = False
+    """Whether draws keep to ``context.budget``, as those do that ``context.take`` gives."""
 
     outlier_threshold: float | None = None
     """M of the outliers that it counts, if it does: those that a profile shows beside its probabilities."""
@@ -222,7 +242,8 @@ def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
         Indices, ascending.
 
     Raises:
-        SamplerError: If they aren't distinct indices of layers, or there are none where nothing else trains.
+        SamplerError: If they aren't distinct indices of layers, are more than a budget allows, or there are none where
+            nothing else trains.
     """
     name, returned = type(sampler).__name__, sampler.sample(context)
     chosen = list(returned) if isinstance(returned, Iterable) else None
@@ -230,6 +251,12 @@ def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
         raise SamplerError(
             f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
             f"but returned {returned if chosen is None else chosen} in period {context.round}."
+        )
+    budget = context.budget
+    if budget is not None and budget.total(chosen) > budget.limit:
+        raise SamplerError(
+            f"{name}.sample must keep to the budget of {budget.limit:,} {budget.unit}, but returned {chosen} in "
+            f"period {context.round}, which hold {budget.total(chosen):,}."
         )
     if not chosen and not context.allow_empty:
         raise SamplerError(

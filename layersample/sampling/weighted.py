@@ -35,7 +35,8 @@ class WeightedSampler(LayerSampler):
             p becomes ``min_probability + (1 - num_layers * min_probability) * p``.
         draw: ``"sequential"`` draws one layer after another from those that are left, as the papers' code
             does; a layer's chance to be in the set is then not ``num_active`` times its probability.
-            ``"systematic"`` makes it exactly that (at most 1). Either way it is computed and logged.
+            ``"systematic"`` makes it exactly that (at most 1). Either way it is computed and logged. Under a
+            ``draw_budget`` the draw is sequential, and a layer that doesn't fit any more is left out.
         cost: What weights are divided by: ``"none"``; ``"flops"``, a layer's share of the backward pass, which
             goes the deeper the lower the layer is; or ``"memory"``, the bytes of its gradients, optimizer state
             and activations. With a cost and no ``min_probability``, that is a tenth of 1 / number of layers, so
@@ -44,6 +45,7 @@ class WeightedSampler(LayerSampler):
     """
 
     fixed_size = True
+    keeps_budget = True
     # A subclass whose constructor doesn't call this one has these defaults too.
     temperature: float = 1.0
     min_probability: float = 0.0
@@ -88,7 +90,7 @@ class WeightedSampler(LayerSampler):
             )
         probabilities = floor + (1 - floor * context.num_layers) * powers / powers.sum()
         positive = int((probabilities > 0).sum())
-        if positive < context.num_active:
+        if positive < context.num_active and context.budget is None:
             raise ConfigError(
                 f"At least num_active={context.num_active} layers must have a probability above 0, but "
                 f"{positive} have. Lower num_active, or give min_probability."
@@ -107,17 +109,33 @@ class WeightedSampler(LayerSampler):
         return costs / costs[costs > 0].min() if bool((costs > 0).any()) else torch.ones_like(costs)
 
     def sample(self, context: SamplingContext) -> list[int]:
-        """Draw ``context.num_active`` layers.
+        """Draw ``context.num_active`` layers, or as many as a budget has room for.
 
         Raises:
-            ConfigError: As :meth:`probabilities`.
+            ConfigError: As :meth:`probabilities`; or if the draw is systematic, and there is a budget.
         """
         probabilities = torch.tensor(self.probabilities(context), dtype=torch.float64)
+        if context.budget is not None:
+            self._check_budget()
+            possible = int((probabilities > 0).sum())
+            return context.take(draw_sequential(probabilities, possible, context.generator))
         draw = draw_sequential if self.draw == "sequential" else draw_systematic
         return draw(probabilities, context.num_active, context.generator)
 
+    def _check_budget(self) -> None:
+        if self.draw != "sequential":
+            raise ConfigError(
+                "draw='systematic' gives each layer its chance in a draw of a fixed number: a draw_budget needs "
+                "draw='sequential'."
+            )
+
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
-        """The chance of each layer to be in the set, for the weights of this period."""
+        """The chance of each layer to be in the set, for the weights of this period.
+
+        Under a budget it may be an estimate: see :meth:`~layersample.sampling.draw_budget.DrawBudget.inclusion`.
+        """
+        if context.budget is not None:
+            return context.budget.inclusion(self.probabilities(context))
         inclusion = sequential_inclusion if self.draw == "sequential" else systematic_inclusion
         return inclusion(self.probabilities(context), context.num_active)
 

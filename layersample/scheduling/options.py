@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
-from layersample.choices import Inactive, InactiveScope, Rule, StatePolicyName
+from layersample.choices import Granularity, Inactive, InactiveScope, Rule, StatePolicyName
 from layersample.option_files import Options
 from layersample.options import MOST, Role, option
 
@@ -53,6 +53,11 @@ def describe_reach(steps: int, period: int, num_active: int, num_layers: int) ->
     return f"{steps} steps of period {period} train at most {most} of {num_layers} layers; {advice}."
 
 
+def _as_text(value: Any) -> Any:
+    """A number as it is written, so that 0.03 and "0.03" are the same."""
+    return value if value is None or isinstance(value, bool) else str(value)
+
+
 class SamplingOptions(Options):
     """Which layers train, and when."""
 
@@ -63,6 +68,19 @@ class SamplingOptions(Options):
         None, "Options of the sampler: `layersample list NAME`.", *_RUN
     )
     num_active: int = option(2, "Layers that train at a time (γ).", *_RUN, Role.SHOWN, ge=1, le=MOST)
+    granularity: Granularity = option(
+        "layer",
+        "What is sampled of a layer: all of it, its attention and MLP apart (block), each module, or each tensor.",
+        *_RUN,
+        Role.SHOWN,
+    )
+    draw_budget: Annotated[str | float | None, BeforeValidator(_as_text)] = option(
+        None,
+        "In place of num_active: the most that what is drawn may hold, in bytes of weights (500MB), or as a part of "
+        "all parameters (3%).",
+        *_RUN,
+        Role.SHOWN,
+    )
     period: int | None = option(
         None,
         "Optimizer steps between draws (K). Default: 20, or an eighth of the run's steps where that is less.",

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layersample.choices import Inactive, InactiveScope, Rule, StatePolicyName
-from layersample.errors import ConfigError
+from layersample.choices import Granularity, Inactive, InactiveScope, Rule, StatePolicyName
 from layersample.frozen.formats import FrozenFormat
 from layersample.layers.costs import count_elements, layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
 from layersample.layers.rules import arrange, warn_of_towers
 from layersample.layers.unchanged import unchanged
+from layersample.notices import warn_once
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
@@ -27,6 +27,7 @@ from layersample.parallel.find import find_engine
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampling.calibration import Batches, reader_of
+from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.sampler import (
@@ -67,6 +68,11 @@ class LayerScheduler(SeesExactWeights, Resumes):
             optimizers that share them, such as ``[muon, adamw]``; the loop steps each, then the scheduler.
         sampler: Name of a registered sampler, or a sampler.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
+        granularity: What is sampled as one, and counted by ``num_active``: ``"layer"``, whole layers; ``"block"``,
+            the attention and the MLP of each; ``"module"``, each module that owns a matrix, such as a linear one;
+            ``"tensor"``, each parameter. All that is said of layers then holds for these.
+        draw_budget: In place of ``num_active``: the most that what is drawn may hold. Bytes of weights, such as
+            ``"500MB"``, or a part of all parameters, such as ``"3%"`` or ``0.03``. What always trains doesn't count.
         period: Optimizer steps between draws (K), at least 1; 20 by default.
         seed: Seed of the draws, from 0 to 2**32 - 1; 0 by default. They depend on it and on the period's number alone.
         sampler_options: Options of a sampler given by name.
@@ -126,6 +132,8 @@ class LayerScheduler(SeesExactWeights, Resumes):
         sampler: str | LayerSampler = DEFAULT_SAMPLER,
         *,
         num_active: int = 2,
+        granularity: Granularity = "layer",
+        draw_budget: str | float | None = None,
         period: int | None = None,
         seed: int | None = None,
         sampler_options: Mapping[str, Any] | None = None,
@@ -159,18 +167,22 @@ class LayerScheduler(SeesExactWeights, Resumes):
         self._optimizers = Optimizers(optimizer)
         take_over(self._optimizers)  # before its frozen layers are taken for the user's
         self._engine, self._model = engine, engine.model
-        self.num_active = num_active = options.num_active
         self.seed = options.seed or 0
         self.period = options.period or default_period()
         self.model_layers = find_layers(self._model, layers)
         rules: dict[GroupName, Rule] = {name: getattr(options, name) for name in GROUPS}
         everything = self.sampler.trains_everything
-        self._units = arrange(self._model, self.model_layers, rules, train_towers=everything)
-        if num_active > len(self._units.sampled):
-            raise ConfigError(
-                f"num_active must be between 1 and the {len(self._units.sampled)} layers to sample from, "
-                f"but got num_active={num_active}."
-            )
+        units = arrange(
+            self._model, self.model_layers, rules, granularity=options.granularity, train_towers=everything
+        )
+        if options.draw_budget is not None:
+            engine.check_sizes()
+        size = find_draw_size(
+            self._model, units, self.sampler, num_active=options.num_active, draw_budget=options.draw_budget
+        )
+        self._units, self.num_active, self._budget = size.units, size.num_active, size.budget
+        if size.note:
+            warn_once(logger, self._model, "%s", size.note)
         self._costs = layer_costs(self._model, self._units)
         collects = check_collects(self.sampler)
         self._switch = Switch(
@@ -316,6 +328,7 @@ class LayerScheduler(SeesExactWeights, Resumes):
             allow_empty=self._units.always_trains_something,
             costs=self._costs,
             active=active,
+            budget=self._budget,
         )
 
     def _start_round(self) -> None:
@@ -334,7 +347,7 @@ class LayerScheduler(SeesExactWeights, Resumes):
             return
         measurement = Measurement(
             model=self._model,
-            model_layers=self.model_layers,
+            model_layers=self._units.parts_of(self.model_layers),
             layers=self.layers,
             num_active=self.num_active,
             changed=tuple(self.layers[i] for i in sorted(self._history.changed)),

@@ -206,9 +206,8 @@ class Switch:
             self.stepper.watch(training.values())
         if self._inactive is not None:
             self._inactive.watch(moving)
-        with_gradient = [self._units.sampled[i] for i in sorted({*active, *self.moving})]
-        in_stack = [unit for unit in with_gradient if unit in self._layers.layers]
-        self._checkpointing.switch({unit.name: self._model.get_submodule(unit.name) for unit in in_stack})
+        in_stack = self._units.layers_of(sorted({*active, *self.moving}), self._layers)
+        self._checkpointing.switch({name: self._model.get_submodule(name) for name in in_stack})
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._moving = set(moving)

@@ -31,7 +31,7 @@ def summarize(
         folder: Where it is written.
         config: Its options.
         recorder: Its steps and peaks.
-        layers: Names of all layers that it sampled from.
+        layers: Names of all layers, or parts of layers, that it sampled from.
         parameters: Number of the model's parameters; tied ones once.
         examples: Numbers of examples, by what they are.
         conversations: Whether the data is made of messages, which the chat template renders.
@@ -58,6 +58,7 @@ def summarize(
         "conversations": conversations,
         "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
+        "granularity": config.granularity,
         "layers": list(layers),
         "layers_trained": len(last_round),
         "steps_trained": [sum(index in record["active"] for record in steps) for index in range(len(layers))],
@@ -83,12 +84,14 @@ def write_pictures(folder: Path, summary: dict[str, Any], records: list[dict[str
     """Write ``layers.png`` and ``loss.png`` of a run."""
     steps = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_loss" in record]
+    unit = summary["granularity"]
     name = f"{summary['sampler']} on {summary['model']}, {summary['data']}"
     plot_active_layers(
         folder / "layers.png",
         summary["layers"],
         [(record["step"], record["active"]) for record in steps],
-        f"Layers that trained: {name}",
+        f"{unit.capitalize()}s that trained: {name}",
+        unit=unit,
     )
     plot_loss(
         folder / "loss.png",

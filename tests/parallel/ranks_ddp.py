@@ -46,6 +46,13 @@ def train_ddp(ddp: DistributedDataParallel, accumulate: int = 1, **options: Any)
     return scheduler
 
 
+def check_parts_of_layers(folder: Path) -> None:
+    options: dict[str, Any] = {"granularity": "module", "draw_budget": "30%"}
+    ddp = wrapped()
+    train_ddp(ddp, **options)
+    assert_close(ddp, alone(**options))
+
+
 def check_exact_with_accumulation_and_checkpointing(folder: Path) -> None:
     cases: list[tuple[int, dict[str, Any]]] = [(3, {}), (1, {"embeddings": "freeze", "num_active": 1})]
     for accumulate, rules in cases:

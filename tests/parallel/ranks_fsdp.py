@@ -125,6 +125,21 @@ def check_exact(folder: Path) -> None:
         assert_close(each, reference)
 
 
+def check_units_smaller_than_what_is_sharded_as_one(folder: Path) -> None:
+    for options in (
+        {"granularity": "module", "num_active": 5},
+        {"granularity": "tensor", "draw_budget": "12%", "embeddings": "sample"},
+    ):
+        model = sharded()
+        run(model, **options).close()
+        assert_close(model, alone(**options))
+    wrapped = FullyShardedDataParallel(
+        make_llama(NUM_LAYERS), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ConfigError, match="draw_budget needs FSDP2"):
+        LayerScheduler(wrapped, adamw(wrapped), draw_budget="50%")
+
+
 def check_the_chunked_loss(folder: Path) -> None:
     """With the head in the root's unit, and in one of its own, whose weight is a shard again when it is used."""
     whole = make_llama(NUM_LAYERS, dtype=torch.float64)
