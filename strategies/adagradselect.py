@@ -21,7 +21,8 @@ class AdaGradSelect(ObservedSampler):
     p ~ Dirichlet(n + δ), with n the number of periods in which each layer trained, and layers are drawn by p without
     replacement.
 
-    The paper counts steps, and draws anew in each; a draw lasts a period here.
+    The paper counts steps, and draws anew in each; a draw lasts a period here. Its units are transformer blocks, which
+    are whole layers; smaller ones are ours.
 
     Args:
         epsilon: Chance of the largest gradients at the start (ε₀), from 0 to 1.

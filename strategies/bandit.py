@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from layersample import ConfigError, LayerStatistics, ObservedSampler, SamplingContext, register
 
+_MOST = 1.0  # EXP3's bound on what one period adds to a score
+
 Per = Literal["period", "flops", "memory"]
 
 
@@ -20,11 +22,16 @@ class Bandit(ObservedSampler):
     After a period with decrease of the loss Δ, each layer l that trained has the reward r = Δ / c_l, where c_l is its
     cost relative to the mean of all layers. Rewards are divided by the largest |r| so far, and
 
-        s_l ← s_l + rate · r / π_l,    p = (1 − exploration) · softmax(s) + exploration / N,
+        s_l ← s_l + clip(rate · r / π_l, −1, 1),    p = (1 − exploration) · softmax(s) + exploration / N,
 
     with π_l the chance that l had to be in the period's set. Dividing by it makes the estimate of each layer's
-    reward unbiased, however seldom it is drawn. Rewards of a period are those of all its layers together: with more
-    than one at a time it takes more periods to tell them apart.
+    reward unbiased, however seldom it is drawn.
+
+    EXP3 has rewards from 0 to 1, whose bounds are known, and rate = exploration / N, so that no period adds more than
+    1 to a score. That is too slow for the tens of periods of a fine-tuning: here the rate is larger, and what a period
+    adds is cut off at 1, which biases the estimate of what is seldom drawn towards 0. Scaling by the largest |r| so
+    far, rewards below 0, costs and the default of ``rate`` are ours too. Rewards of a period are those of all its
+    layers together: with more than one at a time it takes more periods to tell them apart.
 
     The loss must be told: ``scheduler.step(loss=loss)``, or a Trainer that logs each step (``logging_steps=1``).
 
@@ -80,7 +87,7 @@ class Bandit(ObservedSampler):
         for index, reward in rewards.items():
             name = context.layers[index]
             gain = self.rate * reward / (self._largest or 1.0) / chances[index]
-            self.scores[name] = self.scores.get(name, 0.0) + gain
+            self.scores[name] = self.scores.get(name, 0.0) + min(max(gain, -_MOST), _MOST)
 
     def weights(self, context: SamplingContext) -> list[float]:
         """Return the probabilities p."""

@@ -1,4 +1,4 @@
-"""BlockLLM: the layers with the largest gradients for how often they trained, until the loss stalls."""
+"""BlockLLM: what has the largest gradients for how often it trained, until the loss stalls."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from layersample import ConfigError, LayerSampler, LayerStatistics, SamplingCont
 @register("blockllm")
 @dataclass(kw_only=True, eq=False)
 class BlockLLM(LayerSampler):
-    """Train the layers with the largest gradients for how often they trained, until the loss stalls (BlockLLM).
+    """Train what has the largest gradients for how often it trained, until the loss stalls (BlockLLM).
 
-    Layers are taken by ‖g_l‖ / e^(n_l / t), the largest first, with n_l the periods in which l trained, of t in all.
-    Those that have not trained yet come first, since nothing is known of their gradients: the paper's code
-    looks at a few more layers in each step, which costs their backward pass. The choice stays until the loss is at
-    least the mean of the last ``patience`` losses; ``period`` is the longest it may stay.
+    Units are taken by ‖g_l‖ / e^(n_l / t), the largest first, with n_l the periods in which l trained, of t in all.
+    Those that have not trained yet come first, since nothing is known of their gradients: the authors' code
+    looks at one more in each step, which costs its backward pass. The choice stays until the mean of the last
+    ``patience`` losses is above that of all losses since it was made; ``period`` is the longest it may stay.
 
-    The paper takes matrices up to a budget of parameters; here a unit is a whole layer, and ``num_active`` are taken.
+    The paper's units are tensors, up to a part 1 − s of the parameters: ``granularity="tensor"`` and ``draw_budget``,
+    as the preset has them. One that doesn't fit is left out here, and the next tried; the code stops there, and fills
+    up with random ones. The code divides n_l by its sum over all units and then by the number of optimizer steps, so
+    that e^(…) is as good as 1; here it is the paper's. It looks at the losses every 1000 steps, here after each. The
+    paper ends a choice where one loss is at least the mean of the last ``patience``; the rule above is the code's.
+
     The loss must be told: ``scheduler.step(loss=loss)``, or a Trainer that logs each step (``logging_steps=1``).
 
     Args:
-        patience: Losses (m) that a new one is compared with, at least 1.
+        patience: Last losses (m) that are compared with all of them, at least 1.
 
     References:
         arXiv 2406.17296 and the authors' code.
@@ -38,7 +43,9 @@ class BlockLLM(LayerSampler):
 
     patience: int = 100
     norms: dict[str, float] = field(init=False, repr=False, default_factory=dict)
-    _losses: list[float] = field(init=False, repr=False, default_factory=list)
+    _losses: list[float] = field(init=False, repr=False, default_factory=list)  # the last of the choice
+    _sum: float = field(init=False, repr=False, default=0.0)  # of all losses of the choice
+    _count: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         if self.patience < 1:
@@ -56,13 +63,13 @@ class BlockLLM(LayerSampler):
         return context.take(sorted(range(context.num_layers), key=rank))
 
     def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
-        """Whether the loss is no better than the mean of the last ones."""
+        """Whether the last losses are no better than all of them."""
         loss = statistics.loss.last
         if loss is None or not math.isfinite(loss):
             return False
-        before = self._losses[-self.patience :]
-        self._losses = [*before, loss]
-        return len(before) == self.patience and loss >= sum(before) / len(before)
+        self._losses = [*self._losses, loss][-self.patience :]
+        self._sum, self._count = self._sum + loss, self._count + 1
+        return self._count > self.patience and self._sum / self._count < sum(self._losses) / self.patience
 
     def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
         """Keep the norms, and forget the losses of the choice that ends.
@@ -79,7 +86,7 @@ class BlockLLM(LayerSampler):
             norm = statistics.gradient_norm[index]
             if norm is not None:
                 self.norms[context.layers[index]] = norm
-        self._losses = []
+        self._losses, self._sum, self._count = [], 0.0, 0
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """1 for the layers that are taken: nothing is drawn."""
@@ -88,8 +95,9 @@ class BlockLLM(LayerSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Norms, and losses of the choice that runs."""
-        return {"norms": self.norms, "losses": list(self._losses)}
+        return {"norms": self.norms, "losses": list(self._losses), "sum": self._sum, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.norms, self._losses = dict(state["norms"]), list(state["losses"])
+        self._sum, self._count = state["sum"], state["count"]

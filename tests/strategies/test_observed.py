@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layersample import ConfigError, LayerSampler, LayerScheduler, SamplingContext, create_sampler
 from layersample.layers.costs import LayerCosts
+from layersample.sampling.draw_budget import DrawBudget
 from layersample.sampling.statistics import GradientStatistics, LayerStatistics, LossStatistics
 
 LAYERS = ("a", "b", "c")
@@ -98,6 +99,52 @@ def test_misa_is_a_softmax_of_squared_running_norms() -> None:
     assert sampler.weights(context())[1] == pytest.approx(math.exp(5))
 
 
+def test_misa_fills_a_budget_as_the_authors_code_does() -> None:
+    """The two that have waited longest come first, where they fit; of the rest what fits is drawn by weight."""
+    sampler: Any = create_sampler("misa", {"oldest": 2})
+    names = tuple("abcde")
+    sampler.scores = dict.fromkeys(names, 1.0) | {"d": 2.0}
+    norms: Any = GradientStatistics((None,) * 5, (None,) * 5, (1,) * 5)
+    given = SamplingContext(
+        names,
+        3,
+        round=9,
+        statistics=LayerStatistics((1,) * 5, (8, 7, 3, 5, 2), 9, norms),
+        budget=DrawBudget((2, 3, 5, 3, 4), 7),
+    )
+    # e has waited longest and leaves 3; c doesn't fit, and isn't tried again. Of b and d one fits, of a both or none:
+    # weights e^1, e^1 and e^4 add up to 60.0347, and a leaves room for no other one.
+    assert all(sampler.sample(given)[0] == 4 for _ in range(3))
+    p = {"a": math.e / 60.034714, "b": math.e / 60.034714, "d": math.exp(4) / 60.034714}
+    found = sampler.inclusion_probabilities(given)
+    assert found[4] == 1.0 and found[2] == 0.0
+    assert [found[0], found[1], found[3]] == pytest.approx(list(p.values()), abs=0.03)
+
+
+def test_misa_lets_each_unit_train_for_a_step_before_it_weighs_them() -> None:
+    sampler: Any = create_sampler("misa")
+    sampler.scores = {"c": 2.0}
+    given = context(visits=(0, 0, 1))
+    assert sampler.sample(given) == [0] and sampler.watches_steps
+    for active, wanted in (((0,), True), ((0, 1), False)):
+        now = context(visits=(0, 0, 1), active=active)
+        assert sampler.wants_new_period(now.statistics, now) is wanted
+    assert len(sampler.sample(context())) == 1 and not sampler.watches_steps
+    alone: Any = create_sampler("misa", {"explore": False, "oldest": 0})
+    alone.scores = {"a": 0.0, "b": 0.0, "c": 9.0}
+    drawn = [alone.sample(context(visits=(0, 0, 1), seed=seed))[0] for seed in range(50)]
+    assert drawn.count(2) > 40, "it weighs them from the start"
+
+
+def test_what_one_period_adds_to_a_bandit_s_score_is_bounded() -> None:
+    sampler: Any = create_sampler("bandit", {"rate": 0.3, "per": "period"})
+    sampler.scores = {"a": 9.0}
+    told(sampler, active=(1,), loss=LossStatistics(5, 3.0, 2.0, 2.0))  # .3 · 1 / (.1 / 3 + …) = 9
+    assert sampler.scores["b"] == 1.0
+    told(sampler, active=(2,), loss=LossStatistics(5, 2.0, 3.0, 3.0))
+    assert sampler.scores["c"] == -1.0
+
+
 def test_misa_takes_those_that_have_waited_longest() -> None:
     sampler: Any = create_sampler("misa", {"oldest": 1})
     sampler.scores = {"a": 2.0, "b": 2.0}
@@ -138,7 +185,11 @@ def test_blockllm_takes_the_largest_norms_for_their_visits_until_the_loss_stalls
         wanted: bool = sampler.wants_new_period(given.statistics, given)
         return wanted
 
-    assert [asked(loss) for loss in (3.0, 2.0, 2.4, 2.3, math.nan)] == [False, False, False, True, False]
+    # The last two have a mean of 1.2, 1.5, 1.8; all of them 1.467, 1.5, 1.6.
+    losses = (2.0, 1.0, 1.4, 1.6, 2.0, math.nan)
+    assert [asked(loss) for loss in losses] == [False, False, False, False, True, False]
+    told(sampler, active=(0,), norms=(3.0, 2.0, 1.0), loss=some)
+    assert not asked(9.0), "another choice begins"
     with pytest.raises(ConfigError, match="was told none"):
         told(sampler, active=(0,), loss=LossStatistics())
 
