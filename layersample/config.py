@@ -347,5 +347,8 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def write_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``--config`` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The configuration as YAML that ``--config`` reads; ``epochs`` stand in place of ``steps``."""
+    options = config.model_dump(mode="json")
+    if config.epochs is not None:
+        del options["steps"]
+    return yaml.safe_dump(options, sort_keys=False)

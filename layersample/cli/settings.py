@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layersample.config import TrainConfig, make_config, read_preset
+from layersample.errors import ConfigError
 from layersample.option_files import parse_pairs, read_yaml
 
 
@@ -22,7 +23,7 @@ def gather_settings(
     given = {key: value for key, value in flags.items() if value is not None}
     sources: list[tuple[str, dict[str, Any]]] = []
     if given.get("resume") and (stored := Path(given.get("output") or "") / "config.yaml").is_file():
-        sources.append((str(stored), read_yaml(stored)))
+        sources.append((str(stored), _stored_options(stored, runs_code=given.get("plugin") is not None)))
     if preset is not None:
         sources.append((f"preset {preset}", read_preset(preset)))
     if config is not None:
@@ -37,7 +38,33 @@ def gather_settings(
             for _, options in sources:
                 base = options.get(key, base)
             given[key] = {**base, **parse_pairs(pairs, key)}
-    return make_config(*sources, ("command line", given))
+    return make_config(*_with_one_length([*sources, ("command line", given)]))
+
+
+def _stored_options(stored: Path, *, runs_code: bool) -> dict[str, Any]:
+    """The options of a run that is resumed; its plug-in's code runs only where the user says so again."""
+    options = read_yaml(stored)
+    if options.get("plugin") is not None and not runs_code:
+        raise ConfigError(
+            f"{stored} names a plug-in, {options['plugin']}, and resuming would run its code: if you trust it, add "
+            f"--plugin {options['plugin']}."
+        )
+    return options
+
+
+def _with_one_length(sources: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The sources, so that the last one that says how long the run is decides: in steps or in epochs.
+
+    Raises:
+        ConfigError: If one says both.
+    """
+    settled = []
+    for name, options in sources:
+        in_steps, in_epochs = (options.get(key) is not None for key in ("steps", "epochs"))
+        if in_steps and in_epochs:
+            raise ConfigError(f"{name}: steps and epochs both say how long the run is: choose one of them.")
+        settled.append((name, {**options, "epochs": None} if in_steps else options))
+    return settled
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:

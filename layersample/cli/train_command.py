@@ -50,9 +50,10 @@ def _run(settings: TrainConfig) -> None:
         errors.print(f"[bold red]Stopped:[/] {plain(error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except Interrupted as error:
+        again = f" --plugin {settings.plugin}" if settings.plugin else ""
         errors.print(
             f"Interrupted. A checkpoint is in {error.checkpoint}; continue with: layersample train "
-            f"--output {error.checkpoint.parent.parent} --resume",
+            f"--output {error.checkpoint.parent.parent} --resume{again}",
             highlight=False,
             soft_wrap=True,
         )
