@@ -23,12 +23,14 @@ class FirstBatches:
     Args:
         loader: The Trainer's loader of training data.
         size: Examples of a batch.
+        repeat: How often each example comes, one behind the other; a batch is then a multiple of it.
         replays: Whether the loader is only iterated later. One that has an iterator already (Lightning's) wouldn't
             begin with what was read.
     """
 
-    def __init__(self, loader: Any, size: int, *, replays: bool = True) -> None:
-        self._loader, self._size, self._replays = loader, size, replays
+    def __init__(self, loader: Any, size: int, *, repeat: int = 1, replays: bool = True) -> None:
+        self._loader, self._repeat, self._replays = loader, repeat, replays
+        self._size = repeat * max(1, size // repeat)
         self._replay: Replay | None = None
 
     def __call__(self) -> Iterator[Mapping[str, Any]]:
@@ -44,7 +46,7 @@ class FirstBatches:
                 f"collate_fn to read them with, but {type(self._loader).__name__} has none. Give the Trainer a "
                 "dataset, or choose a sampler or options that need no data."
             )
-        rows = self._rows(dataset)
+        rows = (copy.copy(row) for row in self._rows(dataset) for _ in range(self._repeat))
         while batch := list(islice(rows, self._size)):
             yield collate(batch)
 

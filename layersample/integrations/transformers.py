@@ -20,6 +20,7 @@ from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
 from layersample.integrations.first_batches import FirstBatches
 from layersample.integrations.trainer_checkpoints import check_can_save, protect_checkpoints
+from layersample.integrations.trainer_loss import OwnLosses, has_own_loss
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
 from layersample.parallel.base import NO_DATA_PARALLEL
@@ -145,7 +146,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             kwargs["model"] if trainer is None else trainer.model_wrapped,
             kwargs["optimizer"],
             **arguments,
-            batches=FirstBatches(kwargs["train_dataloader"], args.per_device_train_batch_size),
+            batches=_batches(trainer, kwargs["train_dataloader"], args.per_device_train_batch_size),
             state_dict=saved or None,
         )
         self._is_training = True
@@ -274,9 +275,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Positions of a chunk of the loss; by itself only where nothing but the model's own loss needs logits."""
         if self.options.loss_chunk != "auto":
             return self.options.chunk_positions
-        if trainer is None or type(trainer).compute_loss is not Trainer.compute_loss:
-            return None
-        if trainer.compute_loss_func is not None or args.label_smoothing_factor:
+        if trainer is None or has_own_loss(trainer):
             return None
         return self.options.chunk_positions
 
@@ -286,6 +285,13 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             "args": {name: _to_json(value) for name, value in dict(self.options).items()},
             "attributes": {"scheduler_state": self.scheduler.state_dict() if self.scheduler else None},
         }
+
+
+def _batches(trainer: Trainer | None, loader: Any, size: int) -> Callable[[], Any]:
+    """The first training examples, with the Trainer's own loss of them where it has one."""
+    if trainer is not None and has_own_loss(trainer):
+        return OwnLosses(trainer, loader, size)
+    return FirstBatches(loader, size)
 
 
 def _to_json(value: Any) -> Any:

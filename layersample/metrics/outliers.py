@@ -17,6 +17,7 @@ from layersample.metrics.expert_inputs import watch_experts
 from layersample.metrics.fast_products import fast_products
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
+from layersample.sampling.calibration import OwnLoss
 from layersample.unwrapping import exact_model, unwrap
 
 DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
@@ -95,6 +96,7 @@ class _ChannelNorms:
 
     def __init__(self, model: nn.Module, matrices: Sequence[WeightMatrix]) -> None:
         modules = dict(model.named_modules())
+        self.hears = False  # only while a batch runs, and not while the next one is made
         self.mask: Tensor | None = None  # (batch, tokens) of the batch that runs, where it has padding
         self.by_layer: dict[str, list[WeightMatrix]] = {}
         self.squares: dict[str, Tensor] = {}  # (in,) of each matrix, by name
@@ -151,7 +153,9 @@ class _ChannelNorms:
         self._add(f"{parameter}[{expert}]", inputs, by_column)
 
     def _add(self, name: str, inputs: Tensor, by_column: bool) -> None:
-        if inputs.shape[-1] != self._shapes[name][1 if by_column else 0]:  # not an input of this weight
+        if (
+            not self.hears or inputs.shape[-1] != self._shapes[name][1 if by_column else 0]
+        ):  # not an input of this weight
             return
         squares = self._sum_squares(inputs)
         self._by_column[name] = by_column
@@ -202,17 +206,36 @@ def _multiply(inputs: _ChannelNorms, matrix: WeightMatrix) -> Tensor:
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any] | Tensor, inputs: _ChannelNorms) -> None:
+    inputs.hears = True
+    try:
+        _forward(model, batch, inputs)
+    finally:
+        inputs.hears = False
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any] | Tensor, inputs: _ChannelNorms) -> None:
     device = next(model.parameters()).device
     if isinstance(batch, Tensor):
         inputs.mask = None
         model(batch.to(device))
+    elif isinstance(batch, OwnLoss):
+        # What the model is called with shows only there.
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.mask = _padding(kwargs.get("attention_mask"))
+
+        with model.register_forward_pre_hook(see, with_kwargs=True):
+            batch.compute(model)
     elif isinstance(batch, Mapping):
         moved = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
         }
-        mask = moved.get("attention_mask")
-        is_padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
-        inputs.mask = mask.bool() if is_padded and mask is not None else None
+        inputs.mask = _padding(moved.get("attention_mask"))
         model(**moved)
     else:
         raise ConfigError(f"Each batch must be a mapping or a tensor, but got {type(batch).__name__}.")
+
+
+def _padding(mask: object) -> Tensor | None:
+    """Which tokens count (batch, tokens), where not all do."""
+    is_padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+    return mask.bool() if is_padded and isinstance(mask, Tensor) else None

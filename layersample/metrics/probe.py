@@ -9,13 +9,14 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers.find import Layer, ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
 from layersample.metrics.fast_products import fast_products
+from layersample.sampling.calibration import loss_of
 from layersample.sampling.pace import PROGRESS, Say, paced
 from layersample.unwrapping import exact_model
 
@@ -129,10 +130,9 @@ def _train(model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate
     trainable = [p for name, p in model.named_parameters() if _ADAPTER in name]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_ADAPTER in name)
-    device = trainable[0].device
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     for step, batch in enumerate(batches, 1):
-        loss = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
+        loss: Any = loss_of(model, batch)
         if not bool(torch.isfinite(loss)):
             raise ConfigError(
                 f"The loss of the LoRA probe must be finite, but is {loss.item()} at step {step}."

@@ -6,13 +6,51 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from layersample.errors import ConfigError
 
 Batches = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 """Mappings of the model's arguments, in an iterable that can be read more than once, or a function that gives one."""
+
+
+class OwnLoss(dict[str, Any]):
+    """A batch whose loss a training loop computes by itself, and not the model: pairs, or answers with rewards.
+
+    As a mapping it is what the loop's loss is computed from, which the model needn't take.
+
+    Args:
+        inputs: What the loss is computed from.
+        compute: The loss, given the model.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], compute: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__(inputs)
+        self.compute = compute
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of a calibration batch.
+
+    Args:
+        model: The model.
+        batch: Its arguments, labels among them; or an :class:`OwnLoss`.
+
+    Raises:
+        ConfigError: If the model gives no loss.
+    """
+    if isinstance(batch, OwnLoss):
+        return batch.compute(model)
+    device = next(model.parameters()).device
+    output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            "A sampler that measures by the loss needs batches that the model gives one for, with labels, but it gave "
+            "none. Of a Trainer with a loss of its own (TRL's), use LayerSamplingCallback(...).attach(trainer)."
+        )
+    return loss
 
 
 def reader_of(batches: Batches | None) -> Callable[[], Iterable[Mapping[str, Any]]] | None:
