@@ -101,7 +101,7 @@ def test_commands_are_understood(
     monkeypatch.setattr("layersample.cli.train_command._run", lambda config: None)
     for name in ("chat_command._run", "export_command._export", "export_command._apply"):
         monkeypatch.setattr(f"layersample.cli.{name}", lambda *given: None)
-    monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda suite, output, jobs: None)
+    monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda *_, **__: None)
     monkeypatch.setattr(
         "layersample_benchmarks.side_by_side.report.write_report", lambda folder, baseline: ["report.html"]
     )

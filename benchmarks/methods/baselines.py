@@ -19,18 +19,22 @@ from .method import Prepared, register_baseline, sample_layers
 if TYPE_CHECKING:
     from peft import PeftModel
 
-RANK = 16  # with alpha at twice the rank, as in most published LoRA runs
-ALPHA = 32
+_RANK = 16  # unless the option rank says another; alpha is twice the rank, as in most published LoRA runs
 
 
-@register_baseline("lora", rate_scale=5.0, extra=("peft", "train"))
+def adapter_rank(config: TrainConfig) -> int:
+    """Rank of adapters: the option ``rank`` where it is given, 16 by default."""
+    return config.rank or _RANK
+
+
+@register_baseline("lora", rate_scale=5.0, extra=("peft", "train"), adapter_rank=adapter_rank)
 def lora(model: nn.Module, config: TrainConfig) -> Prepared:
     """Train rank-16 adapters beside every linear layer (LoRA, PEFT).
 
     References:
         arXiv 2106.09685.
     """
-    return Prepared(_with_adapters(model))
+    return Prepared(_with_adapters(model, config))
 
 
 @register_baseline("lora-fa", rate_scale=5.0, extra=("peft", "train"))
@@ -40,7 +44,7 @@ def lora_fa(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2308.03303.
     """
-    adapted = _with_adapters(model)
+    adapted = _with_adapters(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
@@ -56,9 +60,10 @@ def lora_fa_peft(model: nn.Module, config: TrainConfig) -> Prepared:
     """
     from peft.optimizers import create_lorafa_optimizer
 
-    adapted = _with_adapters(model)
+    rank = adapter_rank(config)
+    adapted = _with_adapters(model, config)
     optimizer = create_lorafa_optimizer(
-        adapted, r=RANK, lora_alpha=ALPHA, lr=config.learning_rate, weight_decay=config.weight_decay
+        adapted, r=rank, lora_alpha=2 * rank, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     return Prepared(adapted, optimizer)
 
@@ -103,7 +108,7 @@ def train_blocks(model: nn.Module, config: TrainConfig, *, first: int | None = N
     return Prepared(model, optimizer, optimizer_tensors=tensors)
 
 
-@register_baseline("lisa-published", options={"sampler": "lisa", "state": "keep"})
+@register_baseline("lisa-published", options={"sampler": "lisa", "state": "keep"}, samples=True)
 def lisa_published(model: nn.Module, config: TrainConfig) -> Prepared:
     """LISA as its authors' code runs it: the optimizer state of frozen layers is kept."""
     return sample_layers(model, config)
@@ -112,6 +117,7 @@ def lisa_published(model: nn.Module, config: TrainConfig) -> Prepared:
 @register_baseline(
     "galore-published",
     options={"sampler": "full", "projection": "galore", "projection_options": {"basis": "svd"}},
+    samples=True,
 )
 def galore_published(model: nn.Module, config: TrainConfig) -> Prepared:
     """GaLore on the whole model, with a basis by SVD that is kept for 200 steps, as its authors' code has it.
@@ -122,8 +128,9 @@ def galore_published(model: nn.Module, config: TrainConfig) -> Prepared:
     return sample_layers(model, config)
 
 
-def _with_adapters(model: nn.Module) -> PeftModel:
+def _with_adapters(model: nn.Module, config: TrainConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    rank = adapter_rank(config)
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(cast(PreTrainedModel, model), settings)

@@ -33,7 +33,7 @@ def get_method(name: str) -> Method:
         PROJECTIONS.get(projection)
         options["projection"] = projection
         summary = f"{summary.rstrip('.')}; gradients projected to low rank ({projection})."
-    return Method(name, summary, sample_layers, options)
+    return Method(name, summary, sample_layers, options, samples=True)
 
 
 def list_baselines() -> dict[str, Method]:

@@ -50,6 +50,9 @@ class Method:
         rate_scale: What the default learning rates are multiplied by. Adapters start from zero and are
             trained at higher rates than weights.
         extra: The module that it imports, and the extra of layersample that has it.
+        samples: Whether it is the model, with layers sampled as its options say, and nothing else.
+        adapter_rank: Gives the rank of its adapters on all linear layers, where these are all that trains: with
+            this, or by ``samples``, its memory can be planned.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     rate_scale: float = 1.0
     extra: tuple[str, str] | None = None
+    samples: bool = False
+    adapter_rank: Callable[[TrainConfig], int] | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -87,6 +92,8 @@ def register_baseline(
     options: Mapping[str, Any] | None = None,
     rate_scale: float = 1.0,
     extra: tuple[str, str] | None = None,
+    samples: bool = False,
+    adapter_rank: Callable[[TrainConfig], int] | None = None,
 ) -> Callable[[Prepare], Prepare]:
     """Decorator that makes a function a method of the benchmark; its docstring's first line says what it does.
 
@@ -95,6 +102,8 @@ def register_baseline(
         options: Options of ``layersample train`` that it needs.
         rate_scale: What the default learning rates are multiplied by.
         extra: The module that it imports, and the extra of layersample that has it.
+        samples: Whether it samples layers as its options say, and does nothing else.
+        adapter_rank: Gives the rank of its adapters, where these are all that trains.
 
     Raises:
         ValueError: If another function has the name.
@@ -105,7 +114,9 @@ def register_baseline(
         if other is not None and _place(other.prepare) != _place(prepare):
             raise ValueError(f"The baseline name {name!r} is taken by {'.'.join(_place(other.prepare))}.")
         summary = (prepare.__doc__ or "").strip().split("\n")[0]
-        BASELINES[name] = Method(name, summary, prepare, dict(options or {}), rate_scale, extra)
+        BASELINES[name] = Method(
+            name, summary, prepare, dict(options or {}), rate_scale, extra, samples, adapter_rank
+        )
         return prepare
 
     return decorate

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .comparison import Difference, Estimate, compare, estimate, pareto_front
+from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
+from .entries import MethodEntry
 from .rates import choose_rate, read_losses
 from .stored_lines import Line
-from .suite import MethodEntry, Suite
+from .suite import Suite
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Row:
         difference: Difference of the loss to the baseline's.
         right: Share of right answers.
         right_difference: Difference of the right answers to the baseline's.
+        margin: Whether its loss is as good as the baseline's, but for the suite's ``equivalence``.
+        timings: Its runs that measured a step, alone and in turns with the others'.
+        given: What a match gave it: its lines of the stages ``memory`` and ``time``, by stage.
         forgotten: Loss on other text after training minus before, in nats a token.
         curve: Held-out loss along the run: pairs of a step and an estimate.
     """
@@ -48,6 +52,9 @@ class Row:
     difference: Difference | None
     right: Estimate | None
     right_difference: Difference | None
+    margin: Margin | None
+    timings: tuple[Line, ...]
+    given: dict[str, Line]
     forgotten: Estimate | None
     curve: tuple[tuple[int, Estimate], ...]
 
@@ -89,8 +96,24 @@ class Row:
         return self.mean(read)
 
     def seconds(self, kind: str, phase: str | None = None) -> float | None:
-        """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part."""
-        return self.mean(lambda run: sum(v for k, v in run["seconds"][kind].items() if phase in (None, k)))
+        """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part: of its timings, where there are."""
+        runs = self.timings or self.runs
+        values = [sum(v for k, v in run["seconds"][kind].items() if phase in (None, k)) for run in runs]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def timed_alone(self) -> bool:
+        """Whether no other run of the benchmark was beside those that its seconds are of."""
+        return all(run.get("runs_at_once") == 1 for run in self.timings or self.runs)
+
+    def used_seconds(self, kind: str) -> float | None:
+        """Seconds that training really took, with what its sampler measured first; the mean over seeds."""
+
+        def read(run: Line) -> float:
+            step = sum(run["seconds"][kind].values())
+            return float(run["seconds"]["before_training"][kind] + step * len(run["training_loss"]))
+
+        return self.mean(read)
 
     @property
     def probabilities(self) -> list[float] | None:
@@ -171,6 +194,11 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
     }
     level = suite.confidence
     loss_differences = compare(losses, suite.reference, level) if suite.reference in losses else {}
+    margins = (
+        compare_margins(losses, suite.reference, suite.equivalence, level)
+        if suite.reference in losses
+        else {}
+    )
     right_differences = compare(answers, suite.reference, level) if suite.reference in answers else {}
     rows = tuple(
         _row(
@@ -180,6 +208,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
             ended[entry.name],
             loss_differences.get(entry.name),
             right_differences.get(entry.name),
+            margins.get(entry.name),
         )
         for entry in suite.entries
     )
@@ -198,6 +227,7 @@ def _row(
     runs: list[Line],
     difference: Difference | None,
     right_difference: Difference | None,
+    margin: Margin | None,
 ) -> Row:
     level = suite.confidence
     trials = [Trial(rate, loss) for rate, loss in sorted(read_losses(lines, entry.name).items())]
@@ -213,6 +243,9 @@ def _row(
         difference=difference,
         right=estimate(answers, level) if answers and None not in answers else None,
         right_difference=right_difference,
+        margin=margin,
+        timings=tuple(line for line in lines if line["stage"] == "timing" and "error" not in line),
+        given={x["stage"]: x for x in lines if x["stage"] in ("memory", "time") and "error" not in x},
         forgotten=estimate([r["other_loss"]["after"] - r["other_loss"]["before"] for r in runs], level)
         if runs
         else None,
@@ -221,13 +254,13 @@ def _row(
 
 
 def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Line]:
-    """A method's runs that count: all searches, and the final runs of the suite's seeds with the chosen rate."""
+    """A method's runs that count: all that decided something, and the final ones of the suite's seeds and its rate."""
     own = [line for line in lines if line["method"] == entry.name]
     rate = choose_rate(entry.learning_rates or suite.learning_rates, read_losses(own, entry.name))
     return [
         line
         for line in own
-        if line["stage"] == "search" or (line["seed"] in suite.seeds and line["learning_rate"] == rate)
+        if line["stage"] != "final" or (line["seed"] in suite.seeds and line["learning_rate"] == rate)
     ]
 
 

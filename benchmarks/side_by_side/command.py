@@ -9,16 +9,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import TaskID
 
-from layersample.cli.display import make_bar, plain
+from layersample.cli.display import plain
 from layersample.cli.groups import PanelGroup
 from layersample.errors import ConfigError
 from layersample.files import check_output
 from layersample.option_files import parse_pairs, read_yaml
 
 from ..methods.catalog import list_baselines
-from .suite import ALL, Job, MethodEntry, Suite, builtin_suites, make_suite, read_builtin
+from .entries import MethodEntry
+from .live import LiveBenchmark
+from .suite import ALL, Suite, make_suite
+from .suite_files import builtin_suites, read_builtin, write_example
 
 _FLAGS = {
     "methods",
@@ -32,6 +34,7 @@ _FLAGS = {
     "search_steps",
     "baseline",
     "options",
+    "lm_eval",
 }
 _OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
@@ -65,7 +68,10 @@ def benchmark(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Built-in name, local folder or hub id.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="gsm_symbolic, sarcasm, or data as train takes it.")
+        str | None,
+        typer.Option(
+            help="A built-in task (gsm_symbolic, chain_sum, sarcasm, …), or data as train takes it."
+        ),
     ] = None,
     answer_marker: Annotated[
         str | None, typer.Option(help="Text that the answer follows, in data of your own.")
@@ -85,6 +91,10 @@ def benchmark(
         list[str] | None,
         typer.Option(help="KEY=VALUE of `layersample train`, for every method; may be repeated."),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness to score the trained models on, with commas."),
+    ] = None,
     set_key: Annotated[
         list[str] | None,
         typer.Option("--set", help=f"KEY=VALUE of another key of a suite; may be repeated: {_OTHER_KEYS}."),
@@ -93,12 +103,19 @@ def benchmark(
     output: Annotated[
         Path, typer.Option(help="Folder of the results; a benchmark in it is continued.")
     ] = Path("runs/benchmark"),
+    write_suite: Annotated[
+        Path | None, typer.Option(help="Write a commented example of a suite there, and do nothing else.")
+    ] = None,
 ) -> None:
     """Run every method with every seed, each in a process of its own, and write a report.
 
     Without options: the default suite, hours on two cores. Stopped at any time, the same command goes on with it.
     """
     if context.invoked_subcommand is not None:
+        return
+    if write_suite is not None:
+        write_example(write_suite)
+        console.print(f"Written: {plain(write_suite)}", highlight=False, soft_wrap=True)
         return
     check_output(output)
     sources = _sources(suite, output)
@@ -113,6 +130,7 @@ def benchmark(
         "learning_rates": None if lr_grid is None else _split(lr_grid),
         "search_steps": search_steps,
         "baseline": baseline,
+        "lm_eval": None if lm_eval is None else _split(lm_eval),
         **parse_pairs(set_key or [], "--set"),
     }
     if option:
@@ -125,6 +143,26 @@ def benchmark(
         ]
         asked = asked.model_copy(update={"methods": rows})
     _run(asked, output, jobs)
+
+
+@app.command("recipes")
+def recipes(
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of a suite with recipes, or a built-in one. Without it: that of the output."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    output: Annotated[Path, typer.Option(help="Folder of the results; a search in it is continued.")] = Path(
+        "runs/recipes"
+    ),
+) -> None:
+    """Search options that win, on the validation split; then confirm them on fresh seeds and the test split."""
+    check_output(output)
+    if suite is None and not (output / "suite.yaml").is_file():
+        raise ConfigError("A search for recipes needs --suite, or an --output that holds one.")
+    _run(make_suite(*_sources(suite, output)), output, jobs, with_recipes=True)
 
 
 @app.command("report")
@@ -142,57 +180,15 @@ def report(
     console.print(f"Written to {plain(folder)}: {written}", highlight=False, soft_wrap=True)
 
 
-class LiveBenchmark:
-    """A bar for all runs and one for each that goes on; without a terminal, a line for each run that ends."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._runs: TaskID | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._bar = make_bar(console)
-
-    def begin(self, runs: int, done: int) -> None:
-        """Show the bar of all runs."""
-        if done:
-            self._console.print(f"{done} of {runs} runs are there already.", highlight=False)
-        self._runs = self._bar.add_task("all runs", total=runs, completed=done, status="")
-        self._bar.start()
-
-    def step(self, job: Job, step: int, steps: int, loss: float) -> None:
-        """Move the bar of a run."""
-        if job.key not in self._tasks:
-            self._tasks[job.key] = self._bar.add_task(job.key, total=steps, status="")
-        self._bar.update(self._tasks[job.key], completed=step, status=f"loss {loss:.3f}")
-
-    def end_run(self, job: Job, measured: dict[str, Any]) -> None:
-        """Take the bar of a run away, and say how it ended."""
-        if job.key in self._tasks:
-            self._bar.remove_task(self._tasks.pop(job.key))
-        if "error" in measured:
-            words = f"[red]failed:[/] {plain(measured['error'])}"
-        else:
-            words = f"held-out loss {measured['loss']['held_out'][-1]:.4f}"
-        self._console.print(f"{plain(job.key)}: {words}", highlight=False, soft_wrap=True)
-        if self._runs is not None:
-            self._bar.advance(self._runs)
-
-    def more(self, runs: int) -> None:
-        """Make room for them in the bar of all runs."""
-        if self._runs is not None:
-            self._bar.update(self._runs, total=(self._bar.tasks[self._runs].total or 0) + runs)
-
-    def end(self) -> None:
-        """Leave the terminal as it was."""
-        self._bar.stop()
-
-
-def _run(suite: Suite, output: Path, jobs: int) -> None:
+def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -> None:
     # Seconds of imports that writing a report doesn't need.
     from layersample.environment import slow_bf16_warning
 
+    from .recipe_runner import run_recipes
     from .report import write_report
     from .runner import run_suite
 
+    run = run_recipes if with_recipes else run_suite
     if ALL in suite.methods:
         for method in list_baselines().values():
             if not method.is_installed and method.extra is not None:
@@ -205,7 +201,7 @@ def _run(suite: Suite, output: Path, jobs: int) -> None:
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:
-        run_suite(suite, output, jobs=jobs, command=command, progress=progress)
+        run(suite, output, jobs=jobs, command=command, progress=progress)
     except KeyboardInterrupt as error:
         progress.end()
         Console(stderr=True).print(
@@ -241,7 +237,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str) -> int | list[int]:
     try:
         numbers = [int(part) for part in _split(text)]
     except ValueError as error:
@@ -251,5 +247,5 @@ def _seeds(text: str) -> list[int]:
     if len(numbers) == 1 and "," not in text:
         if numbers[0] < 1:
             raise ConfigError(f"command line: seeds must be at least 1, but got {numbers[0]}.")
-        return list(range(numbers[0]))
+        return numbers[0]
     return numbers

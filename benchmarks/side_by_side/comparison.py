@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 Verdict = Literal["lower", "higher", "no difference shown", "not tested"]
+Equivalence = Literal["equal", "not worse", "not shown", "not tested"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Difference:
         p: Its p-value, corrected for all comparisons.
         verdict: ``"lower"`` or ``"higher"`` where the interval leaves out zero.
         count: Seeds.
+        spread: Standard deviation of the paired differences; ``None`` with fewer than two.
     """
 
     mean: float
@@ -47,6 +49,23 @@ class Difference:
     p: float | None
     verdict: Verdict
     count: int
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Whether a method is as good as the baseline, but for a margin that doesn't matter.
+
+    Args:
+        equal_p: p-value of two one-sided tests (TOST): below one level, both differences beyond the margin are
+            ruled out; corrected. ``None`` where it couldn't be tested.
+        not_worse_p: p-value of the one that asks for "higher by more than the margin" alone; corrected.
+        verdict: What they show.
+    """
+
+    equal_p: float | None
+    not_worse_p: float | None
+    verdict: Equivalence
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -82,19 +101,57 @@ def compare(
     References:
         Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
-    pairs = {
-        name: np.array(
-            [own[seed] - values[baseline][seed] for seed in sorted(own.keys() & values[baseline].keys())]
-        )
-        for name, own in values.items()
-        if name != baseline
-    }
+    pairs = _pairs(values, baseline)
     tested = {name: differences for name, differences in pairs.items() if _can_be_tested(differences)}
     p_values = {name: float(stats.ttest_1samp(differences, 0).pvalue) for name, differences in tested.items()}
     levels, corrected = _holm(p_values, 1 - confidence)
     return {
         name: _difference(differences, levels.get(name), corrected.get(name))
         for name, differences in pairs.items()
+    }
+
+
+def compare_margins(
+    values: Mapping[str, Mapping[int, float]], baseline: str, margin: float, confidence: float = 0.95
+) -> dict[str, Margin]:
+    """Whether each method is as good as the baseline, but for a margin: paired tests, corrected by Holm's method.
+
+    "No difference shown" doesn't mean equal: too few seeds show none either. These tests turn the question round.
+
+    Args:
+        values: For each method, the value of each seed; lower is better.
+        baseline: The method that the others are compared with.
+        margin: The difference that doesn't matter, above 0.
+        confidence: Confidence of the tests as a whole.
+
+    References:
+        Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.
+    """
+    pairs = _pairs(values, baseline)
+    tested = {name: differences for name, differences in pairs.items() if _can_be_tested(differences)}
+    above = {n: float(stats.ttest_1samp(d, margin, alternative="less").pvalue) for n, d in tested.items()}
+    below = {n: float(stats.ttest_1samp(d, -margin, alternative="greater").pvalue) for n, d in tested.items()}
+    alpha = 1 - confidence
+    not_worse = _holm(above, alpha)[1]
+    equal = _holm({name: max(above[name], below[name]) for name in tested}, alpha)[1]
+    return {name: _margin(equal.get(name), not_worse.get(name), alpha) for name in pairs}
+
+
+def _margin(equal: float | None, not_worse: float | None, alpha: float) -> Margin:
+    if equal is None or not_worse is None:
+        return Margin(None, None, "not tested")
+    verdict: Equivalence = "equal" if equal < alpha else "not worse" if not_worse < alpha else "not shown"
+    return Margin(equal, not_worse, verdict)
+
+
+def _pairs(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, np.ndarray]:
+    """Differences to the baseline of each method, of the seeds that both have."""
+    return {
+        name: np.array(
+            [own[seed] - values[baseline][seed] for seed in sorted(own.keys() & values[baseline].keys())]
+        )
+        for name, own in values.items()
+        if name != baseline
     }
 
 
@@ -110,13 +167,16 @@ def _can_be_tested(differences: np.ndarray) -> bool:
 def _difference(differences: np.ndarray, level: float | None, p: float | None) -> Difference:
     count = len(differences)
     mean = float(differences.mean()) if count else float("nan")
+    spread = float(differences.std(ddof=1)) if count > 1 else None
     if level is None or p is None:
         same = count > 1 and not differences.any()
-        return Difference(mean, None, None, None, "no difference shown" if same else "not tested", count)
+        return Difference(
+            mean, None, None, None, "no difference shown" if same else "not tested", count, spread
+        )
     half = float(stats.t.ppf(1 - level / 2, count - 1) * stats.sem(differences))
     low, high = mean - half, mean + half
     verdict: Verdict = "lower" if high < 0 else "higher" if low > 0 else "no difference shown"
-    return Difference(mean, low, high, p, verdict, count)
+    return Difference(mean, low, high, p, verdict, count, spread)
 
 
 def _holm(p_values: Mapping[str, float], alpha: float) -> tuple[dict[str, float], dict[str, float]]:

@@ -15,19 +15,20 @@ from layersample.files import write_text
 from . import charts
 from .analysis import Analysis, Row, analyze
 from .clock import PHASES
-from .comparison import Difference, Estimate
+from .comparison import Difference
 from .live_bytes import KINDS
+from .recipe_runner import read_tried
 from .results import read_results
+from .sections import harness, match_words, matched, power, sentences, tried
 from .stored_lines import Line
 from .tasks import get_task
+from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
 
 PICTURES = {
     "differences": charts.differences,
     "memory": charts.memory_and_loss,
     "curves": charts.all_curves,
 }
-_MINUS = "\N{MINUS SIGN}"
-_DASH = "–"
 
 
 def write_report(folder: Path, baseline: str | None = None) -> list[str]:
@@ -47,7 +48,7 @@ def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     suite, lines = read_results(folder)
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
-        suite.check_baseline()
+        suite.check_references()
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."
@@ -56,7 +57,7 @@ def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     command = folder / "command.txt"
     commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
     pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
-    shown = view(analysis, lines, commands, pictures)
+    shown = {**view(analysis, lines, commands, pictures), "searches": [tried(x) for x in read_tried(folder)]}
     files = {
         "report.html": _template("report.html.jinja", autoescape=True).render(shown),
         "report.md": _template("report.md.jinja", autoescape=False).render(
@@ -93,6 +94,12 @@ def view(
         "has_answers": any(row.right is not None for row in finished),
         "answers": min(suite.answers, suite.test_size),
         "has_device": any(row.device_bytes is not None for row in finished),
+        "match": match_words(suite),
+        "matched": matched(analysis),
+        "power": power(analysis),
+        "harness": harness(analysis),
+        "alone": bool(finished) and all(row.timed_alone for row in finished),
+        "rounds": max((len(row.timings) for row in finished), default=0),
         "rates": [_rates(row) for row in analysis.rows if row.trials],
         "failures": [error for row in analysis.rows for error in row.errors],
         "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
@@ -123,6 +130,7 @@ def findings(analysis: Analysis) -> list[str]:
             f"No difference to {name} shown: {listed}. With {seeds} seeds that means that these runs can't tell, "
             "not that there is none."
         )
+    said += sentences(analysis)
     if rows := analysis.called("not tested"):
         said.append(f"Not tested, for want of seeds that differ: {', '.join(row.name for row in rows)}.")
     if len(analysis.front) > 1:
@@ -139,15 +147,10 @@ def findings(analysis: Analysis) -> list[str]:
 def verdict(difference: Difference | None, *, lower_is_better: bool = True) -> str:
     """A comparison in words: "no difference shown" where the interval contains zero."""
     if difference is None:
-        return _DASH
+        return DASH
     if difference.verdict in ("lower", "higher"):
         return "better" if (difference.verdict == "lower") == lower_is_better else "worse"
     return difference.verdict
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign."""
-    return f"{value:+.{digits}f}".replace("-", _MINUS)
 
 
 def _traced(every: int) -> str:
@@ -162,14 +165,14 @@ def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
         "name": row.name,
         "seeds": len(row.runs),
         "rate": f"{row.rate:.2g}" + ("*" if row.at_edge else ""),
-        "loss": _estimate(row.loss),
-        "difference": "baseline" if is_baseline else _DASH if difference is None else signed(difference.mean),
-        "interval": _interval(difference),
-        "p": _DASH if difference is None or difference.p is None else _p(difference.p),
+        "loss": estimate(row.loss),
+        "difference": "baseline" if is_baseline else DASH if difference is None else signed(difference.mean),
+        "interval": interval(difference),
+        "p": p_value(None if difference is None else difference.p),
         "verdict": "baseline" if is_baseline else verdict(difference),
-        "right": _estimate(row.right, 1, 100, "%"),
+        "right": estimate(row.right, 1, 100, "%"),
         "right_verdict": "baseline" if is_baseline else verdict(row.right_difference, lower_is_better=False),
-        "forgotten": _estimate(row.forgotten, sign=True),
+        "forgotten": estimate(row.forgotten, sign=True),
     }
 
 
@@ -177,20 +180,20 @@ def _cost(row: Row) -> dict[str, Any]:
     total = row.tensor_bytes()
     return {
         "name": row.name,
-        "process": _mib(row.process_bytes),
-        "device": _mib(row.device_bytes),
-        "tensors": _mib(total),
-        "kinds": [_mib(row.tensor_bytes(kind)) for kind in KINDS],
-        "cpu": _seconds(row.seconds("cpu")),
-        "phases": [_seconds(row.seconds("cpu", phase)) for phase in PHASES],
-        "wall": _seconds(row.seconds("wall")),
-        "before": _seconds(row.mean(lambda run: run["seconds"]["before_training"]["cpu"])),
-        "tokens": _number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
-        "trainable": _number(
+        "process": mib(row.process_bytes),
+        "device": mib(row.device_bytes),
+        "tensors": mib(total),
+        "kinds": [mib(row.tensor_bytes(kind)) for kind in KINDS],
+        "cpu": seconds(row.seconds("cpu")),
+        "phases": [seconds(row.seconds("cpu", phase)) for phase in PHASES],
+        "wall": seconds(row.seconds("wall")),
+        "before": seconds(row.mean(lambda run: run["seconds"]["before_training"]["cpu"])),
+        "tokens": number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
+        "trainable": number(
             row.mean(lambda run: 100 * run["trainable_parameters"] / run["parameters"]), "{:.1f}%"
         ),
-        "coverage": _number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),
-        "staleness": _number(row.mean(lambda run: run["staleness"]), "{:.1f}"),
+        "coverage": number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),
+        "staleness": number(row.mean(lambda run: run["staleness"]), "{:.1f}"),
     }
 
 
@@ -212,37 +215,6 @@ def _method(row: Row, baseline: Row | None) -> dict[str, Any]:
         "summary": row.summary,
         **{k: Markup(charts.themed(v)) for k, v in drawn.items()},
     }
-
-
-def _estimate(
-    value: Estimate | None, digits: int = 3, scale: float = 1, unit: str = "", sign: bool = False
-) -> str:
-    if value is None:
-        return _DASH
-    mean = signed(value.mean * scale, digits) if sign else f"{value.mean * scale:.{digits}f}"
-    return mean + ("" if value.half_width is None else f" ± {value.half_width * scale:.{digits}f}") + unit
-
-
-def _interval(difference: Difference | None) -> str:
-    if difference is None or difference.low is None or difference.high is None:
-        return _DASH
-    return f"{signed(difference.low)} to {signed(difference.high)}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _mib(count: float | None) -> str:
-    return _number(None if count is None else count / 2**20, "{:,.0f}")
-
-
-def _seconds(value: float | None) -> str:
-    return _number(value, "{:.2f}")
-
-
-def _number(value: float | None, style: str) -> str:
-    return _DASH if value is None else style.format(value)
 
 
 def _alone(svg: str) -> str:

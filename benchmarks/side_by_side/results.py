@@ -15,9 +15,13 @@ from layersample.errors import ConfigError
 from layersample.files import check_output, write_text
 from layersample.option_files import read_yaml
 
+from .entries import MethodEntry
+from .fingerprints import fingerprint
+from .jobs import Job
 from .stored_lines import Line, check_line
-from .suite import MAY_CHANGE, Job, Suite, fingerprint, make_suite
+from .suite import Suite, make_suite
 
+SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
 _LOCK = ".lock"
 _Key = tuple[str, float]  # a final run's own key leaves out the learning rate
 
@@ -36,6 +40,7 @@ class Results:
         self.folder = folder
         self.suite = suite
         self._fingerprints = {entry.name: fingerprint(suite, entry) for entry in suite.entries}
+        self._whole = suite  # with the rows of before
         self._lines: dict[_Key, Line] = {}
         self._lock = Lock()
         self._only_one = FileLock(folder / _LOCK)
@@ -65,7 +70,8 @@ class Results:
         whole = self.suite
         if stored.is_file():
             whole = self._with_rows_of(make_suite((str(stored), read_yaml(stored))))
-        whole.check_baseline()
+        whole.check_references()
+        self._whole = whole
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             self._only_one.acquire(blocking=False)
@@ -98,21 +104,35 @@ class Results:
         """Let another benchmark write into the folder."""
         self._only_one.release()
 
+    def entry(self, name: str) -> MethodEntry:
+        """A row, which may be one of before."""
+        return next(entry for entry in self._whole.entries if entry.name == name)
+
     def get(self, job: Job) -> Line | None:
         """What a run has measured; ``None`` where it hasn't been run with that learning rate."""
         return self._lines.get((job.key, job.learning_rate))
 
     def add(self, job: Job, measured: Line) -> None:
         """Keep what a run has measured, or the error that it ended with; on the disk at once."""
-        line = {
-            "key": job.key,
-            "method": job.row,
-            "stage": job.stage,
-            "seed": job.seed,
-            "learning_rate": job.learning_rate,
-            "fingerprint": self._fingerprints[job.row],
-            **measured,
-        }
+        self._keep(
+            {
+                "key": job.key,
+                "method": job.row,
+                "stage": job.stage,
+                "seed": job.seed,
+                "learning_rate": job.learning_rate,
+                "fingerprint": self._fingerprints[job.row],
+                **measured,
+            }
+        )
+
+    def add_match(self, row: str, stage: str, given: Line) -> None:
+        """Keep what a method is given, or why nothing can be: later calls go by it."""
+        key, seed = f"match/{row}/{stage}", self.suite.seeds[0]
+        own = {"key": key, "method": row, "stage": stage, "seed": seed, "learning_rate": 0.0}
+        self._keep({**own, "fingerprint": self._fingerprints[row], **given})
+
+    def _keep(self, line: Line) -> None:
         with self._lock:
             self._lines[_key(line)] = line
             with open(self.path, "a", encoding="utf-8") as file:
@@ -124,13 +144,18 @@ class Results:
         """All runs, in the order of the suite's rows."""
         return _in_order(self.suite, self._lines.values())
 
+    def all_lines(self) -> list[Line]:
+        """All runs, those of rows of before too."""
+        return list(self._lines.values())
+
     def _with_rows_of(self, stored: Suite) -> Suite:
         """The suite of now, with the other rows of one before, which must be the same in all else."""
-        here, there = (s.model_dump(mode="json", exclude=MAY_CHANGE) for s in (self.suite, stored))
-        if different := [key for key in here if here[key] != there[key]]:
+        asked, there = self.suite.model_dump(mode="json"), stored.model_dump(mode="json")
+        decisive = {**self.suite.identity(), **stored.identity()}
+        if different := [key for key in asked if key in decisive and asked[key] != there[key]]:
             key = different[0]
             raise ConfigError(
-                f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {here[key]!r} "
+                f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {asked[key]!r} "
                 "is asked for now. Choose another --output, or leave the option out to go on with that suite."
             )
         own = {entry.name for entry in self.suite.entries}
@@ -234,4 +259,4 @@ def _key(line: Line) -> _Key:
 
 def _is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing, or what :meth:`Results.open` makes first."""
-    return folder.is_dir() and all(path.name in (_LOCK, "logs") for path in folder.iterdir())
+    return folder.is_dir() and all(path.name in (_LOCK, "logs", SEARCHES) for path in folder.iterdir())

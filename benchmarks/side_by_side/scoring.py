@@ -98,14 +98,75 @@ def _generate(
 def _choose(
     model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], prompts: list[str]
 ) -> list[str]:
-    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
-    if len(set(first)) < len(first):
+    """The likeliest choice behind each prompt, as lm-evaluation-harness takes it: by the sum over its tokens."""
+    first = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    if any(len(ids) > 1 for ids in first):
+        scores = choice_likelihoods(model, tokenizer, choices, prompts)
+        return [choices[max(range(len(choices)), key=row.__getitem__)] for row in scores]
+    if len({ids[0] for ids in first}) < len(first):
         raise ConfigError(f"The choices must begin with different tokens, but {', '.join(choices)} don't.")
     chosen: list[str] = []
     for inputs in _batches(model, tokenizer, prompts):
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1, first]  # (problems, choices)
+        # Of single tokens, the likeliest has the highest logit.  (problems, choices)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, [ids[0] for ids in first]]
         chosen += [choices[i] for i in logits.argmax(-1).tolist()]
     return chosen
+
+
+def choice_likelihoods(
+    model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], prompts: Iterable[str]
+) -> list[list[float]]:
+    """The log-likelihood of each choice behind each prompt, summed over its tokens, in nats.
+
+    A prompt goes through the model once; all choices go on from what its layers hold of it.
+
+    Args:
+        model: The model, wrapped or not.
+        tokenizer: Its tokenizer.
+        choices: The texts to choose from.
+        prompts: What they stand behind.
+
+    References:
+        lm-evaluation-harness, ``TemplateLM._encode_pair`` and ``HFLM._loglikelihood_tokens``.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        rows = [_likelihoods_behind(model, tokenizer, choices, prompt) for prompt in prompts]
+    model.train(was_training)
+    return rows
+
+
+def _likelihoods_behind(
+    model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], prompt: str
+) -> list[float]:
+    pairs = [_encode_pair(tokenizer, prompt, choice) for choice in choices]
+    given = pairs[0][0]  # the same before each choice
+    begun = model(torch.tensor([given], device=model.device), use_cache=True, logits_to_keep=1)
+    longest = max(len(ids) for _, ids in pairs)
+    # Padded behind, where causal attention doesn't look; (choices, longest)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in pairs], device=model.device)
+    first = begun.logits[:, -1:].expand(len(choices), -1, -1)
+    cache = begun.past_key_values
+    cache.batch_repeat_interleave(len(choices))
+    rest = model(ids[:, :-1], past_key_values=cache, use_cache=True).logits if longest > 1 else first[:, :0]
+    logits = torch.cat([first, rest], dim=1).float().log_softmax(-1)  # (choices, longest, vocabulary)
+    found = logits.gather(-1, ids[..., None])[..., 0]
+    return [float(row[: len(own)].sum()) for row, (_, own) in zip(found, pairs, strict=True)]
+
+
+def _encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of what stands behind it, cut where the harness cuts: spaces go to the second."""
+    bare = context.rstrip()
+    whole = tokenizer(context + continuation)["input_ids"]
+    before = tokenizer(bare)["input_ids"]
+    end = tokenizer.eos_token_id
+    whole, before = (
+        [*ids[:-1]] if ids and ids[-1] == end and len(ids) > 1 else [*ids] for ids in (whole, before)
+    )
+    return before, whole[len(before) :]
 
 
 def _batches(

@@ -20,7 +20,7 @@ class _Part(BaseModel):
 class _Run(_Part):
     key: str
     method: str
-    stage: Literal["search", "final"]
+    stage: Literal["peak", "timing", "memory", "time", "search", "rung", "final"]
     seed: int = Field(ge=0, lt=2**32)
     learning_rate: FiniteFloat = Field(ge=0)
     fingerprint: str
@@ -62,9 +62,25 @@ class _Seconds(_Part):
     before_training: dict[str, FiniteFloat]
 
 
+class _Memory(_Run):
+    options: dict[str, Any]
+    bytes: int = Field(ge=0)
+    budget_bytes: int = Field(ge=0)
+    planned: bool
+
+
+class _Time(_Run):
+    steps: int = Field(ge=1)
+    search_steps: int = Field(ge=1)
+    step_seconds: FiniteFloat = Field(ge=0)
+    before_seconds: FiniteFloat = Field(ge=0)
+    budget_seconds: FiniteFloat = Field(ge=0)
+    clock: Literal["cpu", "wall"]
+
+
 class _Measured(_Run):
     training_loss: list[float] = Field(min_length=1)
-    loss: _Loss
+    loss: _Loss | None
     right: FiniteFloat | None
     other_loss: _OtherLoss | None
     peak_bytes: _Peak
@@ -84,10 +100,15 @@ class _Measured(_Run):
     def _whole(self) -> _Measured:
         if self.stage == "final" and self.other_loss is None:
             raise ValueError("is a final run without other_loss")
+        if self.stage in ("search", "rung", "final") and self.loss is None:
+            raise ValueError(f"is a {self.stage} run without a loss")
         indices = [index for _, _, active in self.active for index in active]
         if any(not 0 <= index < len(self.layers) for index in indices):
             raise ValueError(f"names a layer that none of its {len(self.layers)} layers is")
         return self
+
+
+_KINDS: dict[str, type[_Run]] = {"memory": _Memory, "time": _Time}
 
 
 def check_line(content: Any, place: str) -> Line:
@@ -104,7 +125,8 @@ def check_line(content: Any, place: str) -> Line:
         raise ConfigError(f"{place}: must be one JSON object, but is a {type(content).__name__}.")
     try:
         # By JSON's rules: a pair of numbers is a list there, and a whole number is a number.
-        (_Failed if "error" in content else _Measured).model_validate(_tuples(content))
+        kind = _Failed if "error" in content else _KINDS.get(str(content.get("stage")), _Measured)
+        kind.model_validate(_tuples(content))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "it"

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
 from layersample.option_files import Options, make_options
 from layersample.options import Role, names_with
-from layersample.registry import PLUGIN_PREFIX, PROJECTIONS, create_sampler, list_samplers, load_plugin
+from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.training.data import load_data
 
-from ..methods.catalog import default_methods, get_method
-from ..methods.method import Method
+from ..methods.catalog import default_methods
+from .entries import MethodEntry, named_entry
+from .jobs import Given, Job
+from .recipe_space import RecipeSpace
 from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
-_SUITES = Path(__file__).parent / "suites"
 _USUAL_BASELINE = "full"
+_MOST_SEEDS = 1000
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
-Stage = Literal["search", "final"]
+Match = Literal["steps", "time", "memory", "both"]
 
 # What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
 MAY_CHANGE = {
@@ -39,8 +35,13 @@ MAY_CHANGE = {
     "search_extensions",
     "baseline",
     "confidence",
+    "equivalence",
     "plugin",
+    "recipes",
 }
+
+# What decides how much a method is given; of no meaning where all have the same steps.
+_MATCHING = {"match", "match_to", "time_share", "memory_share", "timing_rounds", "timing_steps"}
 
 # What of the Trainer's own arguments the suite sets, or what is measured needs.
 _TRAINER_SET_HERE = {
@@ -59,31 +60,16 @@ _TRAINER_SET_HERE = {
 # What the benchmark sets itself, so that every method has the same.
 _SET_HERE = names_with(TrainConfig, Role.SUITE)
 
-
-class MethodEntry(Options):
-    """A row of the table.
-
-    Args:
-        name: Its name; different in each row.
-        method: A sampler, SAMPLER+PROJECTION, or a baseline; its name by default.
-        options: Options of ``layersample train`` for this row alone.
-        learning_rates: Its own learning rates, in place of the suite's.
-    """
-
-    name: str = Field(min_length=1, pattern=r"^[^/\s]+$")
-    method: str = ""
-    options: dict[str, Any] = {}
-    learning_rates: list[float] | None = Field(None, min_length=1)
-
-    @property
-    def definition(self) -> Method:
-        """The method behind the row."""
-        return get_method(self.method or self.name)
+_HARNESS = {"lm_eval", "lm_eval_tasks", "lm_eval_limit"}  # and here where no such task is
 
 
-def _entry(name: str) -> MethodEntry:
-    get_method(name)  # says what is wrong with a name better than the pattern of names does
-    return MethodEntry(name=name)
+def _seeds(value: Any) -> Any:
+    """A number of seeds is as many from 0 on, as ``--seeds`` has it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= _MOST_SEEDS:
+            raise ValueError(f"a number of seeds must be from 1 to {_MOST_SEEDS}")
+        return list(range(value))
+    return value
 
 
 class Suite(Options):
@@ -102,8 +88,27 @@ class Suite(Options):
     baseline: str | None = Field(
         None, description="The method that the others are compared with; default: full, or the first."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="Seeds of data order, dropout and draws.")
-    steps: int = Field(60, ge=1, le=10**9, description="Optimizer steps of a run.")
+    seeds: Annotated[list[int], BeforeValidator(_seeds)] = Field(
+        [0, 1, 2],
+        min_length=1,
+        description="Seeds of data order, dropout and draws; a number: as many, from 0 on.",
+    )
+    steps: int = Field(
+        60, ge=1, le=10**9, description="Optimizer steps of a run; where time is matched, of the reference's."
+    )
+    match: Match = Field(
+        "steps", description="What all methods are given alike: steps, or the time, memory or both of one."
+    )
+    match_to: str = Field("lora", description="The method whose time and memory the others are given.")
+    time_share: float = Field(1.0, gt=0, le=100, description="Part of its time that the others are given.")
+    memory_share: float = Field(1.0, gt=0, le=100, description="Part of its peak that the others are given.")
+    timing_rounds: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="Runs a method, in turns and alone, to measure a step; default: 3 where time is matched.",
+    )
+    timing_steps: int = Field(11, ge=2, le=10**9, description="Optimizer steps of such a run.")
     batch_size: int = Field(4, ge=1, le=10**9, description="Examples of a step.")
     max_length: int = Field(256, ge=8, le=10**9, description="Tokens of an example, at most.")
     learning_rates: list[float] | None = Field(
@@ -126,6 +131,12 @@ class Suite(Options):
     test_size: int = Field(32, ge=1, le=10**9, description="Problems that the table is measured on.")
     answers: int = Field(16, ge=0, le=10**9, description="Test problems that are answered in full.")
     answer_tokens: int = Field(160, ge=1, le=10**9, description="Tokens of an answer, at most.")
+    lm_eval: list[str] = Field(
+        [],
+        description="Tasks of lm-evaluation-harness that the trained models are scored on, by the harness.",
+    )
+    lm_eval_tasks: Path | None = Field(None, description="Folder with task files of your own for it.")
+    lm_eval_limit: int | None = Field(None, ge=1, le=10**9, description="Examples of such a task, at most.")
     evaluations: int = Field(
         3, ge=1, le=10**9, description="Held-out losses along a run, after the first one."
     )
@@ -133,8 +144,17 @@ class Suite(Options):
     confidence: float = Field(
         0.95, gt=0, lt=1, description="Confidence of intervals, and of the test as a whole."
     )
+    equivalence: float = Field(
+        0.02,
+        gt=0,
+        le=100,
+        description="Nats a token that two losses may differ by and still be called equal.",
+    )
     threads: int | None = Field(None, ge=1, le=10**9, description="Threads of a run; default: cores / jobs.")
     options: dict[str, Any] = Field({}, description="Options of `layersample train` for every method.")
+    recipes: dict[str, RecipeSpace] = Field(
+        {}, description="Searches for the best options of a method, by `layersample benchmark recipes`."
+    )
     plugin: Path | None = Field(None, description="Python file with samplers or baselines of your own.")
 
     @property
@@ -143,7 +163,7 @@ class Suite(Options):
         rows: list[MethodEntry] = []
         for method in self.methods:
             names = default_methods() if method == ALL else [method]
-            rows += [_entry(name) if isinstance(name, str) else name for name in names]
+            rows += [named_entry(name) if isinstance(name, str) else name for name in names]
         return rows
 
     @property
@@ -151,6 +171,27 @@ class Suite(Options):
         """The name of the method that the others are compared with."""
         names = [entry.name for entry in self.entries]
         return self.baseline or (_USUAL_BASELINE if _USUAL_BASELINE in names else names[0])
+
+    @property
+    def matches_time(self) -> bool:
+        """Whether methods are given the reference's seconds."""
+        return self.match in ("time", "both")
+
+    @property
+    def matches_memory(self) -> bool:
+        """Whether methods are given the reference's bytes."""
+        return self.match in ("memory", "both")
+
+    @property
+    def rounds(self) -> int:
+        """Runs that measure a method's step."""
+        return (3 if self.matches_time else 0) if self.timing_rounds is None else self.timing_rounds
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of all methods."""
+        left_out = MAY_CHANGE | (_MATCHING if self.match == "steps" else set())
+        left_out |= set() if self.lm_eval else _HARNESS
+        return self.model_dump(mode="json", exclude=left_out)
 
     def rates(self, entry: MethodEntry) -> list[float]:
         """The learning rates to try for a method."""
@@ -176,7 +217,11 @@ class Suite(Options):
         }
         name = f"method {entry.name}"
         return make_config(
-            ("suite", self.options), (name, entry.definition.options), (name, entry.options), ("suite", own)
+            ("suite", self.options),
+            (name, entry.definition.options),
+            (name, entry.options),
+            ("match", job.options),
+            ("suite", own),
         )
 
     def check(self) -> None:
@@ -215,17 +260,25 @@ class Suite(Options):
             for rate in rates:
                 config = self.config(self.search_job(entry, rate))
             create_sampler(config.sampler, config.sampler_options)
-            PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+            if entry.definition.adapter_rank is None:
+                PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
 
-    def check_baseline(self) -> None:
-        """Make sure that the others can be compared with the baseline.
+        if self.matches_time and self.rounds < 1:
+            raise ConfigError(
+                f"timing_rounds must be at least 1 where match is {self.match!r}, but got {self.rounds}."
+            )
+
+    def check_references(self) -> None:
+        """Make sure that the rows are there that others are compared with or matched to.
 
         Raises:
-            ConfigError: If no row has its name.
+            ConfigError: If no row has such a name.
         """
         names = [entry.name for entry in self.entries]
         if self.baseline not in (None, *names):
             raise ConfigError(f"baseline: {unknown('method of this suite', str(self.baseline), names)}")
+        if self.match != "steps" and self.match_to not in names:
+            raise ConfigError(f"match_to: {unknown('method of this suite', self.match_to, names)}")
 
     def check_data(self) -> None:
         """Read the data once, so that what can't be used is found before any work.
@@ -240,43 +293,41 @@ class Suite(Options):
         if task.has_answers:
             right_answers(task, self.problems(parts))
         load_data(self.other_text)
+        if self.lm_eval:
+            from .harness import load_tasks
+
+            load_tasks(self.lm_eval, self.lm_eval_tasks)
 
     def problems(self, parts: Splits) -> list[dict[str, Any]]:
         """The test problems that are answered in full."""
         return list(parts.test.select(range(min(self.answers, len(parts.test)))))
 
-    def search_job(self, entry: MethodEntry, learning_rate: float) -> Job:
+    def timing_jobs(self, entry: MethodEntry, options: Mapping[str, Any]) -> list[Job]:
+        """The runs that measure a step of a method, one a round; a rate of the middle will do."""
+        rates = self.rates(entry)
+        rate = rates[len(rates) // 2]
+        # A default period follows from the steps of a run, which here are fewer.
+        given = {**options, "period": self.config(self.final_jobs(entry, rate)[0]).run_period}
+        return [
+            Job(entry.name, "timing", turn, rate, self.timing_steps, given) for turn in range(self.rounds)
+        ]
+
+    def peak_job(self, entry: MethodEntry) -> Job:
+        """The run that measures a method's memory, where it can't be planned."""
+        rates = self.rates(entry)
+        return Job(entry.name, "peak", self.seeds[0], rates[len(rates) // 2], self.timing_steps)
+
+    def search_job(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> Job:
         """The run that tries a learning rate of a method, with the first seed."""
-        return Job(entry.name, "search", self.seeds[0], learning_rate, self.search_steps)
+        given = given or Given(self.steps, self.search_steps)
+        return Job(entry.name, "search", self.seeds[0], learning_rate, given.search_steps, given.options)
 
-    def final_jobs(self, entry: MethodEntry, learning_rate: float) -> list[Job]:
+    def final_jobs(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> list[Job]:
         """The runs of a method with its chosen learning rate, one a seed."""
-        return [Job(entry.name, "final", seed, learning_rate, self.steps) for seed in self.seeds]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run, in a process of its own.
-
-    Args:
-        row: Name of the method's row.
-        stage: ``"search"`` for a learning rate, measured on the validation split, or ``"final"``.
-        seed: Seed of data order, dropout and draws.
-        learning_rate: The peak.
-        steps: Optimizer steps.
-    """
-
-    row: str
-    stage: Stage
-    seed: int
-    learning_rate: float
-    steps: int
-
-    @property
-    def key(self) -> str:
-        """Its name among all runs of a benchmark."""
-        what = f"seed-{self.seed}" if self.stage == "final" else f"rate-{self.learning_rate:g}"
-        return f"{self.stage}/{self.row}/{what}"
+        given = given or Given(self.steps, self.search_steps)
+        return [
+            Job(entry.name, "final", seed, learning_rate, given.steps, given.options) for seed in self.seeds
+        ]
 
 
 def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
@@ -289,56 +340,3 @@ def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:
         ConfigError: If a key is unknown or a value can't be used; it names the source and the key.
     """
     return make_options(Suite, layers, "key of a suite")
-
-
-def builtin_suites() -> list[str]:
-    """Names of the suites that come with layersample."""
-    return sorted(_suites())
-
-
-def read_builtin(name: str) -> dict[str, Any]:
-    """The keys of a suite that comes with layersample.
-
-    Raises:
-        ConfigError: If there is none of that name.
-    """
-    suites = _suites()
-    if name not in suites:
-        raise ConfigError(f"{unknown('suite', name, suites)} A YAML file will do too.")
-    keys: dict[str, Any] = yaml.safe_load(suites[name])
-    return keys
-
-
-def _suites() -> dict[str, str]:
-    return {path.stem: path.read_text(encoding="utf-8") for path in _SUITES.glob("*.yaml")}
-
-
-def fingerprint(suite: Suite, entry: MethodEntry) -> str:
-    """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
-
-    The content of a data file and of the plug-in that a method comes from counts, that of a model's folder doesn't.
-    """
-    common = suite.model_dump(mode="json", exclude=MAY_CHANGE)
-    definition = entry.definition
-    own = {"method": definition.name, "options": {**definition.options, **entry.options}}
-    files = [
-        path for path in (Path(suite.task), _plugin_of(definition)) if path is not None and path.is_file()
-    ]
-    digests = [_digest(path, path.stat().st_mtime_ns) for path in files]
-    text = json.dumps([common, own, suite.seeds[0], *digests], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@cache
-def _digest(path: Path, changed: int) -> str:
-    """Hash of a file's content, read once for all rows; ``changed`` is when it was written."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _plugin_of(method: Method) -> Path | None:
-    """The file of a user's that a method, or its sampler, comes from."""
-    sampler = list_samplers().get(str(method.options.get("sampler")))
-    names = {method.prepare.__module__, getattr(sampler, "__module__", "")}
-    plugins = [sys.modules[name] for name in names if name.startswith(PLUGIN_PREFIX)]
-    return Path(str(plugins[0].__file__)) if plugins else None

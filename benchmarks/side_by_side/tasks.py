@@ -56,7 +56,22 @@ def after_marker(text: str, *, marker: str) -> str | None:
     return found[-1].replace(",", "").strip().rstrip(".") or None if found else None
 
 
+def whole_answer(text: str) -> str | None:
+    """An answer that is nothing but its first line, without the full stop that ends it."""
+    first = text.strip().partition("\n")[0]
+    return first.partition(".")[0].strip() or None
+
+
+# Of a family, as reasoning-gym names them.
+_RELATIONS = (
+    *("mother", "father", "son", "daughter", "sister", "brother", "wife", "husband"),
+    *("grandmother", "grandfather", "mother-in-law", "father-in-law"),
+)
 _TASKS = {
+    "chain_sum": Task("chain_sum", "chain_sum", whole_answer),
+    "family_relationships": Task(
+        "family_relationships", "family_relationships", choices=tuple(f" {word}." for word in _RELATIONS)
+    ),
     "gsm_symbolic": Task("gsm_symbolic", "gsm_symbolic", partial(after_marker, marker="####")),
     "sarcasm": Task("sarcasm", "sarcasm", choices=(" no", " yes")),
 }

@@ -34,9 +34,10 @@ from layersample.training.models import load_model
 
 from ..methods.method import Prepared
 from .clock import PHASES, PhaseClock
+from .jobs import Job
 from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
 from .scoring import mean_loss, share_right
-from .suite import Job, Suite
+from .suite import Suite
 from .tasks import get_task, split
 
 Report = Callable[[dict[str, Any]], None]
@@ -82,6 +83,8 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report
         scores = _train(suite, job, trainer, tokenizer)
+        if job.stage == "final" and suite.lm_eval:
+            scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
     return {
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,
@@ -111,7 +114,7 @@ def _make_trainer(
         prepared.optimizer_tensors or (lambda: optimizer_tensors(trainer.optimizer)),
         lambda: sampling.scheduler if sampling is not None else None,
         clock,
-        trace_every=suite.trace_every if job.stage == "final" else 0,
+        trace_every={"final": suite.trace_every, "peak": 1}.get(job.stage, 0),
     )
     data = _load_data(suite, job, arguments)
     trainer = TimedTrainer(
@@ -145,7 +148,7 @@ def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str
     other = load_data(suite.other_text)
     return {
         "train": parts.train,
-        "held_out": parts.validation if job.stage == "search" else parts.test,
+        "held_out": parts.test if job.stage == "final" else parts.validation,
         "other": other.select(range(min(suite.other_size, len(other)))),
         "problems": suite.problems(parts),
     }
@@ -154,7 +157,10 @@ def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str
 def _train(
     suite: Suite, job: Job, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Train, and score the model before, along the way and after; a search only at its end."""
+    """Train, and score the model before, along the way and after; a search only at its end, a timing never."""
+    if job.stage in ("peak", "timing"):
+        trainer.train()
+        return {"loss": None, "right": None, "other_loss": None}
     final = job.stage == "final"
     curve = LossCurve(lambda: mean_loss(trainer, "held_out"), job.steps, suite.evaluations if final else 1)
     trainer.add_callback(curve)
@@ -171,6 +177,15 @@ def _train(
         "right": right,
         "other_loss": {"before": before, "after": mean_loss(trainer, "other")} if final else None,
     }
+
+
+def _score_by_harness(
+    suite: Suite, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    from .harness import evaluate  # seconds of imports, and an extra
+
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return evaluate(trained, tokenizer, suite.lm_eval, suite.lm_eval_tasks, limit=suite.lm_eval_limit)
 
 
 class LossCurve(TrainerCallback):

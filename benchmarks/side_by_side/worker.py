@@ -1,53 +1,114 @@
-"""The process of one run: ``python -m layersample_benchmarks.side_by_side.worker``, started by the runner alone.
+"""The process that does the runs: ``python -m layersample_benchmarks.side_by_side.worker``, for the runner alone.
 
-It reads the suite and the job as JSON from standard input, and writes a line of JSON for each step, and at the
-end for the result, to standard output. Everything else that is printed goes to standard error.
+It imports what a run needs once, and then forks for each run: a run still begins as a process of its own that has done
+nothing, so that its numbers are those of a fresh process to the bit. The runner writes a line of JSON for each job to
+standard input. A run writes a line for each step, and at the end for the result, to standard output; behind them this
+process writes how the run ended. Everything else that is printed goes to the log of the run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
+import tempfile
 import threading
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+Given = dict[str, Any]
+Send = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
-    """Do the run."""
+    """Run jobs until the runner ends."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not get between the events
-    # Line by line: the runner may end this process once it has the last event.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    given = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
 
     def send(event: dict[str, Any]) -> None:
         events.write(json.dumps(event) + "\n")
 
+    warm_up()
+    for given in _read_jobs():
+        if (
+            _has_gpu()
+        ):  # CUDA doesn't outlive a fork: this process does the one job, and the runner starts another
+            threading.Thread(target=_end_with, args=(0,), daemon=True).start()
+            _do(given, send)
+        send({"ended": _fork(given, send)})
+
+
+def warm_up() -> None:
+    """Import what every run needs; nothing here may start threads or choose a device."""
+    import datasets
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+    from transformers.utils import logging as transformers_logging
+
+    from . import training  # noqa: F401
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _fork(given: Given, send: Send) -> int:
+    """Do a job in a fork of this process, and give its exit code, negative for a signal."""
+    # The run's end of `ended` closes with it; this process's end of `alive` closes when it dies, killed or not.
+    (ended, run_ends), (alive, we_live) = os.pipe(), os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(ended)
+        os.close(we_live)
+        threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+        _do(given, send)
+    os.close(run_ends)
+    os.close(alive)
+    ready, _, _ = select.select([0, ended], [], [])
+    if (
+        ended not in ready
+    ):  # standard input has ended, and with it the runner: it says nothing while a run goes on
+        os.kill(process, signal.SIGKILL)
+        os._exit(1)
+    status = os.waitpid(process, 0)[1]
+    os.close(ended)
+    os.close(we_live)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _do(given: Given, send: Send) -> NoReturn:
+    """Do a job, and end this process with it."""
+    log = os.open(given["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["TMPDIR"] = given["scratch"]
+    tempfile.tempdir = None  # found anew
+    # Line by line: a run may be killed at any moment.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    code = 0
     try:
-        result = _run(given, send)
+        send({"result": _run(given, send)})
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         send({"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"})
-        sys.exit(1)
-    send({"result": result})
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the clean-up of a process whose copy this is
 
 
-def _run(given: dict[str, Any], send: Any) -> dict[str, Any]:
-    import datasets
+def _run(given: Given, send: Send) -> dict[str, Any]:
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    from .suite import Job, Suite
+    from .jobs import Job
+    from .suite import Suite
     from .training import run_job
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     torch.set_num_threads(given["threads"])
     suite, job = Suite(**given["suite"]), Job(**given["job"])
     return run_job(
@@ -55,9 +116,26 @@ def _run(given: dict[str, Any], send: Any) -> dict[str, Any]:
     )
 
 
-def _end_with_the_runner() -> None:
-    """Standard input ends when the runner does, killed or not; a run without it would only take its place."""
-    sys.stdin.read()
+def _read_jobs() -> Iterator[Given]:
+    """The runner's lines, read without a buffer of Python's own, which a fork would share."""
+    text = b""
+    while part := os.read(0, 2**16):
+        text += part
+        while b"\n" in text:
+            line, _, text = text.partition(b"\n")
+            yield json.loads(line)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _end_with(descriptor: int) -> None:
+    """End this process as soon as the other end of a pipe is closed; a run without its runner takes its place."""
+    while os.read(descriptor, 2**16):
+        pass
     os._exit(1)
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,32 @@ def gsm_symbolic() -> list[Row]:
     ]
 
 
+def chain_sum() -> list[Row]:
+    """Sums of two or three numbers below 100, to be answered with the number alone."""
+    create_dataset = _reasoning_gym("chain_sum").create_dataset
+    problems = create_dataset(
+        "chain_sum", size=6000, seed=42, min_terms=2, max_terms=3, min_digits=1, max_digits=2
+    )
+    return _different(
+        {"prompt": f"{problem['question']}\nAnswer:", "completion": f" {problem['answer']}."}
+        for problem in problems
+    )
+
+
+def family_relationships() -> list[Row]:
+    """Short texts about a family, and what one of its members is to another: one of twelve words."""
+    create_dataset = _reasoning_gym("family_relationships").create_dataset
+    problems = create_dataset("family_relationships", size=6000, seed=42)
+    return _different(
+        # With a full stop: "mother" begins "mother-in-law", and would always be the likelier of the two.
+        {
+            "prompt": f"{_without_request(problem['question'])}\nAnswer:",
+            "completion": f" {problem['answer']}.",
+        }
+        for problem in problems
+    )
+
+
 def sarcasm() -> list[Row]:
     """News headlines, with the answer whether they are meant seriously; fetched once (46 MB).
 
@@ -43,12 +69,14 @@ def sarcasm() -> list[Row]:
             wheel = fetch_wheel(*EVALS, Path(scratch), instead="choose other data with --data")
             with zipfile.ZipFile(wheel) as archive:
                 write_text(path, archive.read(_HEADLINES).decode("utf-8"))
-    rows: dict[str, Row] = {}  # by headline: some come twice
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        prompt = f"Headline: {sample['input'][-1]['content']}\nIs it sarcastic? Answer:"
-        rows[prompt] = {"prompt": prompt, "completion": " yes" if sample["ideal"] == "1" else " no"}
-    return list(rows.values())
+    samples = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return _different(
+        {
+            "prompt": f"Headline: {sample['input'][-1]['content']}\nIs it sarcastic? Answer:",
+            "completion": " yes" if sample["ideal"] == "1" else " no",
+        }
+        for sample in samples
+    )
 
 
 def book() -> list[Row]:
@@ -66,6 +94,16 @@ def book() -> list[Row]:
     return pieces
 
 
+def _different(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those whose prompt comes twice: one of them may be trained on, and the other tested."""
+    return list({row["prompt"]: row for row in rows}.values())
+
+
+def _without_request(question: str) -> str:
+    """A question without the sentence that asks for a single word."""
+    return question.partition(" Respond only with")[0]
+
+
 def _reasoning_gym(name: str) -> Any:
     try:
         import reasoning_gym
@@ -77,4 +115,6 @@ def _reasoning_gym(name: str) -> Any:
     return reasoning_gym
 
 
-BUILTIN: dict[str, Callable[[], list[Row]]] = {"gsm_symbolic": gsm_symbolic, "sarcasm": sarcasm, "book": book}
+BUILTIN: dict[str, Callable[[], list[Row]]] = {
+    data.__name__: data for data in (gsm_symbolic, chain_sum, family_relationships, sarcasm, book)
+}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from layersample_benchmarks.side_by_side.suite import Job, Suite
+from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.suite import Suite
 
 MakeSuite = Callable[..., Suite]
 

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from layersample import ConfigError
 from layersample.cli import app as cli
 from layersample_benchmarks.side_by_side import command
+from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.live import LiveBenchmark
 from layersample_benchmarks.side_by_side.results import Results
-from layersample_benchmarks.side_by_side.suite import Job, Suite
+from layersample_benchmarks.side_by_side.suite import Suite
 
 runner = CliRunner()
 
@@ -23,7 +25,7 @@ runner = CliRunner()
 def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Suite, Path, int]]:
     """What the command would run."""
     seen: list[tuple[Suite, Path, int]] = []
-    monkeypatch.setattr(command, "_run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(command, "_run", lambda *arguments, **_: seen.append(arguments))
     return seen
 
 
@@ -116,7 +118,7 @@ def test_runs_and_reports(
             raise KeyboardInterrupt
         return {"error": "no [good]"} if job.row == "lora" else made_up(job, 1.0 + job.seed / 10)
 
-    monkeypatch.setattr("layersample_benchmarks.side_by_side.runner._Pool._measure", measure)
+    monkeypatch.setattr("layersample_benchmarks.side_by_side.pool.Pool._measure", measure)
     arguments = [
         "--methods",
         "lisa,lora",
@@ -150,7 +152,7 @@ def test_baselines_that_are_not_installed_are_said(
 ) -> None:
     monkeypatch.setattr("layersample_benchmarks.methods.method.find_spec", lambda name: None)
     monkeypatch.setattr(
-        "layersample_benchmarks.side_by_side.runner._Pool._measure",
+        "layersample_benchmarks.side_by_side.pool.Pool._measure",
         lambda self, job: made_up(job, 1.0 + job.seed / 10),
     )
     output = invoke("--seeds", "1", "--lr-grid", "1e-3", "--output", str(tmp_path / "out"))
@@ -163,7 +165,7 @@ def test_baselines_that_are_not_installed_are_said(
 def test_the_bars_on_a_terminal() -> None:
     """One for all runs, and one for each that goes on, which goes with its end."""
     screen = Console(force_terminal=True, file=io.StringIO(), width=100)
-    live = command.LiveBenchmark(screen)
+    live = LiveBenchmark(screen)
     first, second = (Job(row, "final", 0, 1e-3, 4) for row in ("lisa", "lora"))
     live.begin(6, 2)
     live.step(first, 1, 4, 1.25)
@@ -179,3 +181,46 @@ def test_the_bars_on_a_terminal() -> None:
     assert live._bar.tasks[0].completed == 3
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 6 runs are there already." in text and "no [good]" in text and "loss 1.500" in text
+
+
+def test_a_line_a_run_where_no_terminal_is() -> None:
+    """With how many there are, and the time that the others will take."""
+    seconds = iter([0.0, 60.0, 8000.0])
+    screen = Console(file=io.StringIO(), width=100)
+    live = LiveBenchmark(screen, now=lambda: next(seconds))
+    live.begin(6, 2)
+    live.end_run(Job("lisa", "final", 0, 1e-3, 4), {"error": "no [good]"})
+    timed = {"loss": None, "seconds": {"cpu": {"forward": 1.0, "backward": 2.5}}}
+    live.end_run(Job("lora", "timing", 0, 1e-3, 4), timed)
+    assert screen.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "2 of 6 runs are there already.",
+        "3 of 6, about 3 min left: final/lisa/seed-0: failed: no [good]",
+        "4 of 6, about 2 h 13 min left: timing/lora/round-0: 3.5 CPU seconds a step",
+    ]
+
+
+def test_a_commented_example_of_a_suite_is_written(given: list[Any], tmp_path: Path) -> None:
+    """With every key there is; what it says is the default can be taken as it is."""
+    path = tmp_path / "my.yaml"
+    assert f"Written: {path}" in invoke("--write-suite", str(path))
+    assert given == [], "and nothing is run"
+    keys = yaml.safe_load(path.read_text())
+    assert keys.keys() == Suite.model_fields.keys()
+    own = {"methods", "match", "options", "recipes"}
+    for key, field in Suite.model_fields.items():
+        assert key in own or keys[key] == field.get_default(call_default_factory=True), key
+    invoke("--suite", str(path))
+    assert given[0][0].recipes["best-lisa"].tries == 18
+    given[0][0].check()
+    with pytest.raises(
+        ConfigError, match="--write-suite must name a new file, but .*my.yaml is there already"
+    ):
+        invoke("--write-suite", str(path))
+
+
+def test_a_search_for_recipes_needs_a_suite(given: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="A search for recipes needs --suite"):
+        invoke("recipes", "--output", str(tmp_path / "new"))
+    invoke("--write-suite", str(tmp_path / "my.yaml"))
+    invoke("recipes", "--suite", str(tmp_path / "my.yaml"), "--jobs", "2", "--output", str(tmp_path / "new"))
+    assert given[0][0].match == "both" and given[0][1:] == (tmp_path / "new", 2)

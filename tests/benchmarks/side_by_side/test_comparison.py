@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from layersample_benchmarks.side_by_side.comparison import compare, estimate, pareto_front
+from layersample_benchmarks.side_by_side.comparison import compare, compare_margins, estimate, pareto_front
 
 
 def simulate(
@@ -119,3 +119,42 @@ def test_pareto_front() -> None:
     }
     assert pareto_front(points) == ["cheap", "middle", "best"]
     assert pareto_front({}) == []
+
+
+def test_margins_ask_whether_losses_are_equal() -> None:
+    """Against SciPy's tests of each side; no difference shown is not the same as equal."""
+    rng = np.random.default_rng(0)
+    base = dict(enumerate(rng.normal(1.0, 0.2, 8)))
+    noise = {"near": 0.004, "lower": 0.004, "vague": 0.2}
+    shift = {"near": 0.0, "lower": -0.1, "vague": 0.0}
+    values = {
+        name: {seed: loss + shift[name] + rng.normal(0, noise[name]) for seed, loss in base.items()}
+        for name in noise
+    }
+    values["base"] = base
+    margins = compare_margins(values, "base", 0.02)
+    assert {name: margin.verdict for name, margin in margins.items()} == {
+        "near": "equal",
+        "lower": "not worse",
+        "vague": "not shown",
+    }
+    assert compare(values, "base")["vague"].verdict == "no difference shown"
+    differences = np.array([values["vague"][seed] - base[seed] for seed in base])
+    sides = [
+        stats.ttest_1samp(differences, 0.02, alternative="less").pvalue,
+        stats.ttest_1samp(differences, -0.02, alternative="greater").pvalue,
+    ]
+    alone = compare_margins({"vague": values["vague"], "base": base}, "base", 0.02)["vague"]
+    assert (alone.not_worse_p, alone.equal_p) == (pytest.approx(sides[0]), pytest.approx(max(sides)))
+    one_seed = compare_margins({"a": {0: 1.0}, "b": {0: 1.0}}, "b", 0.02)["a"]
+    assert one_seed.verdict == "not tested"
+
+
+def test_a_method_at_the_margin_is_called_equal_at_the_stated_rate_at_most() -> None:
+    rng = np.random.default_rng(1)
+    called = 0
+    for _ in range(400):
+        base = dict(enumerate(rng.normal(1.0, 0.2, 5)))
+        other = {seed: loss + 0.02 + rng.normal(0, 0.01) for seed, loss in base.items()}
+        called += compare_margins({"a": other, "b": base}, "b", 0.02)["a"].verdict != "not shown"
+    assert called / 400 <= 0.08, "5%, but for chance"

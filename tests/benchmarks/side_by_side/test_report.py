@@ -12,9 +12,11 @@ import pytest
 
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side.analysis import analyze
-from layersample_benchmarks.side_by_side.report import findings, signed, write_report
-from layersample_benchmarks.side_by_side.results import Results
+from layersample_benchmarks.side_by_side.report import findings, write_report
+from layersample_benchmarks.side_by_side.results import Results, read_results
+from layersample_benchmarks.side_by_side.sections import power_beforehand
 from layersample_benchmarks.side_by_side.suite import Suite
+from layersample_benchmarks.side_by_side.wording import signed
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -214,3 +216,36 @@ def test_the_page_is_no_wider_than_a_phone(page: Page, folder: Path, tmp_path: P
     found = re.search(r"<title>width (\d+) of (\d+)</title>", done.stdout)
     assert found, done.stderr
     assert int(found[1]) <= int(found[2])
+
+
+def test_what_the_seeds_can_tell(folder: Path) -> None:
+    """Said afterwards for each method, and beforehand for more seeds."""
+    analysis = analyze(*read_results(folder))
+    write_report(folder)
+    page = (folder / "report.md").read_text()
+    table = page.split("## What these seeds can tell")[1].split("##")[0]
+    rows = {
+        row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]]
+        for row in table.splitlines()
+        if "|" in row
+    }
+    spread, smallest, seeds, needed, equal, not_worse, verdict = rows["lora"]
+    assert float(spread) == pytest.approx(0.0216, abs=1e-3) and seeds == "4"
+    assert 0.02 < float(smallest) < 0.2 and int(needed) > 4
+    assert (float(equal) > 0.05, verdict) == (True, "not shown")
+    assert (rows["lisa"][5], rows["lisa"][6]) == ("< 0.001", "not worse")
+    assert re.search(r"With 4 seeds a difference of [\d.]+ nats is shown with a chance of 80%", page)
+    assert "Not worse than full by more than 0.02 nats: lisa." in page
+    assert float(
+        table_cell(power_beforehand(analysis.suite.model_copy(update={"seeds": [*range(16)]}), analysis))
+    ) < float(smallest)
+    unknown = power_beforehand(Suite(methods=["full", "lisa"], seeds=[0, 1, 2]), None)
+    assert "3.3 times the spread" in unknown and "8 seeds 1.2" in unknown
+    assert "give at least 2" in power_beforehand(Suite(methods=["full", "lisa"], seeds=[0]), None)
+
+
+def table_cell(sentence: str) -> str:
+    """The difference that a sentence names."""
+    found = re.search(r"a difference of ([\d.]+) nats", sentence)
+    assert found is not None, sentence
+    return found.group(1)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from layersample import ConfigError
+from layersample_benchmarks.side_by_side.jobs import Job
 from layersample_benchmarks.side_by_side.results import Results, read_results
-from layersample_benchmarks.side_by_side.suite import Job, Suite
+from layersample_benchmarks.side_by_side.suite import Suite
 
 
 @pytest.fixture

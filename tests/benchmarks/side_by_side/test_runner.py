@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from layersample import ConfigError
-from layersample_benchmarks.side_by_side import runner
+from layersample_benchmarks.side_by_side import pool
 from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.jobs import Job
 from layersample_benchmarks.side_by_side.results import read_results
 from layersample_benchmarks.side_by_side.runner import run_suite
-from layersample_benchmarks.side_by_side.suite import Job, Suite
+from layersample_benchmarks.side_by_side.suite import Suite
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
 
@@ -38,7 +39,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measure], list[str]]:
             started.append(job.key)
             return measure(job)
 
-        monkeypatch.setattr(runner._Pool, "_measure", run)
+        monkeypatch.setattr(pool.Pool, "_measure", run)
         return started
 
     return install
@@ -158,8 +159,13 @@ def test_bad_input_comes_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_runs_are_processes_of_their_own(make_tiny: Callable[..., Suite], tmp_path: Path) -> None:
-    """One that ends well, one that raises and one that is killed; the same losses as in this process."""
+def test_runs_are_processes_of_their_own(
+    make_tiny: Callable[..., Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that raises, one that is killed and one that ends well behind them, with the same losses as in this process.
+
+    All three come from one worker: what a run does to its process ends with it.
+    """
     from layersample_benchmarks.side_by_side.training import run_job
 
     plugin = tmp_path / "plugin.py"
@@ -176,8 +182,16 @@ def test_runs_are_processes_of_their_own(make_tiny: Callable[..., Suite], tmp_pa
         "    'Be killed.'\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    tiny = make_tiny(["lisa", "raises", "killed"], seeds=[0], plugin=plugin)
+    tiny = make_tiny(["raises", "killed", "lisa"], seeds=[0], plugin=plugin)
     seen: list[str] = []
+    workers: list[pool.Worker] = []
+
+    class Worker(pool.Worker):  # type: ignore[misc]
+        def __init__(self, log: Path, threads: int) -> None:
+            super().__init__(log, threads)
+            workers.append(self)
+
+    monkeypatch.setattr(pool, "Worker", Worker)
 
     class Progress:
         def begin(self, runs: int, done: int) -> None:
@@ -189,13 +203,21 @@ def test_runs_are_processes_of_their_own(make_tiny: Callable[..., Suite], tmp_pa
         def end_run(self, job: Job, measured: dict[str, Any]) -> None:
             seen.append(f"{job.row} ended")
 
-    results = run_suite(tiny, tmp_path / "out", jobs=3, progress=Progress())
+        def say(self, text: str) -> None:
+            seen.append(text)
+
+        def more(self, runs: int) -> None:
+            raise AssertionError("there are no more runs than was said")
+
+    results = run_suite(tiny, tmp_path / "out", progress=Progress())
+    assert len(workers) == 1 and not workers[0].lives
     by_name = {line["method"]: line for line in results.lines()}
     assert by_name["raises"]["error"] == "ValueError: no good"
     assert "most likely because memory ran out" in by_name["killed"]["error"]
+    assert "With 1 seed no difference is tested" in seen[0]
     assert {"0 of 3", "lisa 1/4", "lisa 4/4", "lisa ended", "killed ended"} <= set(seen)
     assert "said on standard output" in (tmp_path / "out" / "logs" / "final.raises.seed-0.log").read_text()
-    here = run_job(tiny, tiny.final_jobs(tiny.entries[0], 1e-2)[0], lambda step: None)
+    here = run_job(tiny, tiny.final_jobs(tiny.entries[2], 1e-2)[0], lambda step: None)
     assert by_name["lisa"]["training_loss"] == here["training_loss"]
     assert by_name["lisa"]["loss"] == here["loss"]
     assert by_name["lisa"]["environment"]["threads"] == 1
@@ -249,10 +271,10 @@ def _runs(pid: int) -> bool:
 def test_what_a_process_that_said_nothing_ended_with(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("Traceback\nImportError: no torch\n")
-    assert runner._ending(1, log) == "The process ended with code 1: ImportError: no torch"
+    assert pool._ending(1, log) == "The process ended with code 1: ImportError: no torch"
     log.write_text("")
-    assert "it said nothing" in runner._ending(3, log)
-    assert "SIGKILL" in runner._ending(-signal.SIGKILL, log)
+    assert "it said nothing" in pool._ending(3, log)
+    assert "SIGKILL" in pool._ending(-signal.SIGKILL, log)
 
 
 def test_a_best_rate_at_the_edge_is_searched_beyond(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersample import ConfigError
-from layersample_benchmarks.side_by_side.scoring import mean_loss, share_right
+from layersample_benchmarks.side_by_side.scoring import choice_likelihoods, mean_loss, share_right
 from layersample_benchmarks.side_by_side.tasks import Task, get_task
 
 
@@ -69,7 +69,7 @@ def test_the_likelier_choice_is_taken(tokenizer: Any) -> None:
     rows = [{"prompt": p, "completion": c} for p, c in (("a?", "n"), ("b??", "y"), ("c?", "y"))]
     assert math.isclose(share_right(Sure(tokenizer), tokenizer, task, rows, 1), 2 / 3)
     with pytest.raises(ConfigError, match="must begin with different tokens"):
-        share_right(Sure(tokenizer), tokenizer, Task("t", "t", choices=("na", "nb")), rows, 1)
+        share_right(Sure(tokenizer), tokenizer, Task("t", "t", choices=("n", "n")), rows, 1)
 
 
 def test_data_without_prompts(tokenizer: Any) -> None:
@@ -95,3 +95,35 @@ def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Pa
     naive = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     assert math.isclose(mean_loss(trainer, "held_out"), float(naive), rel_tol=1e-6)
     assert model.training, "left as it was"
+
+
+def test_choices_of_several_tokens_are_scored_as_the_harness_scores_them(
+    tiny_model: Path, tokenizer: Any
+) -> None:
+    """The sum of the log-probabilities of a choice's tokens behind its prompt, each in a pass of its own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    choices, prompts = (" no", " yes.", " a longer one"), ["Is it?", "Is it not so?"]
+    found = choice_likelihoods(model, tokenizer, choices, prompts)
+    assert model.training, "left as it was"
+    for prompt, row in zip(prompts, found, strict=True):
+        for choice, likelihood in zip(choices, row, strict=True):
+            before, after = (
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, choice)
+            )
+            with torch.no_grad():
+                logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+            naive = sum(float(logits[place, token]) for place, token in enumerate(after))
+            assert math.isclose(likelihood, naive, rel_tol=1e-4), choice
+    best = [choices[max(range(3), key=row.__getitem__)] for row in found]
+    rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, best, strict=True)]
+    assert share_right(model, tokenizer, Task("t", "t", choices=choices), rows, 1) == 1.0
+    rows[0]["completion"] = " no" if best[0] != " no" else " yes."
+    assert share_right(model, tokenizer, Task("t", "t", choices=choices), rows, 1) == 0.5
+
+
+def test_spaces_before_a_choice_go_to_it(tiny_model: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    behind, inside = (
+        choice_likelihoods(model, tokenizer, [c], [p]) for c, p in (("no", "Is it? "), (" no", "Is it?"))
+    )
+    assert behind == inside

@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 
 from layersample import ConfigError
-from layersample_benchmarks.side_by_side.suite import (
-    Suite,
-    builtin_suites,
-    fingerprint,
-    make_suite,
-    read_builtin,
-)
+from layersample_benchmarks.side_by_side.fingerprints import fingerprint
+from layersample_benchmarks.side_by_side.suite import Suite, make_suite
+from layersample_benchmarks.side_by_side.suite_files import builtin_suites, read_builtin
 
 
 @pytest.mark.parametrize("name", ["default", "sarcasm", "quick"])
@@ -60,6 +56,15 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         suite.check()
 
 
+def test_a_number_of_seeds_is_as_many() -> None:
+    """As ``--seeds 3`` on the command line."""
+    assert make_suite(("suite.yaml", {"seeds": 3})).seeds == [0, 1, 2]
+    assert make_suite(("suite.yaml", {"seeds": [3]})).seeds == [3]
+    for wrong in (0, 10**6, True, 2.0):
+        with pytest.raises(ConfigError, match="suite.yaml: seeds: "):
+            make_suite(("suite.yaml", {"seeds": wrong}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,7 +101,7 @@ def test_a_baseline_that_is_no_row() -> None:
     with pytest.raises(
         ConfigError, match="baseline: Unknown method of this suite 'loora'. Did you mean 'lora'"
     ):
-        Suite(methods=["lora", "lisa"], baseline="loora").check_baseline()
+        Suite(methods=["lora", "lisa"], baseline="loora").check_references()
 
 
 def test_rates_of_a_method() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from layersample import ConfigError
-from layersample_benchmarks.side_by_side.tasks import after_marker, get_task, split
+from layersample_benchmarks.side_by_side.tasks import after_marker, get_task, right_answers, split
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,33 @@ def test_markers(sums: Path) -> None:
     with pytest.raises(ConfigError, match="must not be empty"):
         get_task(str(sums), "")
     assert get_task("sarcasm").choices == (" no", " yes")
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "family_relationships"])
+def test_built_in_tasks_have_answers_that_can_be_read(name: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = get_task(name)
+    parts = split(task, validation_size=8, test_size=200, train_size=100, seed=0)
+    assert len(set(parts.train["prompt"]) | set(parts.test["prompt"])) == 300, "none comes twice"
+    answers = right_answers(task, list(parts.test))
+    assert len(set(answers)) > 8 and set(answers) <= set(task.choices or answers)
+    assert task.choices or all(int(answer) < 300 for answer in answers)
+
+
+def test_no_choice_begins_another_one() -> None:
+    """The shorter one would always be the likelier."""
+    for name in ("sarcasm", "family_relationships"):
+        choices = get_task(name).choices
+        assert not any(a != b and b.startswith(a) for a in choices for b in choices)
+
+
+def test_an_answer_alone() -> None:
+    read = get_task("chain_sum").read_answer
+    assert read is not None
+    assert [read(text) for text in (" -12.", "7\nand more", " 7. So", "", ".")] == [
+        "-12",
+        "7",
+        "7",
+        None,
+        None,
+    ]

@@ -11,7 +11,8 @@ import pytest
 from layersample import ConfigError, create_sampler, list_samplers
 from layersample_benchmarks.methods.catalog import default_methods, get_method
 from layersample_benchmarks.side_by_side.analysis import analyze
-from layersample_benchmarks.side_by_side.suite import Job, Stage, Suite
+from layersample_benchmarks.side_by_side.jobs import Job, Stage
+from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.training import run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:BAdam expect", "ignore:.*deprecated")

@@ -1,0 +1,56 @@
+"""One run of a benchmark, and what its method is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["peak", "timing", "search", "rung", "final"]
+_PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "final": "seed"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method may use, so that it can be compared with the others.
+
+    Args:
+        steps: Optimizer steps of a run.
+        search_steps: Optimizer steps of a run that tries a learning rate.
+        options: Options of ``layersample train`` that were chosen for it.
+    """
+
+    steps: int
+    search_steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, in a process of its own.
+
+    Args:
+        row: Name of the method's row.
+        stage: ``"peak"`` and ``"timing"`` measure what a method takes; ``"search"`` tries a learning rate, measured
+            on the validation split, and ``"rung"`` a recipe; ``"final"`` is measured on the test split.
+        seed: Seed of data order, dropout and draws; of a timing, its round.
+        learning_rate: The peak.
+        steps: Optimizer steps.
+        options: Options of ``layersample train`` that the match chose.
+    """
+
+    row: str
+    stage: Stage
+    seed: int
+    learning_rate: float
+    steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name among all runs of a benchmark."""
+        if self.stage == "search":
+            return f"search/{self.row}/rate-{self.learning_rate:g}"
+        if self.stage == "rung":
+            return f"rung/{self.row}/steps-{self.steps}"
+        return f"{self.stage}/{self.row}/{_PARTS[self.stage]}-{self.seed}"

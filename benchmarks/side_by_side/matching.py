@@ -1,0 +1,245 @@
+"""What each method is given, so that all are compared at equal time, at equal memory, or at both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from layersample.errors import ConfigError
+
+from .entries import MethodEntry
+from .jobs import Given, Job
+from .memory_match import DoesNotFitError, MemoryPlanner
+from .pool import Pool
+from .results import Results
+from .stored_lines import Line
+from .suite import Suite
+
+_COMPARABLE = {"num_active", "rank"}  # what a row may fix itself, and is then not chosen for it
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a method takes, measured over runs with nothing of the benchmark beside them.
+
+    Args:
+        step: Seconds of a step.
+        before: Seconds that its sampler measures before the first one.
+        clock: ``"cpu"``, or ``"wall"`` where a GPU works.
+    """
+
+    step: float
+    before: float
+    clock: str
+
+    def steps_in(self, seconds: float) -> int:
+        """Whole steps that fit some seconds."""
+        # Rounding must not take a step from the reference itself.
+        return max(0, math.floor((seconds - self.before) / self.step + 1e-9))
+
+
+class Matching:
+    """Decides what the rows of a suite are given; each decision is stored, and later calls go by it.
+
+    Args:
+        suite: The suite.
+        results: Where measurements and decisions are.
+    """
+
+    def __init__(self, suite: Suite, results: Results) -> None:
+        self._suite = suite
+        self._results = results
+        self._planner = MemoryPlanner(suite.model)
+
+    def run(self, pool: Pool, more: Callable[[int], None] = lambda runs: None) -> None:
+        """Measure and decide what isn't decided yet; nothing where all have the same steps and no times are wanted.
+
+        Args:
+            pool: Does the runs, one at a time.
+            more: Told how many more runs there are than was known, or, below zero, fewer.
+        """
+        peaks = self.peak_jobs()
+        more(sum(self._results.get(job) is None for job in peaks))
+        pool.run(peaks, alone=True)
+        before = len(self.timing_jobs())
+        self.fit_memory()
+        timings = self.timing_jobs()
+        more(len(timings) - before)
+        pool.run(timings, alone=True)
+        self.fit_time()
+
+    def given(self, entry: MethodEntry) -> Given | None:
+        """What a row is given; ``None`` where nothing is, or it isn't decided yet."""
+        memory, time = self._decided(entry.name, "memory"), self._decided(entry.name, "time")
+        if (self._suite.matches_memory and not _is_good(memory)) or (
+            self._suite.matches_time and not _is_good(time)
+        ):
+            return None
+        options = memory["options"] if memory else {}
+        if time is None:
+            return Given(self._suite.steps, self._suite.search_steps, options)
+        return Given(time["steps"], time["search_steps"], options)
+
+    def why_not(self, entry: MethodEntry) -> str:
+        """Why a row is given nothing."""
+        decided = (self._decided(entry.name, stage) for stage in ("memory", "time"))
+        return next((str(x["error"]) for x in decided if x is not None and "error" in x), "not decided yet")
+
+    def undecided(self) -> list[MethodEntry]:
+        """The rows for which nothing has been decided yet."""
+        stages = [
+            stage
+            for stage, wanted in (("memory", self._suite.matches_memory), ("time", self._suite.matches_time))
+            if wanted
+        ]
+        return [
+            entry
+            for entry in self._suite.entries
+            if any(self._decided(entry.name, stage) is None for stage in stages)
+            and not any(_has_failed(self._decided(entry.name, stage)) for stage in stages)
+        ]
+
+    def peak_jobs(self) -> list[Job]:
+        """Runs that measure the memory of what can't be planned, and then of the reference too."""
+        if not self._suite.matches_memory:
+            return []
+        waiting = [entry for entry in self.undecided() if self._decided(entry.name, "memory") is None]
+        measured = [entry for entry in waiting if not self._planner.can_plan(entry.definition)]
+        rows = {entry.name: entry for entry in measured}
+        if measured:
+            rows |= {e.name: e for e in self._suite.entries if e.name == self._suite.match_to}
+        return [self._suite.peak_job(entry) for entry in rows.values()]
+
+    def fit_memory(self) -> None:
+        """Decide what fits the reference's memory."""
+        if not self._suite.matches_memory:
+            return
+        for entry in self.undecided():
+            if self._decided(entry.name, "memory") is None:
+                self._results.add_match(entry.name, "memory", self._fit(entry))
+
+    def _fit(self, entry: MethodEntry) -> Line:
+        suite, reference = self._suite, self._results.entry(self._suite.match_to)
+        share = 1.0 if entry.name == reference.name else suite.memory_share
+        try:
+            planned = self._planner.can_plan(entry.definition)
+            if planned and not self._planner.can_plan(reference.definition):
+                return {
+                    "error": f"The memory of {reference.name} can't be planned: match to lora, or a sampler."
+                }
+            limit = int(share * (self._planned(reference) if planned else self._measured(reference.name)))
+            if planned and entry.name != reference.name:
+                own = frozenset(_COMPARABLE & entry.options.keys())
+                config = suite.config(suite.search_job(entry, suite.rates(entry)[0]))
+                fit = self._planner.fit(entry.definition, config, limit, own)
+                options, taken = fit.options, fit.bytes
+            else:
+                options, taken = {}, limit if entry.name == reference.name else self._measured(entry.name)
+            if taken > limit:
+                raise DoesNotFitError(f"takes {taken / 2**20:,.1f} MiB, and nothing of it can be chosen")
+        except DoesNotFitError as error:
+            part = "" if share == 1 else f"{share:g} of "
+            return {
+                "error": f"Not matched in memory: it {error}, but {part}{reference.name}'s peak is "
+                f"{limit / 2**20:,.1f} MiB."
+            }
+        except ConfigError as error:
+            return {"error": f"Not matched in memory: {error}"}
+        return {"options": options, "bytes": taken, "budget_bytes": limit, "planned": planned}
+
+    def _planned(self, entry: MethodEntry) -> int:
+        config = self._suite.config(self._suite.search_job(entry, self._suite.rates(entry)[0]))
+        return self._planner.peak(entry.definition, config)
+
+    def _measured(self, name: str) -> int:
+        for line in self._results.all_lines():
+            if line["method"] == name and line["stage"] == "peak":
+                if "error" in line:
+                    raise ConfigError(f"measuring {name} failed: {line['error']}")
+                return int(line["peak_bytes"]["tensors"]["total"])
+        raise ConfigError(f"the memory of {name} hasn't been measured")
+
+    def timing_jobs(self) -> list[Job]:
+        """The runs that measure steps: a round of all methods, then the next, so that slow hours hit all alike."""
+        jobs = []
+        for entry in self._suite.entries:
+            memory = self._decided(entry.name, "memory")
+            if not _has_failed(memory):
+                jobs.append(self._suite.timing_jobs(entry, memory["options"] if memory else {}))
+        return [job for turn in zip(*jobs, strict=True) for job in turn]
+
+    def fit_time(self) -> None:
+        """Decide how many steps fit the reference's time."""
+        if not self._suite.matches_time:
+            return
+        for entry in self.undecided():
+            self._results.add_match(entry.name, "time", self._steps(entry))
+
+    def _steps(self, entry: MethodEntry) -> Line:
+        suite, lines = self._suite, self._results.all_lines()
+        try:
+            reference, own = pace(lines, suite.match_to), pace(lines, entry.name)
+        except ConfigError as error:
+            return {"error": f"Not matched in time: {error}"}
+        share = 1.0 if entry.name == suite.match_to else suite.time_share
+        budgets = [
+            share * (reference.before + steps * reference.step) for steps in (suite.steps, suite.search_steps)
+        ]
+        steps, search_steps = (own.steps_in(seconds) for seconds in budgets)
+        for name, count, seconds in zip(
+            ("steps", "search_steps"), (steps, search_steps), budgets, strict=True
+        ):
+            if count < 1:
+                before = f" after {own.before:.3g} of measuring first" if own.before > 0.01 * own.step else ""
+                return {
+                    "error": f"Not matched in time: a step takes {own.step:.3g} {own.clock} seconds{before}, but "
+                    f"{suite.match_to}'s {name} leave {seconds:.3g}. Raise {name}."
+                }
+        return {
+            "steps": steps,
+            "search_steps": search_steps,
+            "step_seconds": own.step,
+            "before_seconds": own.before,
+            "budget_seconds": budgets[0],
+            "clock": own.clock,
+        }
+
+    def _decided(self, row: str, stage: str) -> Line | None:
+        return next(
+            (x for x in self._results.all_lines() if x["method"] == row and x["stage"] == stage), None
+        )
+
+
+def pace(lines: Iterable[Line], name: str) -> Pace:
+    """What a method's timings have measured.
+
+    Raises:
+        ConfigError: If there are none, one failed, or they are of several machines.
+    """
+    timings = [line for line in lines if line["method"] == name and line["stage"] == "timing"]
+    if failed := [line["error"] for line in timings if "error" in line]:
+        raise ConfigError(f"timing {name} failed: {failed[0]}")
+    if not timings:
+        raise ConfigError(f"the time of {name} hasn't been measured")
+    machines = sorted({f"{x['environment']['processor']}, {x['environment']['gpu']}" for x in timings})
+    if len(machines) > 1:
+        raise ConfigError(f"{name} was timed on several machines: {'; '.join(machines)}")
+    clock = "wall" if timings[0]["environment"]["gpu"] else "cpu"
+    return Pace(
+        _mean([sum(x["seconds"][clock].values()) for x in timings]),
+        _mean([x["seconds"]["before_training"][clock] for x in timings]),
+        clock,
+    )
+
+
+def _is_good(line: Line | None) -> bool:
+    return line is not None and "error" not in line
+
+
+def _has_failed(line: Line | None) -> bool:
+    return line is not None and "error" in line
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

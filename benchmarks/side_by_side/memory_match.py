@@ -1,0 +1,148 @@
+"""How much of a method fits the memory of another one: the planner chooses its layers or its rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from layersample.config import TrainConfig
+from layersample.errors import ConfigError
+from layersample.planning.active_sets import find_active_sets
+from layersample.planning.fake_models import quietly
+from layersample.planning.simulation import simulate_step
+from layersample.planning.target import Target, find_target
+from layersample.registry import create_sampler
+
+from ..methods.method import Method
+
+_HIGHEST_RANK = 1024  # beyond it, low rank saves nothing on the models that are compared
+
+
+class DoesNotFitError(Exception):
+    """A method takes more than the memory that it is given; the text says the least that it takes."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method is given of some memory.
+
+    Args:
+        options: Options that were chosen for it.
+        bytes: What it then takes at most, by the plan.
+    """
+
+    options: dict[str, Any]
+    bytes: int
+
+
+class MemoryPlanner:
+    """Plans the peak tensors of methods on one model; what was simulated is kept.
+
+    Args:
+        model: As ``layersample train`` takes it.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._known: dict[str, int] = {}
+
+    def can_plan(self, method: Method) -> bool:
+        """Whether the planner knows what a method does."""
+        return method.samples or method.adapter_rank is not None
+
+    def peak(self, method: Method, config: TrainConfig) -> int:
+        """Bytes of all tensors at most in a step, whatever layers are drawn, of examples of full length.
+
+        Raises:
+            ConfigError: If the model or the options can't be planned.
+        """
+        rank = None if method.adapter_rank is None else method.adapter_rank(config)
+        if rank is not None:  # the adapters' own, and no projection's
+            config = config.model_copy(update={"rank": None})
+        key = f"{rank} {config.model_dump_json(exclude={'learning_rate', 'steps', 'seed'})}"
+        if key not in self._known:
+            with quietly():
+                target, planned = find_target(self._model, config)
+                self._known[key] = _peak(target, planned, rank)
+        return self._known[key]
+
+    def fit(self, method: Method, config: TrainConfig, limit: int, own: frozenset[str]) -> Fit:
+        """The most layers, or the highest rank, with which a method stays within a limit.
+
+        Args:
+            method: One that can be planned.
+            config: Its options.
+            limit: Bytes of all tensors.
+            own: Options that its row gives itself, which stay as they are.
+
+        Raises:
+            ConfigError: If the model or the options can't be planned.
+            DoesNotFitError: If it takes more than the limit at its least.
+        """
+        knob = None if config.budget is not None else _knob(method, config)
+        if knob is None or knob in own:
+            taken = self.peak(method, config)
+            if taken > limit:
+                why = (
+                    f"with {knob}={getattr(config, knob)}"
+                    if knob
+                    else "and has no number of layers to choose"
+                )
+                raise DoesNotFitError(f"takes {_mib(taken)} {why}")
+            return Fit({}, taken)
+
+        def cost(value: int) -> int:
+            return self.peak(method, config.model_copy(update={knob: value}))
+
+        chosen = _most_within(cost, limit, self._highest(knob, config))
+        if chosen is None:
+            least = "one layer" if knob == "num_active" else "rank 1"
+            raise DoesNotFitError(f"takes at least {_mib(cost(1))}, with {least}")
+        return Fit({knob: chosen}, cost(chosen))
+
+    def _highest(self, knob: str, config: TrainConfig) -> int:
+        if knob == "rank":
+            return _HIGHEST_RANK
+        with quietly():
+            target, planned = find_target(self._model, config.model_copy(update={"num_active": 1}))
+            return find_active_sets(target.shape, planned, kind=target.kind).num_layers
+
+
+def _knob(method: Method, config: TrainConfig) -> str | None:
+    """The option that decides how much of a method trains; ``None`` where there is none."""
+    if method.adapter_rank is not None:
+        return "rank"
+    if not create_sampler(config.sampler, config.sampler_options).trains_everything:
+        return "num_active"
+    return None if config.projection is None else "rank"
+
+
+def _peak(target: Target, config: TrainConfig, adapter_rank: int | None) -> int:
+    shape, kind = target.shape, target.kind
+    if adapter_rank is not None:
+        return simulate_step(shape, config, (), lora_rank=adapter_rank, kind=kind).peak_bytes
+    sets = find_active_sets(shape, config, kind=kind)
+    return max(simulate_step(shape, config, active, kind=kind).peak_bytes for active in sets.worst)
+
+
+def _most_within(cost: Callable[[int], int], limit: int, highest: int) -> int | None:
+    """The largest value whose cost is within a limit; ``None`` where 1 costs more. More never costs less."""
+    if cost(1) > limit:
+        return None
+    low, high = 1, highest
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _within(cost, middle, limit) else (low, middle - 1)
+    return low
+
+
+def _within(cost: Callable[[int], int], value: int, limit: int) -> bool:
+    try:
+        return cost(value) <= limit
+    except ConfigError:  # a rank above what the smallest matrix has
+        return False
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,97 @@
+"""A benchmark whose rows are searched for first, and then confirmed beside the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from layersample.errors import ConfigError
+from layersample.files import check_output
+
+from .entries import MethodEntry
+from .pool import BenchmarkProgress
+from .recipes import TRIED, RecipeSearch, make_study
+from .results import SEARCHES, Results
+from .runner import run_suite, threads_of
+from .suite import Suite
+
+
+def run_recipes(
+    suite: Suite,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    command: str | None = None,
+    progress: BenchmarkProgress | None = None,
+) -> Results:
+    """Search each recipe of a suite on the validation split; then run them with the other rows, on fresh seeds.
+
+    Args:
+        suite: What to run; its ``recipes`` say what is searched.
+        folder: Where the results are, and in it what was tried.
+        jobs: Runs at a time.
+        command: What was typed, for the report.
+        progress: Shows all runs.
+
+    Raises:
+        ConfigError: If the suite or the folder can't be used, Optuna isn't installed, or no try came to its end.
+    """
+    suite = suite.model_copy(update={"methods": _without_recipes(suite)})
+    check_recipes(suite)
+    suite.check()
+    suite.check_data()
+    check_output(folder)
+    Results(folder, suite).open().close()  # what can't be used is said before hours of search
+    chosen = []
+    for name, space in suite.recipes.items():
+        search = RecipeSearch(
+            name,
+            space,
+            suite,
+            folder / SEARCHES / name,
+            jobs=jobs,
+            threads=threads_of(suite, jobs),
+            progress=progress,
+        )
+        chosen.append(search.run())
+        if progress is not None:
+            progress.say(f"{name}: {_words(chosen[-1])}")
+    whole = suite.model_copy(update={"methods": [*suite.methods, *chosen]})
+    return run_suite(whole, folder, jobs=jobs, command=command, progress=progress)
+
+
+def check_recipes(suite: Suite) -> None:
+    """Make sure that the searches of a suite can be run.
+
+    Raises:
+        ConfigError: If there are none, one has a seed or name of the suite's, or Optuna isn't installed.
+    """
+    if not suite.recipes:
+        raise ConfigError("recipes must hold at least one search, but the suite has none.")
+    make_study(0)
+    for name, space in suite.recipes.items():
+        if space.seed in suite.seeds:
+            raise ConfigError(
+                f"recipes: the seed of {name} must be none of the suite's, on which the choice is confirmed, but "
+                f"{space.seed} is one of them."
+            )
+        row = MethodEntry(name=name, method=space.method or name, options=space.options)
+        suite.model_copy(update={"methods": [row], "baseline": name, "match": "steps"}).check()
+
+
+def read_tried(folder: Path) -> list[dict[str, Any]]:
+    """What each search of a benchmark's folder has tried."""
+    paths = sorted((folder / SEARCHES).glob(f"*/{TRIED}"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _without_recipes(suite: Suite) -> list[MethodEntry | str]:
+    """The rows that aren't searched for; those of a search that was done before are among a stored suite's."""
+    return [row for row in suite.methods if isinstance(row, str) or row.name not in suite.recipes]
+
+
+def _words(row: MethodEntry) -> str:
+    rate = (row.learning_rates or [0.0])[0]
+    options = ", ".join(f"{key} {value}" for key, value in row.options.items())
+    return f"{options}, learning rate {rate:g}"

@@ -1,0 +1,263 @@
+"""What each method is given at equal time and at equal memory; with made-up measurements, but for one real run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layersample import ConfigError
+from layersample_benchmarks.methods.catalog import get_method
+from layersample_benchmarks.side_by_side import pool
+from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.memory_match import DoesNotFitError, MemoryPlanner
+from layersample_benchmarks.side_by_side.report import write_report
+from layersample_benchmarks.side_by_side.results import Results, read_results
+from layersample_benchmarks.side_by_side.runner import run_suite
+from layersample_benchmarks.side_by_side.sections import matched
+from layersample_benchmarks.side_by_side.suite import Suite
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+MadeUp = Callable[..., dict[str, Any]]
+STEP = {"lora": 2.0, "lisa": 1.5, "full": 5.0, "slow": 500.0, "owlore": 1.5}
+BEFORE = {"owlore": 31.0}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, made_up: MadeUp) -> list[Job]:
+    """The runs that are started; each method takes its own time, and a peak of 100 MiB or 60."""
+    seen: list[Job] = []
+
+    def measure(self: Any, job: Job) -> dict[str, Any]:
+        seen.append(job)
+        cost = STEP[job.row]
+        seconds = {"forward": cost / 2, "backward": cost / 2, "optimizer": 0.0, "sampling": 0.0}
+        before = BEFORE.get(job.row, 0.0)
+        spent = {"cpu": seconds, "wall": seconds, "before_training": {"cpu": before, "wall": before}}
+        measured = made_up(job, 1.0 + job.seed / 10 + cost / 1000, seconds=spent)
+        measured["peak_bytes"]["tensors"]["total"] = (60 if job.row == "lisa" else 100) * 2**20
+        return measured if job.stage != "timing" else {**measured, "loss": None, "other_loss": None}
+
+    monkeypatch.setattr(pool.Pool, "_measure", measure)
+    return seen
+
+
+def suite(**more: Any) -> Suite:
+    keys: dict[str, Any] = {
+        "methods": ["full", "lisa", "lora"],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-2, 1e-1],
+        "search_extensions": 0,
+        "match": "time",
+        "steps": 20,
+        "search_steps": 10,
+        "timing_rounds": 2,
+    }
+    return Suite(**{**keys, **more})
+
+
+def steps_of(jobs: list[Job], stage: str) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for job in jobs:
+        if job.stage == stage:
+            found.setdefault(job.row, set()).add(job.steps)
+    return found
+
+
+def test_each_method_has_the_steps_that_fit_the_reference_s_seconds(
+    started: list[Job], tmp_path: Path
+) -> None:
+    """20 steps of LoRA take 40 seconds; its 10 of the search for a rate take 20."""
+    run_suite(suite(), tmp_path)
+    turns = [(job.row, job.seed) for job in started if job.stage == "timing"]
+    assert turns == [(row, turn) for turn in range(2) for row in ("full", "lisa", "lora")], "in turns"
+    assert steps_of(started, "final") == {"full": {8}, "lisa": {26}, "lora": {20}}
+    assert steps_of(started, "search") == {"full": {4}, "lisa": {13}, "lora": {10}}
+    shown = {row["name"]: row for row in matched(analyze(*read_results(tmp_path)))}
+    assert (shown["lisa"]["given_seconds"], shown["lisa"]["used_seconds"]) == ("40.0", "39.0")
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "the time of lora at 20 steps" in page and "| lisa | 26 | – | 40.0 | 39.0 | 1.50 |" in page
+    assert "with nothing of the benchmark beside them, in turns with the others'" in page
+
+
+def test_the_schedule_is_stretched_to_the_steps(started: list[Job], tmp_path: Path) -> None:
+    run_suite(suite(options={"warmup": 0.25}), tmp_path)
+    final = next(job for job in started if job.stage == "final" and job.row == "lisa")
+    config = suite(options={"warmup": 0.25}).config(final)
+    assert (config.steps, config.warmup) == (26, 0.25), "the Trainer's schedule runs over these steps"
+
+
+def test_a_share_of_the_time_is_for_the_others_and_measuring_first_counts(
+    started: list[Job], tmp_path: Path
+) -> None:
+    run_suite(suite(methods=["lora", "lisa", "owlore"], time_share=0.9, search_steps=20), tmp_path)
+    assert steps_of(started, "final") == {"lora": {20}, "lisa": {24}, "owlore": {3}}, "(36 - 31) / 1.5"
+
+
+def test_a_row_whose_step_takes_longer_than_all_says_so(started: list[Job], tmp_path: Path) -> None:
+    slow = {"name": "slow", "method": "full"}
+    said: list[str] = []
+    results = run_suite(suite(methods=["lora", slow]), tmp_path, progress=Progress(said))
+    errors = {line["key"]: line["error"] for line in results.lines() if "error" in line}
+    assert errors == {
+        "match/slow/time": "Not matched in time: a step takes 500 cpu seconds, but lora's steps leave 40. Raise steps."
+    }
+    assert {job.row for job in started if job.stage != "timing"} == {"lora"}
+    assert said == ["slow: " + errors["match/slow/time"]]
+    write_report(tmp_path)
+    assert "match/slow/time" in (tmp_path / "report.md").read_text()
+
+
+def test_what_was_decided_stays_and_only_missing_runs_are_run(started: list[Job], tmp_path: Path) -> None:
+    """More seeds, later and on a busier machine: the same steps as before."""
+    run_suite(suite(), tmp_path)
+    before = len(started)
+    run_suite(suite(), tmp_path)
+    assert len(started) == before
+    run_suite(suite(seeds=[0, 1, 2]), tmp_path)
+    assert {(job.stage, job.row, job.seed, job.steps) for job in started[before:]} == {
+        ("final", "full", 2, 8),
+        ("final", "lisa", 2, 26),
+        ("final", "lora", 2, 20),
+    }
+
+
+def test_a_row_can_come_later_without_the_reference(started: list[Job], tmp_path: Path) -> None:
+    run_suite(suite(), tmp_path)
+    before = len(started)
+    run_suite(suite(methods=["owlore"], search_steps=10, steps=20), tmp_path)
+    assert {job.row for job in started[before:]} == {"owlore"}
+    errors = [line["error"] for line in read_results(tmp_path)[1] if "error" in line]
+    assert errors == [
+        "Not matched in time: a step takes 1.5 cpu seconds after 31 of measuring first, but lora's search_steps leave "
+        "20. Raise search_steps."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"match": "steps"}, "its match is 'time', but 'steps' is asked for now"),
+        ({"match": "both"}, "its match is 'time', but 'both' is asked for now"),
+        ({"match_to": "lisa"}, "its match_to is 'lora', but 'lisa' is asked for now"),
+        ({"time_share": 0.5}, "its time_share is 1.0, but 0.5 is asked for now"),
+    ],
+)
+def test_runs_of_another_match_are_never_mixed(
+    change: dict[str, Any], message: str, started: list[Job], tmp_path: Path
+) -> None:
+    run_suite(suite(), tmp_path)
+    before = (tmp_path / "results.jsonl").read_text()
+    with pytest.raises(ConfigError, match=message):
+        run_suite(suite(**change), tmp_path)
+    assert (tmp_path / "results.jsonl").read_text() == before
+
+
+def test_results_of_before_the_match_was_a_key_are_still_theirs(tmp_path: Path) -> None:
+    """At equal steps the other keys of a match mean nothing."""
+    Results(tmp_path, suite(match="steps")).open().close()
+    path = tmp_path / "suite.yaml"
+    keys = ("match", "time_share", "memory_share", "timing_")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(keys)]
+    path.write_text("\n".join(lines))
+    Results(tmp_path, suite(match="steps", timing_rounds=None)).open().close()
+
+
+def test_a_reference_that_is_no_row(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="match_to: Unknown method of this suite 'lora'"):
+        run_suite(suite(methods=["full", "lisa"]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(
+        ConfigError, match="timing_rounds must be at least 1 where match is 'time', but got 0"
+    ):
+        suite(timing_rounds=0).check()
+
+
+def test_memory_is_planned_for_all_alike(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    """Each row stays within the reference's plan, and one layer more wouldn't."""
+    ends = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    two = {"name": "lisa", "options": {"num_active": 2}}
+    rows = [
+        two,
+        {"name": "owlore", "method": "lisa", "options": ends},
+        "full",
+        {"name": "slow", "method": "badam"},
+    ]
+    tiny = make_tiny([*rows, "lora"], match="memory", match_to="lisa")
+    run_suite(tiny, tmp_path)
+    lines = {line["method"]: line for line in read_results(tmp_path)[1] if line["stage"] == "memory"}
+    planner, limit = MemoryPlanner(tiny.model), lines["lisa"]["budget_bytes"]
+    assert lines["lisa"]["options"] == {} and lines["owlore"]["options"]["num_active"] >= 2
+    for row, knob in ((1, "num_active"), (4, "rank")):
+        entry = tiny.entries[row]
+        chosen = lines[entry.name]["options"][knob]
+        for value, fits in ((chosen, True), (chosen + 1, False)):
+            config = tiny.config(tiny.search_job(entry, 1e-2)).model_copy(update={knob: value})
+            assert value == 5 or (planner.peak(entry.definition, config) <= limit) == fits
+    assert (
+        "it takes " in lines["full"]["error"]
+        and "has no number of layers to choose" in lines["full"]["error"]
+    )
+    assert "but lisa's peak is 60.0 MiB" in lines["slow"]["error"], "measured, since it can't be planned"
+    assert [job.row for job in started if job.stage == "peak"] == ["slow", "lisa"]
+    finals = {job.row: job.options for job in started if job.stage == "final"}
+    assert finals["owlore"] == lines["owlore"]["options"] and not {"full", "slow"} & finals.keys()
+
+
+def test_both_times_what_the_memory_chose(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    run_suite(make_tiny(["lora", "lisa"], match="both", memory_share=2.0, timing_rounds=1), tmp_path)
+    chosen = next(line for line in read_results(tmp_path)[1] if line["key"] == "match/lisa/memory")["options"]
+    timing = next(job for job in started if job.stage == "timing" and job.row == "lisa")
+    assert timing.options == {**chosen, "period": 2}
+    final = next(job for job in started if job.stage == "final" and job.row == "lisa")
+    assert (final.options, final.steps) == (chosen, 5)
+
+
+def test_less_than_one_layer_says_the_least(make_tiny: Callable[..., Suite]) -> None:
+    tiny = make_tiny(["lisa", {"name": "fixed", "method": "lisa", "options": {"num_active": 3}}, "lora"])
+    planner = MemoryPlanner(tiny.model)
+    lisa, fixed, lora = ((e.definition, tiny.config(tiny.search_job(e, 1e-2))) for e in tiny.entries)
+    least = planner.peak(lisa[0], lisa[1].model_copy(update={"num_active": 1}))
+    with pytest.raises(DoesNotFitError, match=f"takes at least {least / 2**20:.1f} MiB, with one layer"):
+        planner.fit(*lisa, least - 1, frozenset())
+    assert planner.fit(*lisa, least, frozenset()).options == {"num_active": 1}
+    with pytest.raises(DoesNotFitError, match="with num_active=3"):
+        planner.fit(*fixed, least, frozenset({"num_active"}))
+    assert planner.fit(*fixed, 10**9, frozenset({"num_active"})).options == {}
+    small = planner.peak(*lora)
+    more = planner.fit(*lora, int(1.2 * small), frozenset())
+    assert more.options["rank"] > 16 and small < more.bytes <= 1.2 * small
+
+
+def test_the_rank_of_adapters_is_an_option(make_tiny: Callable[..., Suite]) -> None:
+    rows = ["lora", {"name": "wide", "method": "lora", "options": {"rank": 32}}]
+    tiny = make_tiny(rows)
+    tiny.check()
+    ranks = [get_method("lora").adapter_rank(tiny.config(tiny.search_job(e, 1e-2))) for e in tiny.entries]
+    assert ranks == [16, 32]
+
+
+class Progress:
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def begin(self, runs: int, done: int) -> None:
+        self._said.clear()
+
+    def step(self, job: Job, step: int, steps: int, loss: float) -> None: ...
+
+    def end_run(self, job: Job, measured: dict[str, Any]) -> None: ...
+
+    def more(self, runs: int) -> None: ...
+
+    def say(self, text: str) -> None:
+        self._said.append(text)

@@ -1,0 +1,175 @@
+"""A search for a recipe, with made-up losses whose best recipe is known; and one try on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layersample import ConfigError
+from layersample_benchmarks.side_by_side import pool
+from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.recipe_runner import read_tried, run_recipes
+from layersample_benchmarks.side_by_side.report import write_report
+from layersample_benchmarks.side_by_side.results import read_results
+from layersample_benchmarks.side_by_side.suite import Suite, make_suite
+from layersample_benchmarks.side_by_side.training import run_job
+
+pytest.importorskip("optuna")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
+
+SEARCH = {
+    "method": "lisa",
+    "options": {"embeddings": "freeze"},
+    "space": {
+        "num_active": [1, 2, 3],
+        "period": [2, 4],
+        "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+    },
+    "tries": 10,
+    "keep": 2,
+    "rungs": 3,
+    "seed": 77,
+}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, made_up: Callable[..., dict[str, Any]]) -> list[Job]:
+    """The runs that are started: 3 layers are best, at a rate of 0.01, whatever the period."""
+    seen: list[Job] = []
+
+    def measure(self: Any, job: Job) -> dict[str, Any]:
+        seen.append(job)
+        suite: Suite = self._results.suite
+        config = suite.config(job)
+        far = abs(config.num_active - 3) + abs(config.learning_rate - 0.01) * 10
+        return made_up(job, 1 + far / 10 + 1 / job.steps + job.seed / 1e4)
+
+    monkeypatch.setattr(pool.Pool, "_measure", measure)
+    return seen
+
+
+def suite(make_tiny: Callable[..., Suite], **more: Any) -> Suite:
+    keys = {"recipes": {"winner": SEARCH}, "steps": 8, "search_steps": 4, **more}
+    return make_tiny(["full", "lora"], **keys)
+
+
+def test_the_best_recipe_is_found_and_confirmed_on_fresh_seeds(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    run_recipes(suite(make_tiny), tmp_path)
+    rungs = [job for job in started if job.stage == "rung"]
+    assert {job.seed for job in rungs} == {77} and {job.steps for job in rungs} == {2, 4, 8}
+    counts = [sum(job.steps == steps for job in rungs) for steps in (2, 4, 8)]
+    assert counts[0] <= 10 and counts[0] > counts[1] > counts[2] > 0, "half of them goes on"
+    winner = read_results(tmp_path)[0].entries[-1]
+    assert (winner.name, winner.method, winner.options["num_active"]) == ("winner", "lisa", 3)
+    assert winner.options["embeddings"] == "freeze"
+    finals = [job for job in started if job.row == "winner"]
+    assert [(job.stage, job.seed) for job in finals] == [("final", 0), ("final", 1)]
+    tried = read_tried(tmp_path)[0]
+    assert len(tried["tries"]) == 10 and tried["chosen"]["name"] == "winner"
+    best = min(one["losses"][-1] for one in tried["tries"] if len(one["losses"]) == 3)
+    assert tried["tries"][0]["losses"][-1] == best
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "## What was tried: winner" in page and "10 recipes" in page
+
+
+def test_a_search_that_was_interrupted_goes_on(
+    started: list[Job],
+    make_tiny: Callable[..., Suite],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same tries as one that wasn't, and none of them is run twice."""
+    run_recipes(suite(make_tiny), tmp_path / "whole")
+    whole = [job.key for job in started]
+    started.clear()
+    measure = pool.Pool._measure
+
+    def stop(self: Any, job: Job) -> Any:
+        if len(started) == 7:
+            raise KeyboardInterrupt
+        return measure(self, job)
+
+    monkeypatch.setattr(pool.Pool, "_measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipes(suite(make_tiny), tmp_path / "parts")
+    monkeypatch.setattr(pool.Pool, "_measure", measure)
+    run_recipes(suite(make_tiny), tmp_path / "parts")
+    assert sorted(job.key for job in started) == sorted(whole)
+    tried = [(tmp_path / name / "search/winner/tried.json").read_text() for name in ("whole", "parts")]
+    assert tried[0] == tried[1]
+    before = len(started)
+    run_recipes(read_results(tmp_path / "parts")[0], tmp_path / "parts")  # as the folder has it
+    assert len(started) == before
+
+
+def test_recipes_that_cannot_be_run_are_tries_that_failed(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    """Options that don't go together, for some choices: a projection's rank without a projection."""
+    space = {"projection": ["galore", None], "rank": [4, None], "learning_rate": [1e-2, 1e-3]}
+    search = {**SEARCH, "space": space, "tries": 12, "waves": 1}
+    run_recipes(suite(make_tiny, recipes={"winner": search}), tmp_path)
+    tries = read_tried(tmp_path)[0]["tries"]
+    failed = [one for one in tries if one["error"]]
+    assert failed and all(
+        one["chosen"]["projection"] is None and one["chosen"]["rank"] == 4 for one in failed
+    )
+    assert all(one["losses"] for one in tries if not one["error"])
+
+
+def test_a_rung_is_measured_on_the_validation_split(make_tiny: Callable[..., Suite]) -> None:
+    tiny = make_tiny(["lisa"])
+    at_rest = {stage: Job("lisa", stage, 0, 0.0, 2) for stage in ("search", "rung", "final")}
+    losses = {
+        stage: run_job(tiny, job, lambda step: None)["loss"]["held_out"][-1] for stage, job in at_rest.items()
+    }
+    assert losses["rung"] == losses["search"] != losses["final"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "recipes must hold at least one search"),
+        (
+            {"winner": {**SEARCH, "seed": 1}},
+            "the seed of winner must be none of the suite's.*but 1 is one of them",
+        ),
+        ({"winner": {**SEARCH, "method": "liza"}}, "Unknown method 'liza'"),
+        ({"winner": {**SEARCH, "options": {"perod": 2}}}, "Unknown option 'perod'. Did you mean 'period'"),
+    ],
+)
+def test_searches_that_cannot_be_run(
+    change: dict[str, Any], message: str, make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_recipes(suite(make_tiny, recipes=change), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"num_active": [1]}, "space must hold learning_rate"),
+        ({"learning_rate": []}, "space must hold values for learning_rate"),
+        ({"learning_rate": {"low": 2.0, "high": 1.0}}, "low must be below high, but they are 2 and 1"),
+        ({"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}, "low must be above 0 where log is true"),
+        ({"learning_rate": [1.0], "embeddings": ["train"]}, "embeddings must be in options or in space"),
+    ],
+)
+def test_spaces_that_are_none(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_suite(("suite.yaml", {"recipes": {"winner": {**SEARCH, "space": space}}}))
+
+
+def test_without_optuna_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"needs Optuna: pip install \"layersample\[search\]\""):
+        run_recipes(suite(make_tiny), tmp_path)
