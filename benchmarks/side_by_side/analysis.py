@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
@@ -145,12 +145,16 @@ class Analysis:
         suite: What was run.
         rows: One a method, in the suite's order.
         front: Names of the methods that no other beats in both memory and loss, from the smallest memory.
+        fast_front: The same of the seconds of training and loss, from the fewest seconds.
+        clock: What seconds are: ``"cpu"``, or ``"wall"`` where a GPU worked.
         planned: Runs that the suite asks for at the end, not counting those that try learning rates.
     """
 
     suite: Suite
     rows: tuple[Row, ...]
     front: tuple[str, ...]
+    fast_front: tuple[str, ...]
+    clock: str
     planned: int
 
     @property
@@ -212,12 +216,28 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         )
         for entry in suite.entries
     )
-    points = {
-        row.name: (row.memory_bytes, row.loss.mean)
-        for row in rows
-        if row.loss is not None and row.memory_bytes is not None
-    }
-    return Analysis(suite, rows, tuple(pareto_front(points)), len(suite.seeds) * len(rows))
+    clock = "wall" if any(run["environment"].get("gpu") for row in rows for run in row.runs) else "cpu"
+    return Analysis(
+        suite,
+        rows,
+        front=_front({row.name: (row.memory_bytes, row.loss) for row in rows}),
+        fast_front=_front({row.name: (row.used_seconds(clock), row.loss) for row in rows}),
+        clock=clock,
+        planned=len(suite.seeds) * len(rows),
+    )
+
+
+def _front(points: Mapping[str, tuple[float | None, Estimate | None]]) -> tuple[str, ...]:
+    """The Pareto front of some cost and the loss, of the methods of which both are known."""
+    return tuple(
+        pareto_front(
+            {
+                name: (cost, loss.mean)
+                for name, (cost, loss) in points.items()
+                if cost is not None and loss is not None
+            }
+        )
+    )
 
 
 def _row(

@@ -1,4 +1,8 @@
-"""The report's pictures, as SVG whose colours are CSS variables, so that one picture serves light and dark."""
+"""The report's pictures, as SVG whose colours are CSS variables, so that one picture serves light and dark.
+
+Each colour has one meaning in all of them: black is the method that the others are compared with, blue is better,
+orange is worse, and grey is a difference that isn't shown.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .analysis import Analysis, Row
+from .label_places import find_places
 
 # What is drawn in each of these colours follows the page's variable; on its own, a picture is light.
 INK, MUTED, GRID = "#1b1f24", "#6b7280", "#d5d9df"
-ACCENT, SECOND, PAPER = "#1f5fa8", "#c8501e", "#ffffff"
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", SECOND: "second", PAPER: "paper"}
+BETTER, WORSE, PAPER = "#1f5fa8", "#c8501e", "#ffffff"
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BETTER: "better", WORSE: "worse", PAPER: "paper"}
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -39,6 +45,15 @@ _STYLE: Any = {
     "savefig.facecolor": "none",
 }
 _NARROW, _SMALL = 5.0, 3.6  # inches: readable when a phone shows the picture at its own width
+_HOVER = "hover:"
+
+
+def color_of(row: Row, analysis: Analysis) -> str:
+    """The colour of a method, by what was found of it."""
+    if row.name == analysis.suite.reference:
+        return INK
+    verdict = row.difference.verdict if row.difference else ""
+    return {"lower": BETTER, "higher": WORSE}.get(verdict, MUTED)
 
 
 def differences(analysis: Analysis) -> str:
@@ -47,15 +62,15 @@ def differences(analysis: Analysis) -> str:
     rows.sort(key=lambda row: row.difference.mean if row.difference else 0.0)
 
     def draw(axes: Axes) -> None:
-        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.axvline(0, color=INK, linewidth=1)
         for place, row in enumerate(reversed(rows)):
             difference = row.difference
             assert difference is not None
-            called = difference.verdict in ("lower", "higher")
-            color = ACCENT if difference.verdict == "lower" else SECOND if called else MUTED
+            color = color_of(row, analysis)
             if difference.low is not None and difference.high is not None:
                 axes.plot([difference.low, difference.high], [place, place], color=color, linewidth=2)
-            axes.plot(difference.mean, place, "o", color=color, markersize=6)
+            (point,) = axes.plot(difference.mean, place, "o", color=color, markersize=6)
+            _name(point, row.name, f"{row.name}: {difference.mean:+.3f} nats")
         axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.set_xlabel("difference in held-out loss (nats a token)")
@@ -68,56 +83,92 @@ def differences(analysis: Analysis) -> str:
 
 def memory_and_loss(analysis: Analysis) -> str:
     """Peak memory against held-out loss, with the Pareto front."""
+    points = {row.name: row.memory_bytes / 2**20 for row in analysis.finished if row.memory_bytes is not None}
+    return _against(analysis, points, analysis.front, "peak memory (MiB)", "Memory against loss")
+
+
+def time_and_loss(analysis: Analysis) -> str:
+    """Seconds of training against held-out loss, with the Pareto front."""
     points = {
-        row.name: (row.memory_bytes / 2**20, row.loss.mean)
+        row.name: seconds
         for row in analysis.finished
-        if row.memory_bytes is not None and row.loss is not None
+        if (seconds := row.used_seconds(analysis.clock)) is not None
     }
-    front = [points[name] for name in analysis.front]
+    label = f"{'CPU' if analysis.clock == 'cpu' else 'wall'} seconds of training"
+    return _against(analysis, points, analysis.fast_front, label, "Time against loss")
+
+
+def _against(
+    analysis: Analysis, costs: dict[str, float], front: Sequence[str], label: str, title: str
+) -> str:
+    rows = [row for row in analysis.finished if row.name in costs and row.loss is not None]
+    points = {row.name: (costs[row.name], row.loss.mean) for row in rows if row.loss is not None}
 
     def draw(axes: Axes) -> None:
-        axes.step(*_columns(front), where="post", color=ACCENT, linewidth=1.2, alpha=0.6)
-        names = [row.name for row in analysis.finished]
-        for name, (x, y) in points.items():
-            best = name in analysis.front
-            color = SECOND if name == analysis.suite.reference else ACCENT if best else MUTED
-            axes.plot(x, y, "o", color=color, markersize=7 if best else 5)
-            label = f"{name}" if best or name == analysis.suite.reference else str(names.index(name) + 1)
-            # Neighbours on the front may be close: above and below in turns.
-            below = best and analysis.front.index(name) % 2
-            place = (5, -11 if below else 4)
-            axes.annotate(label, (x, y), xytext=place, textcoords="offset points", color=color, fontsize=9)
-        axes.set(xlabel="peak memory (MiB)", ylabel="held-out loss (nats a token)")
+        axes.step(*_columns([points[name] for name in front if name in points]), where="post", color=GRID)
+        for row in rows:
+            x, y = points[row.name]
+            mark = "D" if row.name == analysis.suite.reference else "o"
+            size = 7 if row.name in front else 5
+            (point,) = axes.plot(x, y, mark, color=color_of(row, analysis), markersize=size)
+            _name(point, row.name, f"{row.name}: {y:.3f} nats, {x:,.0f} {label.split()[-1].strip('()')}")
+        axes.set(xlabel=label, ylabel="held-out loss (nats a token)")
         axes.margins(0.14)
         axes.grid(linewidth=0.6)
+        # What can't be labelled without an overlap has its name on hover and its number in the table.
+        urgent = sorted(rows, key=lambda row: row.name not in (*front, analysis.suite.reference))
+        _label(axes, [(row.name, *points[row.name], color_of(row, analysis)) for row in urgent])
 
-    return _svg(draw, (_NARROW, 3.9), "Memory against loss")
+    return _svg(draw, (_NARROW, 3.9), title)
+
+
+def _label(axes: Axes, wanted: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write names beside points, where there is room."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    width, height = (inches * 72 for inches in figure.get_size_inches())
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    # Axis labels and ticks take about a sixth of the picture; places are in points.
+    scale = (0.84 * width / (right - left), 0.82 * height / (top - bottom))
+    points = [((x - left) * scale[0], (y - bottom) * scale[1]) for _, x, y, _ in wanted]
+    room = (0.84 * width, 0.82 * height)
+    places = find_places([name for name, *_ in wanted], points, room, size=9)
+    for (name, x, y, color), place in zip(wanted, places, strict=True):
+        if place is not None:
+            axes.annotate(name, (x, y), xytext=place, textcoords="offset points", color=color, fontsize=9)
 
 
 def all_curves(analysis: Analysis) -> str:
-    """The held-out loss of every method along the run; the baseline and the Pareto front stand out."""
+    """The held-out loss of every method along the run; the page names a line that is pointed at."""
+    by_time = analysis.suite.matches_time
 
     def draw(axes: Axes) -> None:
-        for row in analysis.finished:
-            if row.name == analysis.suite.reference:
-                draw_curve(axes, row, SECOND, row.name)
-            elif row.name in analysis.front:
-                draw_curve(axes, row, ACCENT, row.name)
-            else:
-                steps, losses = _columns([(step, e.mean) for step, e in row.curve])
-                axes.plot(steps, losses, color=MUTED, linewidth=0.8, alpha=0.6)
+        for row in reversed(analysis.finished):
+            step = row.seconds(analysis.clock) if by_time else 1.0
+            is_baseline = row.name == analysis.suite.reference
+            points = [(number * (step or 1.0), e.mean) for number, e in row.curve]
+            (line,) = axes.plot(
+                *_columns(points),
+                color=color_of(row, analysis),
+                linewidth=2.0 if is_baseline else 1.2,
+                alpha=1.0 if is_baseline or row.name in analysis.front else 0.6,
+            )
+            last = row.loss.mean if row.loss else float("nan")
+            _name(line, row.name, f"{row.name}: {last:.3f} at the end")
         _finish_curve(axes)
+        if by_time:
+            axes.set(xlabel="CPU seconds" if analysis.clock == "cpu" else "wall seconds")
 
     return _svg(draw, (_NARROW, 3.9), "Held-out loss of every method")
 
 
-def curve(row: Row, baseline: Row | None) -> str:
+def curve(row: Row, baseline: Row | None, color: str = BETTER) -> str:
     """A method's held-out loss along the run, beside the baseline's."""
 
     def draw(axes: Axes) -> None:
         if baseline is not None and baseline is not row:
-            draw_curve(axes, baseline, SECOND, baseline.name)
-        draw_curve(axes, row, ACCENT, row.name)
+            draw_curve(axes, baseline, INK, baseline.name)
+        draw_curve(axes, row, color, row.name)
         _finish_curve(axes)
         axes.legend(frameon=False, fontsize=10, labelcolor=INK)
 
@@ -137,7 +188,7 @@ def probabilities(row: Row) -> str:
         axes.bar(range(len(shares)), shares, width=0.8, color=GRID, label="share of steps")
         if chances is not None:
             axes.step(
-                range(len(chances)), chances, where="mid", color=ACCENT, linewidth=1.6, label="probability"
+                range(len(chances)), chances, where="mid", color=INK, linewidth=1.6, label="probability"
             )
         axes.set(xlabel="layer", ylabel="chance to train")
         axes.set_ylim(0, max([*shares, *(chances or [])], default=1) * 1.3)
@@ -164,7 +215,7 @@ def draw_layers(axes: Axes, row: Row) -> None:
     run = row.runs[0]
     for index in range(len(run["layers"])):
         spans = [(first - 0.5, last - first + 1) for first, last, active in run["active"] if index in active]
-        axes.broken_barh(spans, (index - 0.5, 1), color=ACCENT, linewidth=0)
+        axes.broken_barh(spans, (index - 0.5, 1), color=MUTED, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel="layer")
     axes.set_xlim(0.5, len(run["training_loss"]) + 0.5)
     axes.set_ylim(-0.5, len(run["layers"]) - 0.5)
@@ -194,6 +245,11 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
+def _name(artist: Artist, name: str, text: str) -> None:
+    """Name what is drawn: the page shows the text where it is pointed at."""
+    artist.set_gid(f"{_HOVER}{name}|{text}")
+
+
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float], title: str) -> str:
     """Draw a figure with one pair of axes, and give its SVG element, ready to be put into a page."""
     with matplotlib.rc_context(_STYLE):
@@ -203,6 +259,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], title: str) ->
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<(metadata|style).*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(rf'<g id="{_HOVER}([^"|]*)\|([^"]*)">', r'<g data-name="\1"><title>\2</title>', text)
     used = set(re.findall(r'#([^")]+)[")]', text))  # a page has many pictures, and each id only once
     text = re.sub(r' id="([^"]*)"', lambda found: found.group() if found.group(1) in used else "", text)
     opening = f'<svg role="img" aria-label="{html.escape(title)}"'

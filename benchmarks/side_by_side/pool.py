@@ -98,8 +98,12 @@ class Pool:
         measured = self._measure(job)
         if self._stopped.is_set():  # it was ended, which says nothing of the method
             return
-        run_seconds = round(time.time() - started, 1)
-        self._results.add(job, {**measured, "run_seconds": run_seconds, "runs_at_once": at_once})
+        run = {
+            "run_seconds": round(time.time() - started, 1),
+            "runs_at_once": at_once,
+            "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        }
+        self._results.add(job, {**measured, **run})
         if self._progress is not None:
             with self._lock:
                 self._progress.end_run(job, measured)

