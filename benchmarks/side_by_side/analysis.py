@@ -102,9 +102,10 @@ class Row:
         return sum(values) / len(values) if values else None
 
     @property
-    def timed_alone(self) -> bool:
-        """Whether no other run of the benchmark was beside those that its seconds are of."""
-        return all(run.get("runs_at_once") == 1 for run in self.timings or self.runs)
+    def timed_alone(self) -> bool | None:
+        """Whether no other run of the benchmark was beside those that its seconds are of; ``None``: not noted."""
+        noted = [run.get("runs_at_once") for run in self.timings or self.runs]
+        return None if None in noted else all(count == 1 for count in noted)
 
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that training really took, with what its sampler measured first; the mean over seeds."""

@@ -21,7 +21,7 @@ from .live_bytes import KINDS
 from .plain_words import as_csv, best_trade_offs, describe, table
 from .recipe_runner import read_tried
 from .results import read_results
-from .sections import harness, match_words, matched, power, sentences, tried
+from .sections import harness, match_words, matched, power, sentences, timing_words, tried
 from .stored_lines import Line
 from .tasks import get_task
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
@@ -106,8 +106,7 @@ def view(
         "matched": matched(analysis),
         "power": power(analysis),
         "harness": harness(analysis),
-        "alone": bool(finished) and all(row.timed_alone for row in finished),
-        "rounds": max((len(row.timings) for row in finished), default=0),
+        "timing": timing_words(finished),
         "rates": [_rates(row) for row in analysis.rows if row.trials],
         "failures": [error for row in analysis.rows for error in row.errors],
         "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .analysis import Analysis, Row
@@ -147,6 +147,19 @@ def match_words(suite: Suite) -> str:
     ]
     parts = [("" if shares[kind] == 1 else f"{shares[kind]:g} of ") + f"the {kind}" for kind in kinds]
     return f"{' and '.join(parts)} of {suite.match_to} at {suite.steps} steps"
+
+
+def timing_words(rows: Sequence[Row]) -> str:
+    """How the seconds of all methods were measured, in a sentence."""
+    alone = {row.timed_alone for row in rows}
+    if rounds := max((len(row.timings) for row in rows), default=0):
+        with_nothing = ", with nothing of the benchmark beside them," if alone == {True} else ""
+        return f"Seconds are of {rounds} runs a method{with_nothing} in turns with the others'."
+    if None in alone:
+        return "Whether runs were beside others wasn't noted then."
+    if alone == {True}:
+        return "No two runs of the benchmark were at the same time."
+    return "Runs were beside others of the benchmark, which lengthens their seconds."
 
 
 def tried(search: Mapping[str, Any]) -> dict[str, Any]:
