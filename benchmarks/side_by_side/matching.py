@@ -27,11 +27,13 @@ class Pace:
         step: Seconds of a step.
         before: Seconds that its sampler measures before the first one.
         clock: ``"cpu"``, or ``"wall"`` where a GPU works.
+        machine: Its processor, and its GPU.
     """
 
     step: float
     before: float
     clock: str
+    machine: str
 
     def steps_in(self, seconds: float) -> int:
         """Whole steps that fit some seconds."""
@@ -180,6 +182,10 @@ class Matching:
         suite, lines = self._suite, self._results.all_lines()
         try:
             reference, own = pace(lines, suite.match_to), pace(lines, entry.name)
+            if reference.machine != own.machine:
+                raise ConfigError(
+                    f"{suite.match_to} was timed on {reference.machine}, and {entry.name} on {own.machine}."
+                )
         except ConfigError as error:
             return {"error": f"Not matched in time: {error}"}
         share = 1.0 if entry.name == suite.match_to else suite.time_share
@@ -222,7 +228,7 @@ def pace(lines: Iterable[Line], name: str) -> Pace:
         raise ConfigError(f"timing {name} failed: {failed[0]}")
     if not timings:
         raise ConfigError(f"the time of {name} hasn't been measured")
-    machines = sorted({f"{x['environment']['processor']}, {x['environment']['gpu']}" for x in timings})
+    machines = sorted({_machine(x) for x in timings})
     if len(machines) > 1:
         raise ConfigError(f"{name} was timed on several machines: {'; '.join(machines)}")
     clock = "wall" if timings[0]["environment"]["gpu"] else "cpu"
@@ -230,7 +236,12 @@ def pace(lines: Iterable[Line], name: str) -> Pace:
         _mean([sum(x["seconds"][clock].values()) for x in timings]),
         _mean([x["seconds"]["before_training"][clock] for x in timings]),
         clock,
+        machines[0],
     )
+
+
+def _machine(line: Line) -> str:
+    return ", ".join(filter(None, (line["environment"]["processor"], line["environment"]["gpu"])))
 
 
 def _is_good(line: Line | None) -> bool:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -148,6 +148,7 @@ class Worker:
     """
 
     def __init__(self, log: Path, threads: int) -> None:
+        self._busy = Lock()
         with open(log, "a", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "layersample_benchmarks.side_by_side.worker"],
@@ -170,7 +171,9 @@ class Worker:
         """Whether it can do another job."""
         return self._process.poll() is None
 
-    def do(self, given: dict[str, Any], show: Any) -> tuple[dict[str, Any] | None, int]:
+    def do(
+        self, given: dict[str, Any], show: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any] | None, int]:
         """Tell it a job, and take what it says until that has ended.
 
         Args:
@@ -180,6 +183,12 @@ class Worker:
         Returns:
             What was measured, or the error; ``None`` where it could say neither. And the exit code of the run.
         """
+        with self._busy:
+            return self._do(given, show)
+
+    def _do(
+        self, given: dict[str, Any], show: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any] | None, int]:
         measured: dict[str, Any] | None = None
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -203,12 +212,13 @@ class Worker:
         """End it, and the run that it does."""
         self._process.terminate()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    pass
+        with self._busy:  # the thread that reads what it says has come to the end of that
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None and not stream.closed:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:
+                        pass
 
 
 def _ending(code: int, log: Path) -> str:

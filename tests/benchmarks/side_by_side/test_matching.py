@@ -139,6 +139,22 @@ def test_a_row_can_come_later_without_the_reference(started: list[Job], tmp_path
     ]
 
 
+def test_times_of_two_machines_are_never_compared(
+    started: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_suite(suite(), tmp_path)
+    measure = pool.Pool._measure
+
+    def elsewhere(self: Any, job: Job) -> dict[str, Any]:
+        measured: dict[str, Any] = measure(self, job)
+        return {**measured, "environment": {**measured["environment"], "processor": "another one"}}
+
+    monkeypatch.setattr(pool.Pool, "_measure", elsewhere)
+    run_suite(suite(methods=["owlore"]), tmp_path)
+    errors = [line["error"] for line in read_results(tmp_path)[1] if "error" in line]
+    assert errors == ["Not matched in time: lora was timed on cpu, and owlore on another one."]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
