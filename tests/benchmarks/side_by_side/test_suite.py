@@ -8,17 +8,27 @@ import pytest
 
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side.fingerprints import fingerprint
+from layersample_benchmarks.side_by_side.recipe_runner import check_recipes
 from layersample_benchmarks.side_by_side.suite import Suite, make_suite
 from layersample_benchmarks.side_by_side.suite_files import builtin_suites, read_builtin
 
 
-@pytest.mark.parametrize("name", ["default", "sarcasm", "quick"])
+@pytest.mark.parametrize("name", builtin_suites())
 def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layersample_benchmarks.methods.method.Method.check_installed", lambda self: None)
-    assert name in builtin_suites()
     suite = make_suite((name, read_builtin(name)))
     suite.check()
+    suite.check_references()
     assert suite.reference == "full"
+    kind, _, task = name.partition("-")
+    if kind in ("time", "memory", "search"):
+        assert len(suite.seeds) >= (8 if task.endswith("sarcasm") else 5)
+        assert suite.match != "steps" and suite.match_to in ("lora", "full")
+        assert not task.endswith("sarcasm") or suite.answers >= 1000
+    assert bool(suite.recipes) == (kind == "search")
+    if suite.recipes:
+        pytest.importorskip("optuna")
+        check_recipes(suite)
 
 
 @pytest.mark.parametrize(
