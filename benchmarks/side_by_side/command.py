@@ -56,7 +56,7 @@ def benchmark(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="YAML file of a suite, or default, sarcasm, quick. Without it: that of the output, or default."
+            help="YAML file of a suite, or a built-in one (quick, time-gsm, …). Without it: the output's, or default."
         ),
     ] = None,
     methods: Annotated[
