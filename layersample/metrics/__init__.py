@@ -5,6 +5,7 @@ from __future__ import annotations
 from layersample.metrics.adapter_files import has_lora
 from layersample.metrics.adapters import LoraNorms, lora_norms
 from layersample.metrics.cache import MetricCache
+from layersample.metrics.damping import damped_losses
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.measures import (
     METRICS,
@@ -35,6 +36,7 @@ __all__ = [
     "WeightMatrix",
     "alpha",
     "alpha_hat",
+    "damped_losses",
     "fit_power_law",
     "has_lora",
     "hill",

@@ -105,8 +105,12 @@ class SamplingContext:
 
     def generator_at(self, round: int) -> torch.Generator:
         """The generator of another period, for plans that reach over several (one order for an epoch)."""
-        digest = hashlib.sha256(f"layersample:{self.seed}:{round}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return _generator(f"layersample:{self.seed}:{round}")
+
+
+def _generator(seed: str) -> torch.Generator:
+    digest = hashlib.sha256(seed.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class Measurement:
         changed: Names of the layers that have trained since the last measurement; all of them at the first.
         batches: Gives the calibration batches anew at each call, each a mapping of the model's arguments;
             ``None`` where the user gave none.
+        round: Number of the period that it is measured for, from 0.
+        seed: The user's seed; every rank has the same.
         report: Is told what is read and how long it will take; the log by default, which the command line shows.
         warn: Is told what the user should know of the result; the log by default.
     """
@@ -131,8 +137,15 @@ class Measurement:
     num_active: int
     changed: tuple[str, ...]
     batches: Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    round: int = 0
+    seed: int = 0
     report: Say = PROGRESS.info
     warn: Say = logging.getLogger(__name__).warning
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """The only randomness allowed, fresh for each measurement; it isn't that of the draw."""
+        return _generator(f"layersample:measure:{self.seed}:{self.round}")
 
     def read(self, what: str, count: int) -> Iterator[Mapping[str, Any]]:
         """The first calibration batches, with a word on how long they take.

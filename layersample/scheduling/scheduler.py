@@ -352,6 +352,8 @@ class LayerScheduler(SeesExactWeights, Resumes):
             num_active=self.num_active,
             changed=tuple(self.layers[i] for i in sorted(self._history.changed)),
             batches=self._batches,
+            round=self._round,
+            seed=self.seed,
         )
         with self._switch.exact_weights(), unchanged(self._model, only_after_errors=True):
             self.sampler.measure(measurement)

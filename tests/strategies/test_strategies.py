@@ -31,6 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("adagradselect", {}),
     ("blockllm", {"patience": 2}),
     ("spectrum", {}),
+    ("ist", {}),
     ("warmup", {"sampler": "grass", "first": 5}),
     ("mixture", {"samplers": ["spectrum", "bandit"], "shares": [1, 3]}),
     ("max_wait", {"sampler": "blockllm", "periods": 6}),
