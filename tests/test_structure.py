@@ -47,7 +47,7 @@ ROOMS = (
         "model_files",
         "files",
     ),
-    *("plugins", "errors"),
+    *("plugins", "versions", "errors"),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MAY_IMPORT = {

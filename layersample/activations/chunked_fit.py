@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
 from layersample.unwrapping import unwrap
+from layersample.versions import installed
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -28,7 +28,7 @@ def why_not_by_look(model: Any) -> str | None:
         return reason
     # A property over _loss_function, in place of which ours is put and taken away again.
     if not isinstance(getattr(type(model), "loss_function", None), property):
-        return f"{name} has no property loss_function, as models of transformers 5 have ({_installed()})"
+        return f"{name} has no property loss_function, as models of transformers 5 have ({installed('transformers')})"
     return _why_not_its_loss(model)
 
 
@@ -52,10 +52,6 @@ def why_not_its_head(model: Any) -> str | None:
     if "forward" in vars(head):
         return f"the forward of {name}'s head has been replaced already, by another chunked loss or a library"
     return None
-
-
-def _installed() -> str:
-    return f"transformers {version('transformers')} is installed"
 
 
 def _why_not_its_loss(model: Any) -> str | None:

@@ -32,7 +32,7 @@ class TruncatedCheckpointing:
         self._model = model
         self._num_stacks = num_stacks
         self._removed: list[nn.Module] = []
-        self._handle: RemovableHandle | None = None
+        self._handle: RemovableHandle | _GivesGrad | None = None
         self._guard = ReentrantGuard(model)
 
     def switch(self, layers: Mapping[str, nn.Module]) -> None:
@@ -61,7 +61,10 @@ class TruncatedCheckpointing:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         for lowest in list(layers.values())[:1]:
-            self._handle = lowest.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True)
+            if hasattr(lowest, "_gradient_checkpointing_func"):
+                self._handle = _GivesGrad(lowest)
+            else:
+                self._handle = lowest.register_forward_pre_hook(_require_grad_of_input, with_kwargs=True)
 
     def close(self) -> None:
         """Put everything back as it was."""
@@ -80,6 +83,30 @@ def _is_reentrant(model: nn.Module) -> bool:
         if getattr(module, "gradient_checkpointing", False) and function is not None:
             return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
     return False
+
+
+class _GivesGrad:
+    """Stands before a layer's checkpointing function, and makes the layer's input require a gradient.
+
+    A hook on the layer isn't enough: before transformers 5.23 it runs inside of the checkpoint, which is too late.
+
+    Args:
+        layer: A layer with transformers' gradient checkpointing.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._theirs: Any = layer._gradient_checkpointing_func
+        self.keywords = getattr(self._theirs, "keywords", {})  # as of the partial that it stands for
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = _require_grad_of_input(self._layer, args, {})
+        return self._theirs(function, *(args if changed is None else changed[0]), **kwargs)
+
+    def remove(self) -> None:
+        """Take it away, unless checkpointing has been switched on anew since."""
+        if self._layer._gradient_checkpointing_func is self:
+            self._layer._gradient_checkpointing_func = self._theirs
 
 
 def _require_grad_of_input(

@@ -13,6 +13,7 @@ from layersample.activations.chunked_loss import ChunkedLoss
 from layersample.activations.recompute import SelectiveRecompute
 from layersample.errors import ConfigError
 from layersample.unwrapping import unwrap
+from layersample.versions import checkpoint_activations, stop_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def _checkpoint_layers(model: Any, stack: ExitStack) -> None:
     ):  # on already: it stays
         return
     before = _made_to_require_grad(model)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    stack.callback(model.activation_checkpointing_disable)
+    checkpoint_activations(model, {"use_reentrant": False})
+    stack.callback(stop_checkpointing, model)
     for module in _made_to_require_grad(model):
         # Non-reentrant checkpointing doesn't need it, and a backward pass would go down to the embedding.
         if module not in before:

@@ -41,11 +41,13 @@ class ProtectedCheckpoints:
         self._trainer = trainer
         self._save_theirs: Callable[[Any, Any], None] = trainer._save_checkpoint
         self._load_theirs: Callable[[str, Any], None] = trainer._load_from_checkpoint
-        self._run_epoch_of_theirs: Callable[..., None] = trainer._run_epoch
+        # Of transformers 5.3 on: below it, the callback refuses to train beyond the end.
+        self._run_epoch_of_theirs: Callable[..., None] | None = getattr(trainer, "_run_epoch", None)
         self.verify, self.allow_changes = True, False
         trainer._save_checkpoint = self.save  # type: ignore[method-assign]
         trainer._load_from_checkpoint = self.load  # type: ignore[method-assign, assignment]
-        trainer._run_epoch = self.run_epoch  # type: ignore[method-assign]
+        if self._run_epoch_of_theirs is not None:
+            trainer._run_epoch = self.run_epoch  # type: ignore[method-assign]
 
     def save(self, model: Any, trial: Any) -> None:
         """Save beside the checkpoint's place, then rename: a killed run leaves a whole checkpoint or none."""
@@ -89,6 +91,7 @@ class ProtectedCheckpoints:
         if state.global_step >= state.max_steps:
             self._trainer.control.should_training_stop = True
             return
+        assert self._run_epoch_of_theirs is not None
         self._run_epoch_of_theirs(*args, **kwargs)
 
     def _agree_on(self, scratch: Path) -> Path:

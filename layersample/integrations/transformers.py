@@ -27,6 +27,7 @@ from layersample.parallel.base import NO_DATA_PARALLEL
 from layersample.sampling.sampler import LayerSampler
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period
 from layersample.scheduling.scheduler import LayerScheduler
+from layersample.versions import installed
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,8 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:  # the Trainer ends only after the step that reaches it
             raise ConfigError(
                 f"A resumed run must have steps left, but this one has done {state.global_step} of {state.max_steps}, "
-                "and the Trainer would do one more: use attach(trainer), which ends it here, or raise max_steps."
+                "and the Trainer would do one more: use attach(trainer), which ends it here with transformers 5.3 "
+                f"or later ({installed('transformers')}), or raise max_steps."
             )
         self.scheduler.advance_to(state.global_step)
 
@@ -258,6 +260,12 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             )
         if args.n_gpu > 1:
             raise ConfigError(NO_DATA_PARALLEL)  # a callback that isn't attached never sees the wrapper
+        if args.load_best_model_at_end and not hasattr(Trainer, "_run_epoch"):
+            raise ConfigError(
+                "load_best_model_at_end must be False with transformers before 5.3, which puts the best weights in "
+                f"place while layers are still sampled ({installed('transformers')}): install 5.3 or later, or load "
+                "the best checkpoint when training is over."
+            )
         if how_to_step(self.options.step_in_backward) is None:
             return
         if args.max_grad_norm:

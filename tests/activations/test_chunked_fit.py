@@ -13,6 +13,7 @@ from torch import nn
 from layersample import ChunkedLoss, ConfigError
 from layersample.activations.chunked_loss import why_not_chunked
 from layersample.activations.save_memory import save_memory
+from layersample.versions import checkpoint_activations
 from tests.helpers import causal_lm, make_batch, make_llama
 
 TEXT = {
@@ -179,7 +180,7 @@ def test_a_model_without_the_property_is_refused_with_the_version() -> None:
 
 def test_what_the_room_uses_of_transformers_that_is_private_is_there() -> None:
     model = make_llama().train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, {"use_reentrant": True})
     assert model.get_input_embeddings() is not None
     assert any(getattr(module, "_require_grads_hooks", None) for module in model.modules())
     layer = model.model.layers[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layersample import LayerScheduler
+from layersample.versions import checkpoint_activations
 from tests.helpers import Given, make_batch, make_llama, on_meta, weights_of
 
 
@@ -16,9 +17,7 @@ def run(
     model = make_llama()
     model.train()
     if checkpointing is not None:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": checkpointing}
-        )
+        checkpoint_activations(model, {"use_reentrant": checkpointing})
     forwards = [0] * 4
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, i=i: forwards.__setitem__(i, forwards[i] + 1))
@@ -59,7 +58,7 @@ def test_trains_alike_over_several_periods(reentrant: bool) -> None:
         model.train()
         if checkpointing:
             kwargs = {"use_reentrant": reentrant}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            checkpoint_activations(model, kwargs)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         scheduler = LayerScheduler(model, optimizer, "lisa", period=1, embeddings="sample", check=True)
         for step in range(6):
@@ -73,7 +72,7 @@ def test_trains_alike_over_several_periods(reentrant: bool) -> None:
 
 def test_everything_is_put_back_at_the_end() -> None:
     model = make_llama()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert model.get_input_embeddings()._forward_hooks
     scheduler = LayerScheduler(model, torch.optim.SGD(model.parameters()), "lisa")
     assert not model.get_input_embeddings()._forward_hooks
@@ -83,6 +82,6 @@ def test_everything_is_put_back_at_the_end() -> None:
 
 def test_reentrant_checkpointing_of_an_encoder_decoder_is_refused() -> None:
     model = on_meta("t5", "T5ForConditionalGeneration")
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, {"use_reentrant": True})
     with pytest.raises(ValueError, match="must be non-reentrant on an encoder-decoder"):
         LayerScheduler(model, torch.optim.SGD(model.parameters()), "lisa")

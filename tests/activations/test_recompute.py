@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from layersample.activations.recompute import SelectiveRecompute
+from layersample.versions import checkpoint_activations
 from tests.helpers import causal_lm, make_batch, make_llama
 
 
@@ -127,7 +128,7 @@ def test_gradient_checkpointing_is_left_alone() -> None:
     model = make_llama().train()
     plain = gradients(model, False)
     for reentrant in (False, True):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
         again = gradients(model, True)
         assert all(torch.equal(plain[name], again[name]) for name in plain)
 

@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from layersample import ConfigError, LayerScheduler
+from layersample.versions import checkpoint_activations
 from tests.helpers import Given, make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -135,7 +136,7 @@ def test_it_is_looked_for_once_a_period() -> None:
 
 def test_an_input_by_keyword_under_transformers_checkpointing_is_refused() -> None:
     model = make_llama().train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, {"use_reentrant": True})
     layer = model.model.layers[1]
     by_position = layer.forward
     layer.forward = lambda hidden_states, **kwargs: by_position(hidden_states, **kwargs)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from layersample import ChunkedLoss, ConfigError, SelectiveRecompute, find_layers
 from layersample.frozen.formats import FORMATS
 from layersample.frozen.weights import FrozenWeights, find_frozen_weights
+from layersample.versions import checkpoint_activations
 from tests.helpers import causal_lm, make_batch, make_llama, weights_of
 
 FORMAT_NAMES = ("int8", "nf4")
@@ -74,7 +75,7 @@ def gradients(
 
 def checkpointing(reentrant: bool) -> Any:
     def turn_on(model: Any) -> Any:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
         return contextlib.nullcontext()

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from layersample import ConfigError, LayerSampler, LayerSamplingCallback, SamplingContext
 from layersample.checkpoints.seal import CheckpointError, check, find_last, last_number, seal
-from tests.helpers import make_llama, weights_of
+from tests.helpers import OLD_TRAINER, make_llama, weights_of
 from tests.integrations.test_transformers import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
@@ -222,6 +222,7 @@ def test_what_is_pushed_to_the_hub_is_whole_and_in_its_place(tmp_path: Path) -> 
     assert pushed == [str(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)]
 
 
+@OLD_TRAINER
 @pytest.mark.parametrize("steps", [4, 6])
 def test_a_run_resumed_at_its_end_only_finishes(tmp_path: Path, steps: int) -> None:
     trainer, _ = attached(tmp_path, **{**SAVING, "max_steps": steps})
@@ -241,6 +242,31 @@ def test_a_callback_that_isn_t_attached_refuses_to_train_past_the_end(tmp_path: 
     trainer().train()
     with pytest.raises(ConfigError, match="has done 6 of 6, and the Trainer would do one more: use attach"):
         trainer().train(resume_from_checkpoint=True)
+
+
+def test_an_old_trainer_refuses_to_train_past_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers 5.3 nothing can be put around an epoch."""
+    attached(tmp_path, **SAVING)[0].train()
+    again, _ = attached(tmp_path, **SAVING)
+    if hasattr(again, "_run_epoch"):
+        del again._run_epoch  # what attach has put there
+    with pytest.raises(ConfigError, match="has done 6 of 6, .* with transformers 5.3 or later"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_an_old_trainer_may_not_load_the_best_weights_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers 5.3 it does so while layers are sampled."""
+    trainer, _ = attached(tmp_path, **SAVING)
+    trainer.args.load_best_model_at_end = True
+    monkeypatch.delattr(Trainer, "_run_epoch", raising=False)
+    with pytest.raises(
+        ConfigError, match="load_best_model_at_end must be False with transformers before 5.3"
+    ):
+        trainer.train()
 
 
 def test_the_trainer_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
@@ -304,6 +330,7 @@ def test_a_run_that_goes_back_keeps_what_it_saves_then(tmp_path: Path, caplog: A
     assert "checkpoint-2, though" in caplog.text and "was saved later" in caplog.text
 
 
+@OLD_TRAINER
 def test_the_best_checkpoint_is_kept_and_found(tmp_path: Path) -> None:
     best_of = {
         **SAVING,

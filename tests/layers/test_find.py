@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import transformers
 from torch import nn
 
 from layersample import find_layers
@@ -114,9 +115,16 @@ MODELS: list[tuple[str, str, str, str, str]] = [
 ]
 
 
+# Older transformers can't build these from a configuration's defaults, or names their layers otherwise.
+CHANGED = ("idefics3", "musicgen", "vit", "zamba2")
+IS_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+
+
 @pytest.mark.filterwarnings("ignore")  # what transformers says of its own configurations
 @pytest.mark.parametrize(("model_type", "name", "first", "last", "tower"), MODELS, ids=[m[0] for m in MODELS])
 def test_finds_the_layers_of(model_type: str, name: str, first: str, last: str, tower: str) -> None:
+    if IS_OLD and model_type in CHANGED:
+        pytest.skip("transformers has changed it by 5.23")
     model = on_meta(model_type, name)
     found = find_layers(model)
     assert (found.layers[0].name, found.layers[-1].name) == (first, last)
@@ -135,6 +143,7 @@ def test_refuses_a_model_that_runs_one_layer_many_times() -> None:
         find_layers(on_meta("albert", "AlbertForMaskedLM"))
 
 
+@pytest.mark.skipif(IS_OLD, reason="transformers 5.0 can't build a zamba2")
 @pytest.mark.filterwarnings("ignore")
 def test_parameters_that_layers_share_are_no_layer_s_own() -> None:
     found = find_layers(on_meta("zamba2", "Zamba2ForCausalLM"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layersample import ConfigError, LayerScheduler, StepInBackward
 from layersample.optim.inactive import moving_units
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext
+from layersample.versions import checkpoint_activations
 from tests.helpers import Given, make_batch, make_llama
 
 SETS = ((1,), (2, 3), (0,))
@@ -128,7 +129,7 @@ def test_each_pass_of_an_accumulated_step_moves_by_its_part() -> None:
 def enable_checkpointing(reentrant: bool) -> Callable[[nn.Module], None]:
     def enable(model: Any) -> None:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
 
     return enable
 

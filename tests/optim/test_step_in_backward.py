@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from layersample import Checkpoints, ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
 from layersample.projection.low_rank import NonFiniteGradientError
+from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama, weights_of
 
 OPTIMIZERS: dict[str, Any] = {
@@ -38,7 +39,7 @@ def run(
     model = make_llama(dtype=dtype, tie=tie)
     model.train()
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model, {"use_reentrant": checkpointing})
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
     scheduler = LayerScheduler(

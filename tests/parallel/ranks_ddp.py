@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from layersample import ConfigError, LayerSamplingCallback, LayerScheduler
 from layersample.parallel.ddp import DDPEngine
+from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 from tests.parallel.ranks_statistics import compare_statistics
@@ -60,7 +61,7 @@ def check_exact_with_accumulation_and_checkpointing(folder: Path) -> None:
         for reentrant in (None, False, True):
             model = make_llama(NUM_LAYERS, dtype=torch.float64)
             if reentrant is not None:
-                model.activation_checkpointing_enable({"use_reentrant": reentrant})
+                checkpoint_activations(model, {"use_reentrant": reentrant})
             ddp = wrapped(model)
             train_ddp(ddp, accumulate, **rules)
             assert_close(ddp, reference)

@@ -38,6 +38,7 @@ from layersample.checkpoints.sharded import load_distributed, optimizer_of, save
 from layersample.integrations.trainer_checkpoints import check_can_save
 from layersample.projection.low_rank import BASIS
 from layersample.unwrapping import local_part
+from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama
 from tests.parallel.ranks import NUM_LAYERS, alone, assert_close, own_rows, train
 from tests.parallel.ranks_ddp import trainer
@@ -115,7 +116,7 @@ def check_exact(folder: Path) -> None:
         assert_close(model, alone(**options))
     reference = alone()
     model = make_llama(NUM_LAYERS, dtype=torch.float64)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, {"use_reentrant": False})
     for each in (
         sharded(model),
         sharded(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))),

@@ -21,6 +21,7 @@ from layersample.planning.planner import plan
 from layersample.planning.shapes import list_shapes, load_shape
 from layersample.planning.shards import shard
 from layersample.planning.simulation import simulate_step
+from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -92,7 +93,7 @@ def test_fake_tensors_hold_what_real_ones_hold(precision: str, checkpointing: bo
     planned = simulate_step(TINY, options, (1, 3))
     model = make_llama(dtype=torch.bfloat16 if precision == "bf16" else torch.float32).train()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     live = LiveMemory(vocabulary=260)
     live.label([*model.parameters(), *model.buffers()], "weights")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 from layersample import LayerSamplingCallback, LayerScheduler, StepInBackward
-from tests.helpers import Given, make_batch, make_llama
+from tests.helpers import OLD_TRAINER, Given, make_batch, make_llama
 
 NAME = "layersample.scheduling.gradient_watch"
 
@@ -103,6 +103,7 @@ def test_a_pooler_that_is_not_used_is_nothing_to_speak_of(caplog: pytest.LogCapt
     assert NAME not in {record.name for record in caplog.records}
 
 
+@OLD_TRAINER
 def test_a_check_goes_with_the_best_model_at_the_end(tmp_path: Any) -> None:
     rows = [{k: v[0].tolist() for k, v in make_batch(i, 1).items()} for i in range(8)]
     args = TrainingArguments(

@@ -21,6 +21,7 @@ from layersample import (
 )
 from layersample.layers.find import find_layers
 from layersample.layers.rules import arrange
+from layersample.versions import checkpoint_activations
 from tests.helpers import Given, causal_lm, make_batch, make_llama, weights_of
 
 SAMPLE: Any = dict.fromkeys(("embeddings", "head", "norm", "other"), "sample")
@@ -175,7 +176,7 @@ def test_backward_ends_at_the_lowest_active_unit() -> None:
 def test_checkpointing_gives_the_gradients_of_active_units(reentrant: bool) -> None:
     plain = trained("lisa", granularity="module", num_active=3, seed=3, **FREEZE)
     model = make_llama().train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     optimizer = adamw(model)
     with LayerScheduler(
         model, optimizer, "lisa", granularity="module", num_active=3, seed=3, period=2, **FREEZE
