@@ -94,10 +94,11 @@ class _GivesGrad:
         layer: A layer with transformers' gradient checkpointing.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self._layer = layer
-        self._theirs: Any = layer._gradient_checkpointing_func
+        self._theirs = self._layer._gradient_checkpointing_func
         self.keywords = getattr(self._theirs, "keywords", {})  # as of the partial that it stands for
+        self._layer._gradient_checkpointing_func = self
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         changed = _require_grad_of_input(self._layer, args, {})
