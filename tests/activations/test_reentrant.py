@@ -137,12 +137,13 @@ def test_it_is_looked_for_once_a_period() -> None:
 def test_an_input_by_keyword_under_transformers_checkpointing_is_refused() -> None:
     model = make_llama().train()
     checkpoint_activations(model, {"use_reentrant": True})
-    layer = model.model.layers[1]
-    by_position = layer.forward
-    layer.forward = lambda hidden_states, **kwargs: by_position(hidden_states, **kwargs)
-    layer.register_forward_pre_hook(
-        lambda module, args, kwargs: ((), {"hidden_states": args[0], **kwargs}), with_kwargs=True
-    )
+    layer: Any = model.model.layers[1]
+
+    class ByKeyword(type(layer)):  # type: ignore[misc]
+        def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            return super().__call__(hidden_states=hidden_states, **kwargs)
+
+    layer.__class__ = ByKeyword
     optimizer = torch.optim.SGD(model.parameters())
     with LayerScheduler(model, optimizer, Given((1,)), num_active=1, embeddings="freeze"):
         with pytest.raises(ConfigError, match="gets its input by keyword"):
