@@ -18,12 +18,13 @@ class Grass(ObservedSampler):
     p = softmax(score / τ), with scores relative to their mean, since a gradient's size has no unit that a
     temperature could be given in.
 
-    The paper's probe phase takes the norms of all layers without training. Here the first periods draw only among
-    layers that have not trained yet, so each is known after ⌈N / γ⌉ periods, at no cost.
+    The paper's probe phase takes the norms of all layers without training: ``probe_batches``. Without it the first
+    periods draw only among layers that have not trained yet, so each is known after ⌈N / γ⌉ periods, at no cost.
 
     Args:
         decay: Weight of a score's past, from 0 to below 1.
         tau: Temperature of the softmax (τ), above 0: the larger, the closer to uniform.
+        probe_batches: Calibration batches of the probe phase; 0 leaves it out.
 
     References:
         arXiv 2604.07808; the authors published no code, and no value of ``decay`` and ``tau`` is known to us: both
@@ -36,6 +37,7 @@ class Grass(ObservedSampler):
 
     decay: float = 0.9
     tau: float = 1.0
+    probe_batches: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +45,8 @@ class Grass(ObservedSampler):
             raise ValueError(f"decay must be at least 0 and below 1, but got {self.decay}.")
         if not (math.isfinite(self.tau) and self.tau > 0):
             raise ValueError(f"tau must be finite and above 0, but got {self.tau}.")
+        if self.probe_batches < 0:
+            raise ValueError(f"probe_batches must be at least 0, but got {self.probe_batches}.")
 
     def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
         """Update the scores of the layers that trained."""

@@ -50,6 +50,7 @@ class Mixture(LayerSampler):
         self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
+        self.probe_batches = max(sampler.probe_batches for sampler in self.inner)
         self.watches_steps = any(sampler.watches_steps for sampler in self.inner)
         every = [sampler.measure_every for sampler in self.inner if sampler.measure_every is not None]
         self.measure_every = math.gcd(*every) if every else None

@@ -33,6 +33,7 @@ class WrappedSampler(LayerSampler):
         self.keeps_budget = self.passes_budget and self.inner.keeps_budget
         self.collects = self.collects | self.inner.collects
         self.watches_steps = self.inner.watches_steps
+        self.probe_batches = self.inner.probe_batches
         self.measure_every = self.inner.measure_every
         self.trains_everything = self.inner.trains_everything
         self.needs_batches = self.inner.needs_batches

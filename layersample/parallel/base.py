@@ -84,6 +84,18 @@ class Engine:
                 f"are added up later: leave {option} out."
             )
 
+    def check_probe(self) -> None:
+        """Whether gradients can be looked at without a step.
+
+        Raises:
+            ConfigError: If other ranks hold parts of them, or add to them.
+        """
+        if is_distributed():
+            raise ConfigError(
+                "A probe of gradients needs a single process, but there are several: choose probe_batches=0, where "
+                "the first periods tell the same."
+            )
+
     def check_frozen_weights(self) -> None:
         """Whether each rank has whole weights, which can be rounded.
 

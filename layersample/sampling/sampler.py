@@ -21,7 +21,7 @@ from layersample.layers.find import ModelLayers
 from layersample.sampling.draw_budget import DrawBudget
 from layersample.sampling.faults import SamplerError
 from layersample.sampling.pace import PROGRESS, Say, pace, paced
-from layersample.sampling.statistics import COLLECTABLE, LayerStatistics
+from layersample.sampling.statistics import COLLECTABLE, GRADIENTS, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,10 @@ class LayerSampler(ABC):
     collects: frozenset[str] = frozenset()
     """What must be collected for it while layers train: ``"gradients"`` (norms), ``"loss"``."""
 
+    probe_batches: int = 0
+    """Calibration batches on which the gradients of all layers are looked at before the first draw, without training.
+    It then observes them, with all layers in ``context.active``. It must collect ``"gradients"``."""
+
     watches_steps: bool = False
     """Whether :meth:`wants_new_period` is asked after each step. Norms then come off the device at each step."""
 
@@ -311,4 +315,9 @@ def check_collects(sampler: LayerSampler) -> frozenset[str]:
     collects = frozenset(sampler.collects)
     for name in sorted(collects - COLLECTABLE):
         raise ConfigError(unknown("statistic", name, sorted(COLLECTABLE)))
+    if sampler.probe_batches and GRADIENTS not in collects:
+        raise ConfigError(
+            f"A sampler that probes gradients must collect them, but {type(sampler).__name__} has probe_batches="
+            f"{sampler.probe_batches} and collects {sorted(collects) or 'nothing'}."
+        )
     return collects

@@ -20,7 +20,7 @@ class SeesExactWeights:
 
         Rounded to bf16 they are the model's weights, also where those have been changed since the last step.
         """
-        return self._switch.fp32_weights()
+        return self._switch.weights.fp32()
 
     @property
     def frozen(self) -> FrozenWeights | None:
@@ -33,11 +33,11 @@ class SeesExactWeights:
         Without ``frozen_weights`` that is what it does anyway. Exact values stay in the host's memory: they are
         copied to the device one module at a time. Don't train meanwhile.
         """
-        return self._switch.exact_weights()
+        return self._switch.weights.shown()
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """The model's exact weights but for those that haven't trained and are still in the file they came from.
 
         For a run whose file is lost: what has trained isn't.
         """
-        return self._switch.trained_weights()
+        return self._switch.weights.trained()

@@ -47,13 +47,14 @@ from layersample.scheduling.options import (
     default_period,
     describe_reach,
 )
+from layersample.scheduling.probing import Probes
 from layersample.scheduling.resuming import Resumes
 from layersample.scheduling.switch import Switch, take_over
 
 logger = logging.getLogger(__name__)
 
 
-class LayerScheduler(SeesExactWeights, Resumes):
+class LayerScheduler(SeesExactWeights, Resumes, Probes):
     """Trains a few layers at a time, in any loop. Use it like a learning-rate scheduler.
 
     The first set of layers is active once the scheduler is made; :meth:`step`, called after each
@@ -332,11 +333,13 @@ class LayerScheduler(SeesExactWeights, Resumes):
         )
 
     def _start_round(self) -> None:
-        context = self._context()
         with naming(self.sampler, self._sampler_name, self._round):
             every = self.sampler.measure_every
             if self._round == 0 or (every is not None and self._round % every == 0):
                 self._measure()
+            if self._round == 0 and self.sampler.probe_batches:
+                self._probe(self.sampler.probe_batches)
+            context = self._context()
             self._inclusion = find_inclusion(self.sampler, context)
             self._active = draw(self.sampler, context)
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
@@ -355,6 +358,6 @@ class LayerScheduler(SeesExactWeights, Resumes):
             round=self._round,
             seed=self.seed,
         )
-        with self._switch.exact_weights(), unchanged(self._model, only_after_errors=True):
+        with self._switch.weights.shown(), unchanged(self._model, only_after_errors=True):
             self.sampler.measure(measurement)
         self._history.changed.clear()

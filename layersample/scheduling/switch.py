@@ -7,7 +7,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from layersample.layers.rules import Units, check_optimizer, warn_of_shared
 from layersample.optim.closures import run_closures_first
 from layersample.optim.frozen_state import create_policy
 from layersample.optim.inactive import InactiveStepper, moving_units
-from layersample.optim.masters import MASTER, at_rest, combine, follow
+from layersample.optim.masters import at_rest
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.own_state import end_plain, make_plain, plain_before_use
 from layersample.optim.packing import unpack
@@ -41,7 +41,7 @@ from layersample.scheduling.options import SchedulerOptions
 from layersample.scheduling.outside_changes import OutsideChanges
 from layersample.scheduling.self_check import SelfCheck
 from layersample.scheduling.weight_changes import WeightChanges
-from layersample.unwrapping import exact_values
+from layersample.scheduling.weights import ExactWeights
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,6 @@ class Switch:
         self._self_check: SelfCheck | None = None
         self._closed = False
         self._moving: set[Tensor] = set()
-        self._at_rest: dict[Tensor, dict[str, Tensor]] = {}
         self._outside = OutsideChanges()
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
             for each in optimizers.each:
@@ -139,6 +138,7 @@ class Switch:
             self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights)
             if self.frozen is not None:
                 made.callback(self.frozen.close)
+            self.weights = ExactWeights(self._model, optimizers, self.frozen)
             if options.check:
                 self._self_check = SelfCheck(optimizers, options.state)
                 made.callback(self._self_check.close)
@@ -206,8 +206,7 @@ class Switch:
             self.stepper.watch(training.values())
         if self._inactive is not None:
             self._inactive.watch(moving)
-        in_stack = self._units.layers_of(sorted({*active, *self.moving}), self._layers)
-        self._checkpointing.switch({name: self._model.get_submodule(name) for name in in_stack})
+        self.prepare_checkpointing(sorted({*active, *self.moving}))
         sampled = {parameter for parameters in own.values() for parameter in parameters}
         self._watch.begin(own, [p for p in training.values() if p not in sampled])
         self._moving = set(moving)
@@ -215,6 +214,11 @@ class Switch:
         self._engine.switched([unit.name for unit in units], round)
         if self._self_check is not None:
             self._self_check.begin(dict(self._model.named_parameters()))
+
+    def prepare_checkpointing(self, indices: Sequence[int]) -> None:
+        """Have gradient checkpointing pass gradients down to the lowest of some sampled layers."""
+        in_stack = self._units.layers_of(indices, self._layers)
+        self._checkpointing.switch({name: self._model.get_submodule(name) for name in in_stack})
 
     def _choose_moving(self, active: Sequence[int], training: Collection[str]) -> None:
         sampled = self._units.sampled
@@ -276,38 +280,6 @@ class Switch:
                 moving=self.moving_parameters,
             )
 
-    def fp32_weights(self) -> dict[str, Tensor]:
-        """The model's state in fp32: bf16 weights with what their masters hold beyond them.
-
-        A weight that was changed behind its master, by whatever means, wins where the two disagree.
-        """
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        return {
-            name: self._exact(value, parameters.get(name))
-            if value.dtype == torch.bfloat16
-            else value.detach()
-            for name, value in self._model.state_dict(keep_vars=True).items()
-        }
-
-    def trained_weights(self) -> dict[str, Tensor]:
-        """The model's state but for what is still as in the file that it is mapped from, which isn't read."""
-        frozen = {} if self.frozen is None else self.frozen.mapped
-        parameters = dict(self._model.named_parameters())
-        found = {name: exact_values(p).detach() for name, p in parameters.items() if name not in frozen}
-        return found | {name: buffer.detach() for name, buffer in self._model.named_buffers()}
-
-    def exact_weights(self) -> AbstractContextManager[None]:
-        """Have the model show, and compute with, the exact values of frozen weights."""
-        return nullcontext() if self.frozen is None else self.frozen.exact()
-
-    def _exact(self, weight: Tensor, parameter: Tensor | None) -> Tensor:
-        """A weight in fp32; the optimizer knows it by its parameter, which may be held rounded."""
-        if parameter is None:
-            return combine(weight, {})
-        state = self._at_rest.get(parameter) or self._optimizers.state_of(parameter)
-        exact = combine(weight, state)
-        return follow(exact.clone(), weight) if MASTER in state else exact
-
     def close(self, *, plain: bool = True) -> None:
         """Every parameter requires a gradient again as it did before. Safe to call twice.
 
@@ -344,7 +316,7 @@ class Switch:
         for parameter in parameters.values():
             kept = at_rest(self._optimizers.state_of(parameter))
             if kept:
-                self._at_rest[parameter] = kept
+                self.weights.at_rest[parameter] = kept
         projected = {parameters[name] for name in self.projected if name in parameters}
         for each in self._optimizers.each:
             self._policy.activate(each, parameters.values())
