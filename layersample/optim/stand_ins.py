@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,12 @@ from layersample.optim.own_state import end_plain, fits, fresh_state, is_ours, m
 from layersample.optim.packing import pack, parameters_of, unpack
 from layersample.optim.slices import SlicedState, find_slices
 from layersample.optim.support import check_state
+from layersample.optim.viewed import VIEWED, check_unviewed
 from layersample.projection.low_rank import BASIS, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
 from layersample.unwrapping import exact_values, is_dtensor, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
-
-_viewed: WeakSet[Optimizer] = WeakSet()
 
 
 @dataclass
@@ -90,6 +88,8 @@ class OptimizerView:
         self._groups: list[dict[str, Any]] = []
         self._parameters: list[list[nn.Parameter]] = []
         self._skips = False
+        self.lr_factors: Mapping[Tensor, float] = {}
+        """By what the learning rate of some parameters is multiplied in a step; their group's stays what it is."""
         self._rows: slice | None = None  # of the parameter that is stepped now
         self._sliced: SlicedState | None = None
         # Of each parameter, what :func:`_writes` was when its master was last right.
@@ -114,13 +114,13 @@ class OptimizerView:
             ),
             self._optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
-        _viewed.add(self._optimizer)
+        VIEWED.add(self._optimizer)
 
     def close(self) -> None:
         """Leave the optimizer as it was found; its state stays. Safe to call twice, and once it has another view."""
         self._restore()
         if self._handles:
-            _viewed.discard(self._optimizer)
+            VIEWED.discard(self._optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -201,7 +201,8 @@ class OptimizerView:
             self._known.update(parameters)
         if self._eager:
             self._make_lacking_state(optimizer)
-        if not any(self.is_projected(p) or self.has_master(p) for p in parameters):
+        replaces = any(self.is_projected(p) or self.has_master(p) for p in parameters)
+        if not replaces and not any(parameter in self.lr_factors for parameter in parameters):
             return
         # GradScaler leaves it to a fused optimizer to undo the scale, and to skip a step that overflowed.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -225,23 +226,34 @@ class OptimizerView:
                     optimizer.state[parameter] = fresh_state(optimizer, group, parameter)
 
     def _enter_step(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        if self._keeps_places and self.lr_factors:
+            raise ConfigError(
+                f"Layers can't have learning rates of their own under {type(optimizer).__name__}, which knows "
+                "parameters by their place in a group: leave switch_warmup and lr_correction out."
+            )
         for group in self._groups:
-            low_rank: list[nn.Parameter] = []
-            others: list[nn.Parameter] = []
+            parts: dict[tuple[float, bool], list[nn.Parameter]] = {}  # by factor, and whether of low rank
             for parameter in group["params"]:
+                factor = self.lr_factors.get(parameter, 1.0)
+                projected = parameter.grad is not None and self.is_projected(parameter)
                 # Where an optimizer knows parameters by their place in the group, each keeps it.
+                if self._keeps_places and (parameter.grad is None or projected):
+                    parts.setdefault((1.0, False), []).append(PLACEHOLDER)
                 if parameter.grad is None:
-                    others += [PLACEHOLDER] if self._keeps_places else []
-                elif self.is_projected(parameter):
-                    others += [PLACEHOLDER] if self._keeps_places else []
-                    low_rank.append(self._make_low_rank(parameter, group, scale))
+                    continue
+                own = group if factor == 1.0 else {**group, "lr": group["lr"] * factor}
+                stand_in = parameter
+                if projected:
+                    stand_in = self._make_low_rank(parameter, own, scale)
                 elif self.has_master(parameter):
-                    others.append(self._make_master(parameter, group))
-                else:
-                    others.append(parameter)
-            group["params"] = others
-            if low_rank:  # their weight decay is that of the whole weight, which we apply
-                optimizer.param_groups.append({**group, "params": low_rank, "weight_decay": 0.0})
+                    stand_in = self._make_master(parameter, own)
+                parts.setdefault((factor, projected), []).append(stand_in)
+            group["params"] = parts.pop((1.0, False), [])
+            for (factor, projected), members in parts.items():
+                rate = group["lr"] if factor == 1.0 else group["lr"] * factor
+                # Weight decay of what has a low rank is that of the whole weight, which we apply.
+                other = {"weight_decay": 0.0} if projected else {}
+                optimizer.param_groups.append({**group, "params": members, "lr": rate, **other})
 
     def _make_master(self, parameter: nn.Parameter, group: dict[str, Any]) -> nn.Parameter:
         own, kept = self._split_state(parameter)
@@ -344,28 +356,6 @@ class OptimizerView:
     def _loaded(self, optimizer: Optimizer) -> None:
         self._versions.clear()
         unpack(optimizer)
-
-
-def is_viewed(optimizer: Optimizer) -> bool:
-    """Whether a view works on an optimizer."""
-    return unwrap_optimizer(optimizer) in _viewed
-
-
-def check_unviewed(optimizer: Optimizer) -> None:
-    """Make sure that no view works on an optimizer: of two, each would undo what the other does.
-
-    Args:
-        optimizer: The optimizer, or accelerate's wrapper of it.
-
-    Raises:
-        ConfigError: If one does; it says how to end it.
-    """
-    if is_viewed(optimizer):
-        raise ConfigError(
-            "An optimizer must have one LayerScheduler at a time, but one made earlier (by this same notebook cell, "
-            "perhaps) still works on it: close() the earlier one first (scheduler.close(), or with the Trainer "
-            "callback.scheduler.close()), or use it as `with LayerScheduler(...) as scheduler:`."
-        )
 
 
 def _writes(parameter: nn.Parameter) -> tuple[int, int]:

@@ -146,6 +146,21 @@ class UpdateOptions(Options):
         "all", "Which inactive layers move: all, or those above the lowest active one.", *_RUN
     )
 
+    switch_warmup: int = option(
+        0,
+        "Optimizer steps over which the learning rate of layers rises that have just become active; 0: none.",
+        Role.IDENTITY,
+        ge=0,
+        le=MOST,
+    )
+    lr_correction: float | None = option(
+        None,
+        "Multiply an active layer's learning rate by the mean inclusion probability over its own, at most by this.",
+        Role.IDENTITY,
+        ge=1,
+        le=1e6,
+    )
+
     @model_validator(mode="after")
     def _says_what_inactive_layers_do(self) -> Self:
         for name in ("inactive_lr_scale", "inactive_scope"):

@@ -59,6 +59,11 @@ class Reports:
         return self._optimizers.given
 
     @property
+    def lr_factors(self) -> dict[str, float]:
+        """What the learning rates of active layers are multiplied by where it isn't 1, by name."""
+        return {self._units.sampled[i].name: factor for i, factor in self._switch.lr_factors.items()}
+
+    @property
     def projected(self) -> frozenset[str]:
         """Names of the weights whose gradients are projected when they train."""
         return self._switch.projected

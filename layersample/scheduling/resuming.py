@@ -24,11 +24,16 @@ class Resumes(Reports):
     _identity: RunIdentity
     _sampler_name: str
     _began: int
+    _entered: tuple[int, ...]
     _state_is_placed: bool
 
     @abstractmethod
     def _measure(self) -> None:
         """Have the sampler measure the model."""
+
+    @abstractmethod
+    def _set_learning_rates(self) -> None:
+        """Give layers their learning rates for the next step."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
@@ -39,6 +44,7 @@ class Resumes(Reports):
             "steps": self._steps,
             "began": self._began,
             "active": list(self._active),
+            "entered": list(self._entered),
             **self._history.state_dict(),
             "inclusion": self.inclusion_probabilities,
             # Whoever loads sharded state must know which of it has a low rank; shapes alone don't tell.
@@ -78,6 +84,7 @@ class Resumes(Reports):
             self.sampler.load_state_dict(state["sampler_state"])
         self._inclusion = state["inclusion"]
         self._active = tuple(state["active"])
+        self._entered = tuple(state.get("entered", ()))
         if self._switch.stepper is not None and state.get("backward"):
             self._switch.stepper.load_state_dict(state["backward"])
         self._switch.apply(self._active, self._round)
@@ -85,3 +92,4 @@ class Resumes(Reports):
             self._switch.changes.forget()
         self._switch.place_state()
         self._state_is_placed = True
+        self._set_learning_rates()

@@ -40,6 +40,7 @@ from layersample.sampling.sampler import (
 )
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
+from layersample.scheduling.lr_factors import lr_factors
 from layersample.scheduling.options import (
     DEFAULT_SAMPLER,
     SchedulerOptions,
@@ -102,6 +103,10 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             state in the backward pass, after which their gradient is freed (BREAD). It isn't clipped.
         inactive_lr_scale: Learning rate of that step, relative to that of the parameter's group.
         inactive_scope: Which layers take it: ``"all"``, or those ``"above"`` the lowest active one.
+        switch_warmup: Optimizer steps over which the learning rate of layers that have just become active rises to
+            that of their group; 0 is none. The first period has none. ``param_groups`` stay as they are.
+        lr_correction: Multiply the learning rate of an active layer by the mean inclusion probability over its own,
+            so that seldom drawn layers move as far as others; at most by this number. ``None`` doesn't.
         batches: Calibration batches, for samplers that measure with data: mappings of the model's arguments,
             in an iterable that can be read more than once, or a function that gives one.
         state_dict: State of :meth:`state_dict` to continue from: as :meth:`load_state_dict`, but without
@@ -152,6 +157,8 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         inactive: Inactive = "freeze",
         inactive_lr_scale: float = 5.0,
         inactive_scope: InactiveScope = "all",
+        switch_warmup: int = 0,
+        lr_correction: float | None = None,
         batches: Batches | None = None,
         state_dict: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
@@ -198,6 +205,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         warn_of_towers(self._model, self.model_layers, self._units)
         self._state_is_placed, self._round, self._steps, self._began = False, 0, 0, 0
         self._active: tuple[int, ...] = ()
+        self._entered: tuple[int, ...] = ()  # those that weren't active in the period before
         self._inclusion: Sequence[float] | None = None
         self._history = LayerHistory(
             len(self.layers),
@@ -278,6 +286,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
                 self._state_is_placed = True
             self._steps += 1
             self._switch.count_step()
+            self._set_learning_rates()
             due = self._steps - self._began >= self.period
             if trained and not due and self.sampler.watches_steps:
                 with naming(self.sampler, self._sampler_name, self._round):
@@ -341,9 +350,26 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
                 self._probe(self.sampler.probe_batches)
             context = self._context()
             self._inclusion = find_inclusion(self.sampler, context)
-            self._active = draw(self.sampler, context)
+            earlier, self._active = self._active, draw(self.sampler, context)
+        self._entered = tuple(i for i in self._active if i not in earlier) if self._round else ()
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
         self._switch.apply(self._active, self._round)
+        with naming(self.sampler, self._sampler_name, self._round):
+            self._set_learning_rates()
+
+    def _set_learning_rates(self) -> None:
+        options = self.options
+        if options.switch_warmup or options.lr_correction is not None:
+            self._switch.set_lr_factors(
+                lr_factors(
+                    self._active,
+                    entered=self._entered,
+                    step=self._steps - self._began,
+                    warmup=options.switch_warmup,
+                    inclusion=self._inclusion,
+                    most=options.lr_correction,
+                )
+            )
 
     def _measure(self) -> None:
         if not self._engine.must_measure(self.sampler):

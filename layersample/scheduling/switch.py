@@ -6,12 +6,12 @@ import gc
 import logging
 import sys
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
@@ -28,9 +28,10 @@ from layersample.optim.masters import at_rest
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.own_state import end_plain, make_plain, plain_before_use
 from layersample.optim.packing import unpack
-from layersample.optim.stand_ins import OptimizerView, check_unviewed, is_viewed
+from layersample.optim.stand_ins import OptimizerView
 from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.optim.support import WrapperWatch, check_supported, refuse_capture
+from layersample.optim.viewed import check_unviewed, is_viewed
 from layersample.parallel.base import Engine
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
@@ -81,8 +82,11 @@ class Switch:
         refuse_quantized(self._model, model_layers)
         check_optimizer(self._model, optimizers.param_groups, units)
         masters = options.master_weights and any(p.dtype == torch.bfloat16 for p in self._model.parameters())
+        own_rates = options.switch_warmup > 0 or options.lr_correction is not None
         check_supported(
-            optimizers, offloads=options.state == "offload", replaces=masters or projection is not None
+            optimizers,
+            offloads=options.state == "offload",
+            replaces=masters or projection is not None or own_rates,
         )
         self._policy = create_policy(options.state)
         self.projected = find_targets(self._model, model_layers, projection)
@@ -103,6 +107,9 @@ class Switch:
         self._closed = False
         self._moving: set[Tensor] = set()
         self._outside = OutsideChanges()
+        self._active_parameters: dict[int, list[nn.Parameter]] = {}
+        self.lr_factors: dict[int, float] = {}
+        """What the learning rates of active layers are multiplied by, by index."""
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
             for each in optimizers.each:
                 # In front of all else, which needs the gradients that a closure computes.
@@ -198,6 +205,8 @@ class Switch:
         units = [self._units.sampled[i] for i in active]
         own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
         by_index = dict(zip(active, own.values(), strict=True))
+        self._active_parameters = by_index
+        self.set_lr_factors({})  # those of the period before are of other layers
         if self.norms is not None:  # in front of what steps in backward, and frees gradients
             self.norms.begin(by_index)
         if self.changes is not None:
@@ -236,6 +245,20 @@ class Switch:
             self.stepper.end_step()
         if self.norms is not None:
             self.norms.end_step()
+
+    def set_lr_factors(self, factors: Mapping[int, float]) -> None:
+        """Have active layers step at other learning rates than their groups' from now on.
+
+        Args:
+            factors: What their learning rates are multiplied by, by the layer's index; a layer that isn't named has
+                its group's.
+        """
+        self.lr_factors = dict(factors)
+        by_parameter: dict[Tensor, float] = {
+            p: factor for index, factor in factors.items() for p in self._active_parameters[index]
+        }
+        for view in self._views:
+            view.lr_factors = by_parameter
 
     def place_state(self) -> None:
         """Drop, keep or move the optimizer's state of what is frozen, and bring back that of what trains."""
