@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from layersample.errors import ConfigError
+from layersample.scheduling.options import SchedulerOptions
+from layersample.scheduling.reports import Reports
 
 
 def warmup_factor(step: int, warmup: int) -> float:
@@ -69,3 +71,25 @@ def lr_factors(
         if factor != 1.0:
             found[index] = factor
     return found
+
+
+class SetsLearningRates(Reports):
+    """The part of a scheduler that gives layers learning rates of their own."""
+
+    options: SchedulerOptions
+    _began: int
+    _entered: tuple[int, ...]
+
+    def _set_learning_rates(self) -> None:
+        options = self.options
+        if options.switch_warmup or options.lr_correction is not None:
+            self._switch.set_lr_factors(
+                lr_factors(
+                    self._active,
+                    entered=self._entered,
+                    step=self._steps - self._began,
+                    warmup=options.switch_warmup,
+                    inclusion=self._inclusion,
+                    most=options.lr_correction,
+                )
+            )

@@ -10,30 +10,22 @@ from layersample.projection.projection import Projection
 from layersample.sampling.faults import naming
 from layersample.sampling.sampler import LayerSampler
 from layersample.scheduling.identity import RunIdentity
-from layersample.scheduling.options import SchedulerOptions
-from layersample.scheduling.reports import Reports
+from layersample.scheduling.lr_factors import SetsLearningRates
 
 
-class Resumes(Reports):
+class Resumes(SetsLearningRates):
     """The part of a scheduler that is saved and loaded."""
 
-    options: SchedulerOptions
     sampler: LayerSampler
     projection: Projection | None
     period: int
     _identity: RunIdentity
     _sampler_name: str
-    _began: int
-    _entered: tuple[int, ...]
     _state_is_placed: bool
 
     @abstractmethod
     def _measure(self) -> None:
         """Have the sampler measure the model."""
-
-    @abstractmethod
-    def _set_learning_rates(self) -> None:
-        """Give layers their learning rates for the next step."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""

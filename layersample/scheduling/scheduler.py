@@ -40,7 +40,6 @@ from layersample.sampling.sampler import (
 )
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
-from layersample.scheduling.lr_factors import lr_factors
 from layersample.scheduling.options import (
     DEFAULT_SAMPLER,
     SchedulerOptions,
@@ -356,20 +355,6 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         self._switch.apply(self._active, self._round)
         with naming(self.sampler, self._sampler_name, self._round):
             self._set_learning_rates()
-
-    def _set_learning_rates(self) -> None:
-        options = self.options
-        if options.switch_warmup or options.lr_correction is not None:
-            self._switch.set_lr_factors(
-                lr_factors(
-                    self._active,
-                    entered=self._entered,
-                    step=self._steps - self._began,
-                    warmup=options.switch_warmup,
-                    inclusion=self._inclusion,
-                    most=options.lr_correction,
-                )
-            )
 
     def _measure(self) -> None:
         if not self._engine.must_measure(self.sampler):
