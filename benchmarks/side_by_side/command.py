@@ -127,7 +127,7 @@ def benchmark(
         "answer_marker": answer_marker,
         "seeds": None if seeds is None else _seeds(seeds),
         "steps": steps,
-        "learning_rates": None if lr_grid is None else _split(lr_grid),
+        "learning_rates": None if lr_grid is None else _rates(lr_grid),
         "search_steps": search_steps,
         "baseline": baseline,
         "lm_eval": None if lm_eval is None else _split(lm_eval),
@@ -235,6 +235,15 @@ def _rows(names: list[str], suite: Suite) -> list[MethodEntry | str]:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _split(text)]
+    except ValueError as error:
+        raise ConfigError(
+            f"command line: learning_rates must be numbers with commas, but got {text!r}."
+        ) from error
 
 
 def _seeds(text: str) -> int | list[int]:

@@ -99,7 +99,7 @@ def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path)
         (["--steps", "0"], "command line: steps: .* but got 0"),
         (["--option", "period"], "must be given as KEY=VALUE, but got 'period'"),
         (["--set", "sets=1"], "command line: Unknown key of a suite 'sets'. Did you mean 'steps'"),
-        (["--lr-grid", "fast"], "command line: learning_rates.0: .* but got 'fast'"),
+        (["--lr-grid", "1e-3,fast"], "learning_rates must be numbers with commas, but got '1e-3,fast'"),
         (["report", "no-such-folder"], "must be that of a benchmark, but no-such-folder holds no suite.yaml"),
     ],
 )
