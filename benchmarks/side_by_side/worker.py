@@ -42,14 +42,19 @@ def main() -> None:
 
 
 def warm_up() -> None:
-    """Import what every run needs; nothing here may start threads or choose a device."""
+    """Import what every run needs, so that none has other code than the one before; no device may be chosen here."""
     import datasets
     import peft  # noqa: F401
     import trl  # noqa: F401
     from transformers.utils import logging as transformers_logging
 
+    from layersample.integrations import transformers as _sampling  # noqa: F401
+    from layersample.planning import budget  # noqa: F401
+    from layersample.registry import list_samplers
+
     from . import training  # noqa: F401
 
+    list_samplers()  # imports the modules of all that are installed
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
