@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, model_validator
 from layersample.activations.options import ActivationOptions, off
 from layersample.choices import ClipBy, Precision
 from layersample.errors import ConfigError, unknown
-from layersample.option_files import Options, make_options, read_yaml
-from layersample.options import MOST, Role, names_with, option
+from layersample.option_files import Options, make_options
+from layersample.options import MOST, Role, option
 from layersample.plugins import settings_files
 from layersample.scheduling.options import (
     ProjectionOptions,
@@ -119,6 +119,12 @@ class DataOptions(Options):
     eval_data: str | None = option(
         None, "Held-out data; default: a part of the data.", Role.IDENTITY, Role.SUITE
     )
+    stream: bool = option(
+        False,
+        "Read the data while it trains, for files larger than memory.",
+        Role.IDENTITY,
+        Role.SUITE,
+    )
     eval_size: int = option(32, "Held-out problems, at most.", Role.IDENTITY, Role.SUITE, ge=1, le=MOST)
     max_length: int = option(
         256, "Tokens of an example, at most; longer ones are cut.", *_RUN, Role.SUITE, ge=8, le=MOST
@@ -152,6 +158,21 @@ class OptimizationOptions(Options):
     weight_decay: float = option(0.0, "Weight decay.", Role.IDENTITY, ge=0, le=1e3)
 
 
+class RankOptions(Options):
+    """Several GPUs."""
+
+    shard: Literal["fsdp2"] | None = option(
+        None,
+        "How ranks share the model: each holds a part of it (fsdp2). Default: each holds all of it (DDP).",
+        *_RUN,
+        Role.SUITE,
+    )
+    sharded_checkpoints: bool = option(
+        True,
+        "With shard: each rank writes its part of a checkpoint; otherwise the first one writes it whole.",
+    )
+
+
 class OutputOptions(Options):
     """What is written, and where."""
 
@@ -176,6 +197,7 @@ SECTIONS: tuple[type[Options], ...] = (
     ModelOptions,
     DataOptions,
     OptimizationOptions,
+    RankOptions,
     OutputOptions,
 )
 
@@ -187,6 +209,7 @@ class TrainConfig(
     ModelOptions,
     DataOptions,
     OptimizationOptions,
+    RankOptions,
     OutputOptions,
     SchedulerOptions,
 ):
@@ -257,6 +280,9 @@ class TrainConfig(
             raise ValueError(
                 "budget chooses num_active once, and draw_budget bounds each draw in its place: give one of them"
             )
+        self._check_shards()
+        if self.stream and self.epochs is not None:
+            raise ValueError("stream reads data whose end isn't known: give steps in place of epochs")
         if self.resume and self.overwrite:
             raise ValueError("resume continues a run and overwrite replaces it: choose one of them")
         if self.resume and self.output is None:
@@ -276,31 +302,23 @@ class TrainConfig(
             )
         return self
 
-
-def check_same_run(config: TrainConfig, stored: Path) -> None:
-    """Make sure that a run is resumed with the options that it was begun with.
-
-    Args:
-        config: The options now.
-        stored: The run's ``config.yaml``; nothing is checked where there is none.
-
-    Raises:
-        ConfigError: If others have changed, and ``allow_changes`` is off; it gives both values of each.
-    """
-    if config.allow_changes or not stored.is_file():
-        return
-    before, now = read_yaml(stored), yaml.safe_load(write_yaml(config))
-    fixed = names_with(TrainConfig, Role.IDENTITY)
-    changed = [
-        f"{key} was {before[key]!r}, but is {now[key]!r} now"
-        for key in sorted(before.keys() & now.keys() & fixed)
-        if before[key] != now[key]
-    ]
-    if changed:
-        raise ConfigError(
-            f"A run must be resumed with the options it was begun with: {'; '.join(changed)}. Leave them as they "
-            "were, or add --allow-changes: its result will then be that of neither."
-        )
+    def _check_shards(self) -> None:
+        if self.shard is None:
+            return
+        if self.precision == "bf16" and self.master_weights:
+            raise ValueError(
+                "shard keeps no fp32 masters of bf16 weights: choose precision bf16-mixed, whose fp32 weights are in "
+                "shards, or turn master_weights off"
+            )
+        if self.frozen_weights is not None:
+            raise ValueError(
+                "frozen_weights needs whole weights on each GPU, and shard cuts them: leave out one of them"
+            )
+        if self.step_in_backward:
+            raise ValueError(
+                "step_in_backward needs gradients that are whole in the backward pass, and shard adds up those of all "
+                "ranks later: leave out one of them"
+            )
 
 
 def check_length(config: TrainConfig, model: PretrainedConfig) -> None:

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A configuration, option or file that can't be used: says what must hold, what came and what to do."""
 
 
+class SharedError(ConfigError):
+    """One that all ranks of a run raise alike, so that one of them tells it."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """A sentence on an unknown name: the closest ones first, then all there are."""
     names = sorted(known)

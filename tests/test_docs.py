@@ -99,6 +99,7 @@ def test_commands_are_understood(
     page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("layersample.cli.train_command._run", lambda config: None)
+    monkeypatch.setattr("layersample.cli.train_command.launch", lambda gpus, processes: None)
     for name in ("chat_command._run", "export_command._export", "export_command._apply"):
         monkeypatch.setattr(f"layersample.cli.{name}", lambda *given: None)
     monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda *_, **__: None)

@@ -37,7 +37,7 @@ def test_example_runs(name: str, tiny_model: Path, sums: Path, tmp_path: Path) -
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = (
-    *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "2"),
+    *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
     *("--mixed_precision", "no", "--dynamo_backend", "no"),
 )
 
@@ -54,6 +54,8 @@ def on_two_ranks(launcher: tuple[str, ...], name: str, *arguments: str) -> list[
         env=environment(),
     )
     assert done.returncode == 0, done.stderr
+    if name == "distributed_sft.py":
+        assert "2 ranks" in done.stdout
     return re.findall(r"step \d+: loss \d+\.\d+, layers [(\d][\d, ]*", done.stdout)
 
 

@@ -147,6 +147,11 @@ def test_no_module_reaches_up_by_a_string() -> None:
                     assert FLOOR[room] >= FLOOR.get(room_of(path), 0), f"{path} names {text}"
 
 
+def test_no_message_points_to_what_a_wheel_lacks() -> None:
+    for path in (p for folder in PACKAGES for p in modules(folder)):
+        assert not any("examples/" in text for text in strings(path)), path
+
+
 def test_strategies_use_the_public_interface_alone() -> None:
     for path in (ROOT / "strategies").glob("*.py"):
         inside = {name for name in imported(path) if name.startswith("layersample.")}

@@ -44,6 +44,7 @@ trainer = SFTTrainer(model=model, processing_class=tokenizer, args=arguments, tr
 LayerSamplingCallback("lisa", num_active=2, period=2, check=True).attach(trainer)
 trainer.train()
 if trainer.is_world_process_zero():
+    print(f"{arguments.world_size} ranks")
     for record in trainer.state.log_history:
         if "loss" in record:
             print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")

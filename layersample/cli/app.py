@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,11 +20,13 @@ from layersample.cli.env_command import env_command
 from layersample.cli.export_command import apply_command, export_command
 from layersample.cli.flags import with_options
 from layersample.cli.groups import Commands, PanelCommand
+from layersample.cli.launch import is_first, is_rank, tell_launcher
 from layersample.cli.list_command import list_command
 from layersample.cli.plan_command import OWN_OPTIONS, plan
 from layersample.cli.profile_command import profile_command
+from layersample.cli.train_command import OWN_OPTIONS as TRAIN_OPTIONS
 from layersample.cli.train_command import train
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, SharedError
 from layersample.options import Role
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
@@ -56,8 +59,22 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        errors.print(f"[bold red]Error:[/] {plain(error)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        if is_first() or not isinstance(error, SharedError):
+            errors.print(f"[bold red]Error:[/] {plain(error)}", highlight=False, soft_wrap=True)
+        if is_rank():
+            tell_launcher(error)
+        _leave(2)
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(code: str | int | None) -> None:
+    """Exit; a rank that failed at once, as its threads may wait for others in vain."""
+    if is_rank() and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
 
 
 def _add(name: str, command: Callable[..., None], *examples: str) -> None:
@@ -94,10 +111,11 @@ _add(
 )
 _add(
     "train",
-    with_options(train),
+    with_options(train, first=TRAIN_OPTIONS),
     "layersample train",
     "layersample train --model ./my-model --data my.jsonl --output runs/first",
     "layersample train --output runs/first --resume",
+    "layersample train --gpus 8 --shard fsdp2 --dtype bf16-mixed",
     "layersample train --sampler owlore --projection galore --embeddings freeze",
 )
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def data_command(
 ) -> None:
     """Show the format of data, its first examples as the model sees them, their lengths, and what would be cut."""
     # Seconds of imports that the other commands don't need.
-    from layersample.training.answers import show_learned
+    from layersample.training.answers import show_learned, template_columns
     from layersample.training.data import load_data
     from layersample.training.models import load_tokenizer
     from layersample.training.trainer import CheckedTrainer
@@ -46,9 +46,9 @@ def data_command(
         "max_length": max_length,
     }
     config = make_config(("command line", given))
-    data = load_data(config.data, config.columns)
-    console.print(data.info.description, markup=False, highlight=False)
     tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.columns, template_columns(tokenizer))
+    console.print(data.info.description, markup=False, highlight=False)
     had_template = tokenizer.chat_template is not None
     whole = CheckedTrainer.prepare(data, tokenizer, config.train_on, None)
     if tokenizer.chat_template is not None and not had_template:

@@ -111,6 +111,17 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         rows.insert(1, ("held-out loss, as saved", f"{saved['before']:.4f} → {saved['after']:.4f}"))
     if peak["device"] is not None:
         rows.insert(-1, ("GPU, at most", _bytes(peak["device"])))
+    if ranks := summary.get("ranks"):
+        # What stands above is of the rank that held most.
+        held = [
+            sum(peak[kind] for kind in ("weights", "gradients", "optimizer_state"))
+            for peak in ranks["peak_bytes"]
+        ]
+        shared = f"shards ({ranks['shard']})" if ranks["shard"] else "all of the model on each"
+        least, most = _bytes(min(held)), _bytes(max(held))
+        rows.insert(
+            -1, (f"{len(held)} ranks, {shared}", f"{least} to {most} of weights, gradients and state")
+        )
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         table.add_row(f"[dim]{name}[/]", value)

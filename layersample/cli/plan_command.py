@@ -24,7 +24,7 @@ OWN_OPTIONS = (
         typer.Argument(help="Built-in shape, folder or hub id; an unknown name lists the shapes."),
     ),
     own_option(
-        "gpus", int, 1, typer.Option(min=1, max=10**9, help="GPUs that the run is sharded over (FSDP).")
+        "gpus", int, 1, typer.Option(min=1, max=10**9, help="GPUs that share the run; --shard says how.")
     ),
     own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
     own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),

@@ -13,10 +13,11 @@ from layersample.planning.planner import Plan, PlannedSet
 def print_plan(console: Console, plan: Plan) -> None:
     """Print a plan."""
     config = plan.config
-    sharded = f", sharded over {plan.gpus} GPUs" if plan.gpus > 1 else ""
+    how = "all of the model" if config.shard is None else f"a part of the model ({config.shard})"
+    shared = f"; each of {plan.gpus} GPUs holds {how}" if plan.gpus > 1 else ""
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters; {config.batch_size} × {config.max_length} tokens in "
-        f"{config.precision}{sharded}",
+        f"{config.precision}{shared}",
         highlight=False,
     )
     if config.budget is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,39 @@ import typer
 
 from layersample.cli.consoles import console, errors
 from layersample.cli.display import plain
+from layersample.cli.flags import own_option
+from layersample.cli.launch import (
+    check_count,
+    how_to_resume,
+    is_first,
+    is_rank,
+    launch,
+    lost_others,
+)
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import gather_settings
 from layersample.config import TrainConfig
 from layersample.errors import NEEDS_TRAIN, ConfigError
+
+_PANEL = "Several GPUs"  # as the section of the configuration is called
+OWN_OPTIONS = (
+    own_option(
+        "gpus",
+        int | None,
+        None,
+        typer.Option(
+            min=1, max=1024, help="Start a process for each of so many GPUs.", rich_help_panel=_PANEL
+        ),
+    ),
+    own_option(
+        "processes",
+        int | None,
+        None,
+        typer.Option(
+            min=1, max=1024, help="Start so many on the CPU, to try several ranks.", rich_help_panel=_PANEL
+        ),
+    ),
+)
 
 
 def train(
@@ -22,13 +53,21 @@ def train(
     sampler_option: list[str] | None = None,
     projection_option: list[str] | None = None,
     trainer_option: list[str] | None = None,
+    gpus: int | None = None,
+    processes: int | None = None,
     **flags: Any,
 ) -> None:
     """Fine-tune a model, a few layers at a time.
 
     Without options: SmolLM2-135M on grade-school problems with LISA, about three minutes on two cores.
     """
-    _run(gather_settings(config, preset, sampler_option, projection_option, trainer_option, flags))
+    settings = gather_settings(config, preset, sampler_option, projection_option, trainer_option, flags)
+    if is_rank():
+        check_count(gpus, processes)
+    elif gpus is not None or processes is not None:
+        launch(gpus, processes)
+        return
+    _run(settings)
 
 
 def _run(settings: TrainConfig) -> None:
@@ -43,25 +82,36 @@ def _run(settings: TrainConfig) -> None:
     from layersample.training.trainer import Interrupted, NonFiniteLossError
 
     quiet_libraries(reads_data=True)
+    if not is_first():
+        console.quiet = True
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
     print_config(console, settings)
     try:
         summary = finetune(settings, progress=LiveProgress(console), report=_report)
-    except NonFiniteLossError as error:
-        errors.print(f"[bold red]Stopped:[/] {plain(error)}", highlight=False, soft_wrap=True)
+    except NonFiniteLossError as error:  # of all ranks alike, as is a checkpoint
+        _say(f"[bold red]Stopped:[/] {plain(error)}")
         raise typer.Exit(1) from error
     except Interrupted as error:
-        again = f" --plugin {settings.plugin}" if settings.plugin else ""
-        errors.print(
-            f"Interrupted. A checkpoint is in {error.checkpoint}; continue with: layersample train "
-            f"--output {error.checkpoint.parent.parent} --resume{again}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        again = how_to_resume(error.checkpoint.parent.parent)
+        plugin = f" --plugin {settings.plugin}" if settings.plugin else ""
+        _say(plain(f"Interrupted. A checkpoint is in {error.checkpoint}; continue with: {again}{plugin}"))
         raise typer.Exit(128 + error.signal_number) from error
     except KeyboardInterrupt as error:  # before training began, or asked twice
         errors.print("Interrupted, without a new checkpoint.")
         raise typer.Exit(130) from error
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        lines = str(error).strip().splitlines()
+        errors.print(f"A rank lost the others: {plain(lines[0] if lines else error)}", soft_wrap=True)
+        raise typer.Exit(1) from error
     print_summary(console, summary)
+
+
+def _say(sentence: str) -> None:
+    if is_first():
+        errors.print(sentence, highlight=False, soft_wrap=True)
 
 
 def _report(sentence: str) -> None:

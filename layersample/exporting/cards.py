@@ -114,7 +114,7 @@ def _facts(config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, str]:
             for rule in (config.embeddings, config.head, config.norm)
         ),
         "Parameters that trained at a time": f"{trainable['mean']:,.0f} of {parameters:,}",
-        "Steps": f"{summary['steps']:,} of {config.batch_size * config.gradient_accumulation} examples",
+        "Steps": f"{summary['steps']:,} of {_examples_of_a_step(config, summary)} examples",
         "Learning rate": f"{config.learning_rate:g}, {config.schedule}",
         "Precision": config.precision,
         "Seed": str(config.run_seed),
@@ -124,6 +124,11 @@ def _facts(config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, str]:
         facts["Held-out loss, as saved"] = f"{saved['before']:.4f} before, {saved['after']:.4f} after"
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in _versions(summary).items())
     return facts
+
+
+def _examples_of_a_step(config: TrainConfig, summary: Mapping[str, Any]) -> int:
+    ranks = len(summary["ranks"]["peak_bytes"]) if "ranks" in summary else 1
+    return ranks * config.batch_size * config.gradient_accumulation
 
 
 def _options(options: Mapping[str, Any] | None) -> str:

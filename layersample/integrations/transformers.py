@@ -18,6 +18,7 @@ from layersample.activations.options import ActivationOptions
 from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.sharded import optimizer_of
 from layersample.errors import ConfigError
+from layersample.integrations.before_sharding import measure_before_sharding
 from layersample.integrations.first_batches import FirstBatches
 from layersample.integrations.trainer_checkpoints import check_can_save, protect_checkpoints
 from layersample.integrations.trainer_loss import OwnLosses, has_own_loss
@@ -117,7 +118,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
 
             # No callback runs between the preparation of the model and this.
             trainer._load_optimizer_and_scheduler = load_what_is_there  # type: ignore[method-assign]
-            trainer.train = partial(self._train, trainer.train)  # type: ignore[method-assign]
+            trainer.train = partial(self._train, trainer, trainer.train)  # type: ignore[method-assign]
         protect_checkpoints(trainer, verify=verify, allow_changes=self.options.allow_changes)
         return self
 
@@ -216,9 +217,11 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         # The Trainer has put the best model's weights in place of the last step's by now.
         self._end(check=not args.load_best_model_at_end)
 
-    def _train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _train(self, trainer: Trainer, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Train; an error, of which no callback is told, leaves the model as it was found as well."""
         try:
+            if not (args or kwargs.get("resume_from_checkpoint")):  # a checkpoint holds what was measured
+                measure_before_sharding(trainer, self.options, _batches)
             return train(*args, **kwargs)
         except BaseException:
             self._end(check=False)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from layersample.errors import ConfigError
+from layersample.errors import SharedError
 
 _DETAIL_BYTES = 4096
 
@@ -63,7 +65,7 @@ def check_agreement(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {drawn}"
         for drawn, ranks in ranks_by_set.items()
     )
-    raise ConfigError(
+    raise SharedError(
         f"All ranks must train the same layers, but they drew different ones ({sets}). Give every rank the same "
         f"seed, period and options, call step() equally often on each, and give samplers that measure the "
         f"same batches on every rank."
@@ -113,6 +115,29 @@ def mean_over_ranks(value: float, *, device: torch.device | str = "cpu") -> floa
     # Added up in the same order on every rank, which an all-reduce doesn't promise.
     told = _gather(struct.pack("<d", value), device, None)
     return math.fsum(struct.unpack("<d", part)[0] for part in told) / len(told)
+
+
+def tell_all(value: Any) -> list[Any]:
+    """What each rank has to say, in their order; every rank calls it.
+
+    Args:
+        value: Of JSON types.
+    """
+    if not is_distributed():
+        return [value]
+    device, message = _where_ranks_talk(), json.dumps(value).encode()
+    lengths = [
+        struct.unpack("<q", part)[0] for part in _gather(struct.pack("<q", len(message)), device, None)
+    ]
+    told = _gather(message.ljust(max(lengths)), device, None)
+    return [json.loads(part) for part in told]
+
+
+def _where_ranks_talk() -> torch.device:
+    """A device from which the default group takes tensors: the CPU, unless all it has is NCCL."""
+    if "gloo" in dist.get_backend_config() or "mpi" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _gather(message: bytes, device: torch.device | str, group: dist.ProcessGroup | None) -> list[bytes]:

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from layersample.errors import ConfigError
 from layersample.parallel.base import Engine
+from layersample.parallel.measured import recall
 from layersample.sampling.sampler import LayerSampler
 from layersample.sampling.weighted import MeasuredSampler
 
@@ -32,13 +33,14 @@ class ShardedEngine(Engine):
         )
 
     def must_measure(self, sampler: LayerSampler) -> bool:
-        """No sampler can measure here: each rank holds a shard of every weight.
+        """No sampler can measure here: each rank holds a shard of every weight. But one may have before.
 
         Raises:
             ConfigError: If it measures the model and hasn't yet, or measures again and again.
         """
         has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
-        if sampler.measures and (sampler.measure_every is not None or not has_measured):
+        once = sampler.measure_every is None
+        if sampler.measures and not (once and (has_measured or recall(self.model, sampler))):
             raise ConfigError(
                 f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On "
                 "the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, sampler, "

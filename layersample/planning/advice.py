@@ -56,12 +56,13 @@ class Advice:
         }
 
 
-def possible_changes(config: TrainConfig, sets: ActiveSets) -> list[Change]:
+def possible_changes(config: TrainConfig, sets: ActiveSets, gpus: int = 1) -> list[Change]:
     """The changes that a run doesn't have yet.
 
     Args:
         config: The run's options.
         sets: Its layers and groups.
+        gpus: GPUs that share the run.
     """
     changes = []
 
@@ -98,15 +99,28 @@ def possible_changes(config: TrainConfig, sets: ActiveSets) -> list[Change]:
         f"--num-active {fewer}",
         f"{fewer} in place of {config.num_active} layers train at a time",
     )
-    add(config.precision != "bf16", {"precision": "bf16"}, "--dtype bf16", "weights of half the size")
+    masters = config.precision == "bf16" and config.master_weights
     add(
-        not config.step_in_backward and config.precision != "fp16-mixed",
+        gpus > 1 and config.shard is None and config.frozen_weights is None and not masters,
+        {"shard": "fsdp2"},
+        "--shard fsdp2",
+        f"each of {gpus} GPUs holds a part of the model",
+    )
+    # Masters of bf16 weights aren't kept in shards.
+    add(
+        config.precision != "bf16" and config.shard is None,
+        {"precision": "bf16"},
+        "--dtype bf16",
+        "weights of half the size",
+    )
+    add(
+        gpus == 1 and not config.step_in_backward and config.precision != "fp16-mixed",
         {"step_in_backward": True, "clip_by": "running" if config.clip else config.clip_by},
         f"--step-in-backward{' --clip-by running' if config.clip else ''}",
         "gradients never stand side by side",
     )
     add(
-        config.precision == "bf16" and config.master_weights,
+        masters,
         {"master_weights": False},
         "--no-master-weights",
         "but small updates are then lost in rounding",
@@ -119,6 +133,7 @@ def find_advice(
     config: TrainConfig,
     sets: ActiveSets,
     *,
+    gpus: int = 1,
     peak: int,
     one_set: Callable[[TrainConfig], int],
     every_set: Callable[[TrainConfig], int],
@@ -129,6 +144,7 @@ def find_advice(
     Args:
         config: The run's options.
         sets: Its layers and groups.
+        gpus: GPUs that share the run.
         peak: What the run holds at most, in bytes.
         one_set: Peak of a run with some options, for one large set of layers.
         every_set: The same for the worst of all sets.
@@ -137,7 +153,7 @@ def find_advice(
     Returns:
         The advice, or none where nothing gains at least 2%.
     """
-    changes = {change.flags: change for change in possible_changes(config, sets)}
+    changes = {change.flags: change for change in possible_changes(config, sets, gpus)}
     tried = {}
     for flags, change in changes.items():
         progress(f"this run with {flags}")

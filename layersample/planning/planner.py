@@ -15,7 +15,7 @@ from layersample.planning.budget import apply_budget
 from layersample.planning.cards import HEADROOM, cards_that_fit
 from layersample.planning.comparisons import ComparedRow, compared_rows
 from layersample.planning.fake_models import quietly
-from layersample.planning.shards import shard
+from layersample.planning.shards import on_each_gpu
 from layersample.planning.simulation import StepMemory, simulate_step
 from layersample.planning.target import ModelLike, Target, find_target
 
@@ -58,7 +58,7 @@ class Plan:
         model: Name of the model.
         parameters: Number of the model's parameters.
         config: How it is trained; its ``num_active`` is the one that a budget chose, if there is one.
-        gpus: GPUs that the run is sharded over.
+        gpus: GPUs that share the run; its ``shard`` says how.
         worst: The set of layers that holds most.
         typical: The median of many draws of the sampler, by the depth of the lowest layer.
         baselines: Other ways to train, by name.
@@ -121,8 +121,8 @@ def plan(
         model: A built-in shape (:func:`layersample.planning.shapes.list_shapes`), a folder with ``config.json``, a hub
             id, a configuration, or a model.
         config: All options of the run; ``batch_size``, ``max_length`` and ``precision`` among them.
-        gpus: GPUs that weights, gradients and optimizer state are sharded over (FSDP), at least 1. What the
-            shards hold is computed from the simulated step of one GPU.
+        gpus: GPUs that share the run, at least 1: each holds all of the model (DDP), or with the option ``shard`` a
+            part of it. What each holds is computed from the simulated step of one.
         baselines: Whether full fine-tuning, LISA as published, GaLore and, where peft is installed, LoRA are
             planned too: on the run's own terms, and as commonly run.
         advice: Whether to look for the change of options that would help most.
@@ -140,10 +140,10 @@ def plan(
     config = config or TrainConfig()
     if gpus < 1:
         raise ConfigError(f"gpus must be at least 1, but got gpus={gpus}.")
-    if gpus > 1 and config.frozen_weights is not None:
+    if gpus > 1 and config.step_in_backward:
         raise ConfigError(
-            f"frozen_weights={config.frozen_weights!r} must be planned for one GPU, because sharded weights can't be "
-            f"held in fewer bits, but got gpus={gpus}."
+            f"step_in_backward must be planned for one GPU, because gradients of several are added up after the "
+            f"backward pass, but got gpus={gpus}."
         )
     tell = progress or (lambda what: None)
     if config.budget is not None:
@@ -190,8 +190,8 @@ class _Planner:
         if what is not None:
             self.tell(what)
         memory = simulate_step(self.target.shape, config, active, kind=self.target.kind)
-        sharded = shard(memory, sets, self.gpus, active)
-        return PlannedSet(tuple(sets.names[i] for i in active), sets.trainable(active), sharded)
+        held = on_each_gpu(memory, sets, self.gpus, active, config.shard)
+        return PlannedSet(tuple(sets.names[i] for i in active), sets.trainable(active), held)
 
     def worst(self, config: TrainConfig, sets: ActiveSets) -> PlannedSet:
         """The set of layers that holds most."""
@@ -212,7 +212,13 @@ class _Planner:
     def advise(self, config: TrainConfig, sets: ActiveSets, peak: int) -> Advice | None:
         """The change that would help most."""
         return find_advice(
-            config, sets, peak=peak, one_set=self.first_peak, every_set=self.worst_peak, progress=self.tell
+            config,
+            sets,
+            gpus=self.gpus,
+            peak=peak,
+            one_set=self.first_peak,
+            every_set=self.worst_peak,
+            progress=self.tell,
         )
 
     def compare(self, name: str, row: ComparedRow, sets: ActiveSets) -> Baseline:
@@ -228,10 +234,11 @@ class _Planner:
         shape, kind = self.target.shape, self.target.kind
         if lora_rank is not None:
             memory = simulate_step(shape, config, (), lora_rank=lora_rank, kind=kind)
-            return shard(memory, replace(sets, always=0), self.gpus, ())
+            return on_each_gpu(memory, replace(sets, always=0), self.gpus, (), config.shard)
         theirs = find_active_sets(shape, config, kind=kind)
         active = theirs.worst[0]
-        return shard(simulate_step(shape, config, active, kind=kind), theirs, self.gpus, active)
+        memory = simulate_step(shape, config, active, kind=kind)
+        return on_each_gpu(memory, theirs, self.gpus, active, config.shard)
 
 
 def _peak(planned: PlannedSet) -> int:

@@ -1,12 +1,42 @@
-"""What each of several GPUs holds, computed from the step of one."""
+"""What each of several GPUs holds, under DDP or in shards, computed from the step of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from layersample.planning.active_sets import ActiveSets
 from layersample.planning.live_memory import Kind
 from layersample.planning.simulation import StepMemory
+
+
+def on_each_gpu(
+    memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int], shards: str | None
+) -> StepMemory:
+    """What each of several GPUs holds.
+
+    Args:
+        memory: The step of one.
+        sets: The model's layers and groups.
+        gpus: How many there are.
+        active: The layers that train.
+        shards: How they share the model (``"fsdp2"``); ``None`` where each holds all of it.
+    """
+    if gpus == 1:
+        return memory
+    return replicate(memory) if shards is None else shard(memory, sets, gpus, active)
+
+
+def replicate(memory: StepMemory) -> StepMemory:
+    """What each of several GPUs holds under DDP: all that one does, and buckets as large as the gradients.
+
+    The buckets hold parameters that train now alone, as the scheduler builds them anew at each switch.
+    """
+    buckets = max(parts["gradients"] for parts in memory.moments.values())
+    moments: dict[str, dict[Kind, int]] = {
+        name: {**parts, "gradients": parts["gradients"] + buckets} for name, parts in memory.moments.items()
+    }
+    return replace(memory, moments=moments)
 
 
 def shard(memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int]) -> StepMemory:
@@ -16,8 +46,6 @@ def shard(memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int]
     the whole weights of the embeddings, head and norm and of two layers (the one at work and the next one),
     and the whole gradient of one trained unit before it is reduced. Activations are each GPU's own.
     """
-    if gpus == 1:
-        return memory
     whole = memory.moments["forward"]["weights"]
     item = whole / sets.parameters
     gathered = min(whole, int(item * (sets.outside + 2 * sets.largest_layer)))
@@ -33,4 +61,4 @@ def shard(memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int]
         if name == "backward":
             split["gradients"] += gradient
         moments[name] = split
-    return StepMemory(moments)
+    return replace(memory, moments=moments)

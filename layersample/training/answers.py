@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError
 from layersample.model_files import reason
 
 IGNORED = -100  # a label that has no loss
+
+# What transformers gives every template, and no column may replace.
+_GIVEN = {
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "raise_exception",
+    "strftime_now",
+    "tools",
+}
 
 # Of a base model: roles as words, and the end of text behind each answer, so that it learns to stop.
 DEFAULT_TEMPLATE = (
@@ -42,6 +55,19 @@ def show_learned(
         (str(tokenizer.decode([token for token, _ in piece])), learned)
         for learned, piece in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     ]
+
+
+def template_columns(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Names that a tokenizer's chat template reads: columns of these names are its to render, and never dropped."""
+    own = tokenizer.chat_template
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    read: set[str] = set()
+    for text in own.values() if isinstance(own, dict) else [own or ""]:
+        # transformers' own tags around what an assistant says, which jinja doesn't know.
+        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        with suppress(TemplateError):  # which rendering will tell
+            read |= meta.find_undeclared_variables(environment.parse(plain))
+    return frozenset(read - _GIVEN - set(tokenizer.special_tokens_map))
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase) -> bool:

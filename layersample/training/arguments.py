@@ -20,7 +20,7 @@ def callback_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
-    """The Trainer's arguments in a configuration; it uses one GPU, however many there are.
+    """The Trainer's arguments in a configuration; a process uses one GPU, however many there are.
 
     Args:
         config: The configuration.
@@ -56,6 +56,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # The scheduler builds DDP's buckets anew at each switch, so there is nothing to look for.
+        "ddp_find_unused_parameters": False,
     }
     made = make_arguments({**arguments, **given, "output_dir": str(checkpoints)})
     if made.save_only_model:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layersample.errors import NEEDS_TRAIN, ConfigError, unknown
@@ -23,6 +24,7 @@ def load_split(
     eval_size: int,
     seed: int,
     columns: Mapping[str, str] | None = None,
+    keep: Collection[str] = (),
 ) -> tuple[Dataset, Dataset]:
     """Load the data and hold a part of it out.
 
@@ -32,6 +34,7 @@ def load_split(
         eval_size: Held-out problems, at most.
         seed: Seed of the choice of held-out problems.
         columns: As :func:`load_data` takes them, of both.
+        keep: As :func:`load_data` takes it.
 
     Returns:
         The training data and the held-out data. No held-out problem (equal prompt) is in the training data.
@@ -39,19 +42,16 @@ def load_split(
     Raises:
         ConfigError: If a source is missing, empty or malformed; it names the line.
     """
-    data = load_data(source, columns)
-    keys = [_problem(row) for row in data]
+    data = load_data(source, columns, keep)
+    keys = [problem_of(row) for row in data]
     if eval_source is not None:
-        held_out = load_data(eval_source, columns)
+        held_out = load_data(eval_source, columns, keep)
         held_out = held_out.select(range(min(eval_size, len(held_out))))
-        test = {_problem(row) for row in held_out}
+        test = {problem_of(row) for row in held_out}
     else:
         problems = sorted(set(keys))
         if len(problems) < 2:
-            raise ConfigError(
-                f"{source}: at least 2 different problems are needed to hold one out, but there is "
-                f"{len(problems)}. Add more, or give held-out data with --eval-data."
-            )
+            raise not_enough_problems(source, len(problems))
         # Half at most, so that a small file still trains on something.
         test = set(random.Random(seed).sample(problems, min(eval_size, len(problems) // 2)))
         held_out = data.select(
@@ -65,19 +65,59 @@ def load_split(
     return train, held_out
 
 
-def load_data(source: str, columns: Mapping[str, str] | None = None) -> Dataset:
+def load_data(source: str, columns: Mapping[str, str] | None = None, keep: Collection[str] = ()) -> Dataset:
     """Load one source, in TRL's format whatever its own is.
 
     Args:
         source: A built-in name; a JSONL, JSON, CSV, Parquet or text file, compressed by gzip or not; several of them
             with commas; a folder of them; or a hub id.
         columns: Of each column that formats know, its name in the data.
+        keep: Names that the model's chat template reads; columns of these names are given to it.
 
     Returns:
         The data; its ``info.description`` says in a sentence what was recognized.
 
     Raises:
         ConfigError: As :func:`load_split`; or if examples are of different formats.
+    """
+    columns = columns or {}
+    found = list(convert_rows(open_source(source, columns), columns, keep))
+    data = to_dataset([dict(row) for row, _ in found])
+    kind = found[0][1]
+    data.info.description = f"Recognized as {kind.format.sentence}: {len(found)} examples.{kind.rest}"
+    return data
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """What data was taken for.
+
+    Args:
+        format: Its format.
+        unused: Columns of the first row that nothing reads.
+    """
+
+    format: Format
+    unused: Sequence[str]
+
+    @property
+    def rest(self) -> str:
+        """A sentence on what isn't read, with a space in front of it; empty where all is."""
+        return f" Not used: {', '.join(map(repr, self.unused))}." if self.unused else ""
+
+
+def open_source(
+    source: str, columns: Mapping[str, str], *, stream: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """The rows of a source as they are, each with its place for messages.
+
+    Args:
+        source: As :func:`load_data` takes it.
+        columns: As :func:`load_data` takes them.
+        stream: Whether data of the hub is read as it is needed.
+
+    Raises:
+        ConfigError: If there is no such source.
     """
     try:
         from datasets import load_dataset
@@ -86,46 +126,52 @@ def load_data(source: str, columns: Mapping[str, str] | None = None) -> Dataset:
     if source in BUILTIN:
         if columns:
             raise ConfigError(f"columns are for data of your own; {source!r} has the right ones.")
-        return _convert_all(
-            ((f"{source}, example {i}", row) for i, row in enumerate(BUILTIN[source](), 1)), {}
-        )
+        return ((f"{source}, example {i}", row) for i, row in enumerate(BUILTIN[source](), 1))
     if is_file_source(source):
-        return _convert_all(read_rows(source), columns or {})
+        return read_rows(source)
     if source.count("/") != 1:
         raise ConfigError(
             f"{unknown('data', source, BUILTIN)} A file ({', '.join(READERS)}), a folder of files or a hub id "
             "(organisation/name) will do too."
         )
     try:
-        data = load_dataset(source, split="train")
+        data = load_dataset(source, split="train", streaming=stream)
     except Exception as error:  # whatever the hub, the network or the data set's format says
         raise ConfigError(f"{source}: could not be loaded from the hub: {error}") from error
-    return _convert_all(((f"{source}, example {i}", row) for i, row in enumerate(data, 1)), columns or {})
+    return ((f"{source}, example {i}", row) for i, row in enumerate(data, 1))
 
 
-def _convert_all(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) -> Dataset:
-    converted: list[dict[str, Any]] = []
-    first: Format | None = None
-    place = ""
+def convert_rows(
+    rows: Iterable[tuple[str, Any]], columns: Mapping[str, str], keep: Collection[str] = ()
+) -> Iterator[tuple[Row, Recognized]]:
+    """Rows in TRL's format, each with what the data was taken for; checked one after another.
+
+    Args:
+        rows: As they were read, each with its place for messages.
+        columns: As :func:`load_data` takes them.
+        keep: As :func:`load_data` takes it.
+
+    Raises:
+        ConfigError: If a row can't be used, or isn't of the same format as the first one; it names the row.
+    """
+    first: tuple[Row, Recognized] | None = None
     for place, raw in rows:
-        row = rename(raw, columns, place)
-        kind = recognize(row, place)
-        first = first or kind
-        if kind is not first:
+        renamed = rename(raw, columns, place)
+        kind = recognize(renamed, place)
+        row = convert(renamed, kind, place, keep)
+        if first is None:
+            first = row, Recognized(kind, kind.unused(renamed, keep))
+        if kind is not first[1].format:
             raise ConfigError(
-                f"{place}: all examples must have the same format as the first one, {first.sentence}, but this one "
-                f"is {kind.sentence}."
+                f"{place}: all examples must have the same format as the first one, {first[1].format.sentence}, but "
+                f"this one is {kind.sentence}."
             )
-        converted.append(dict(convert(row, kind, place)))
-        if isinstance(converted[0].get("prompt"), str) != isinstance(converted[-1].get("prompt"), str):
+        if isinstance(first[0].get("prompt"), str) != isinstance(row.get("prompt"), str):
             raise ConfigError(f"{place}: all examples must be text or all messages, as the first one is.")
-    assert first is not None
-    data = _to_dataset(converted)
-    data.info.description = f"Recognized as {first.sentence}: {len(converted)} examples."
-    return data
+        yield row, first[1]
 
 
-def _to_dataset(rows: list[dict[str, Any]]) -> Dataset:
+def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """A data set that gives each example back as it was.
 
     Arrow would give all messages the keys of all others, filled with ``None``, which templates take for values; so
@@ -171,7 +217,15 @@ def _features(names: list[str], lists: list[str]) -> Any:
     )
 
 
-def _problem(row: Row) -> str:
+def not_enough_problems(source: str, count: int) -> ConfigError:
+    """What to say where nothing can be held out."""
+    return ConfigError(
+        f"{source}: at least 2 different problems are needed to hold one out, but there is {count}. Add more, or give "
+        "held-out data with --eval-data."
+    )
+
+
+def problem_of(row: Row) -> str:
     """What makes two examples the same problem: the prompt, or all that comes before the last answer."""
     if "prompt" in row:
         return json.dumps(row["prompt"], sort_keys=True)

@@ -1,45 +1,36 @@
-"""The main job: model + data + sampler → trained model, with TRL's SFTTrainer."""
+"""The main job: model + data + sampler → trained model, with TRL's SFTTrainer, in one process or several."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
 
-from layersample.checkpoints.seal import find_last, step_of
-from layersample.config import TrainConfig, check_length, write_yaml
+from layersample.config import TrainConfig, check_length
 from layersample.environment import slow_bf16_warning
-from layersample.errors import ConfigError, short
-from layersample.exporting.cards import CARD, model_card
-from layersample.exporting.sources import MODEL
-from layersample.files import replace_folder, write_json, write_text
+from layersample.errors import ConfigError
+from layersample.files import LOCK
 from layersample.frozen.loading import freeze_model
-from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
-from layersample.training.answers import is_conversation, show_learned
-from layersample.training.arguments import callback_arguments, training_arguments
+from layersample.training.answers import template_columns
+from layersample.training.arguments import training_arguments
 from layersample.training.data import load_split
-from layersample.training.models import load_model
-from layersample.training.recording import Progress, RunRecorder
+from layersample.training.models import load_model, load_tokenizer, resolve_model
+from layersample.training.ranks import Ranks, join_ranks
+from layersample.training.recording import Progress
+from layersample.training.resuming import APART_FROM, keep_steps, ranks_of
+from layersample.training.run import Report, Run
 from layersample.training.run_folder import RunFolder
-from layersample.training.summary import summarize, write_pictures
-from layersample.training.trainer import CheckedTrainer, Interrupted, stop_on_signal
+from layersample.training.sharding import as_launched, follow_launcher
+from layersample.training.streaming import StreamedRows, stream_split
+from layersample.training.trainer_options import check_trainer_options
 
-Report = Callable[[str], None]
+_SEEN_AFTER = 10.0  # seconds in which a file that one machine writes shows on another
 
 
 def finetune(
@@ -50,6 +41,9 @@ def finetune(
     All input is checked before any work. The folder holds ``config.yaml``, ``metrics.jsonl`` (a line a step),
     ``summary.json``, ``layers.png``, ``loss.png``, ``model/`` (safetensors) and ``checkpoints/``.
 
+    Where a launcher (torchrun, ``accelerate launch``) has started several processes, each calls it with the same
+    options. They train together; the first one writes and reports.
+
     Args:
         config: All options.
         progress: Shows each step.
@@ -59,35 +53,120 @@ def finetune(
         The summary, as in ``summary.json``.
 
     Raises:
-        ConfigError: If the configuration, the data or a folder can't be used.
+        ConfigError: If the configuration, the data or a folder can't be used, or the ranks have different ones.
         NonFiniteLossError: If the loss is NaN or infinite. Earlier checkpoints stay.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint saved at the end of the step.
     """
-    config = _check(config, report)
-    folder = RunFolder.choose(config)
-    arguments = training_arguments(config, folder.checkpoints)
+    ranks = join_ranks(check_trainer_options(config.trainer or {}).get("ddp_timeout"))
+    if not ranks.first:
+        progress, report = None, lambda _: None
+    ranks.compare("options", config.model_dump(mode="json"))
+    config = _keep_steps(ranks.together(lambda: _check(config, ranks, report)), ranks, report)
+    measures = create_sampler(config.sampler, config.sampler_options).measures
+    with as_launched(config, measures=measures):
+        summary = _finetune(config, ranks, progress, report)
+    ranks.leave()
+    return summary
+
+
+def _check(config: TrainConfig, ranks: Ranks, report: Report) -> TrainConfig:
+    """Check names and options before anything is loaded, and choose what is left open."""
+    config = follow_launcher(config)
+    if config.plugin is not None:
+        load_plugin(config.plugin)
+    sampler = create_sampler(config.sampler, config.sampler_options)
+    PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
+    if config.shard is not None:
+        if not ranks.joined:
+            raise ConfigError(
+                f"shard {config.shard} gives each rank a part of the model, but this process was started alone: add "
+                "--gpus and a number, or --processes and a number to try it on the CPU, or start it by torchrun."
+            )
+        if sampler.measures and sampler.measure_every is not None:
+            raise ConfigError(
+                f"Sampler {config.sampler} must measure once, before the model is cut into shards, but is to measure "
+                f"every {sampler.measure_every} periods: leave that option out, or leave out shard {config.shard}."
+            )
+    if config.step_in_backward and ranks.count > 1:
+        raise ConfigError(
+            f"step_in_backward needs gradients that are whole in the backward pass, but those of {ranks.count} ranks "
+            "are added up later: leave it out, or use one GPU."
+        )
+    if config.stream and (config.trainer or {}).get("packing"):
+        raise ConfigError(
+            "trainer: packing puts examples together before training begins, and stream reads them while it goes on: "
+            "leave out one of them."
+        )
+    if config.budget is not None:
+        config = apply_budget(config)
+        report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
+    return config
+
+
+def _keep_steps(config: TrainConfig, ranks: Ranks, report: Report) -> TrainConfig:
+    """Have a run that is resumed on another number of ranks keep the examples of its steps."""
+    batch_size, accumulation = ranks.on_first(lambda: keep_steps(config, ranks.count))
+    if (batch_size, accumulation) == (config.batch_size, config.gradient_accumulation):
+        return config
+    report(
+        f"So that a step has the same examples as before, on {ranks.count} rank{'s' * (ranks.count > 1)} the batch "
+        f"size is {batch_size} and the gradient accumulation {accumulation}."
+    )
+    return config.model_copy(update={"batch_size": batch_size, "gradient_accumulation": accumulation})
+
+
+def _finetune(config: TrainConfig, ranks: Ranks, progress: Progress | None, report: Report) -> dict[str, Any]:
+    folder = _choose_folder(config, ranks)
+    arguments = ranks.together(lambda: training_arguments(config, folder.checkpoints))
     report(f"Model {config.model}, data {config.data}, output {folder.path}.")
+    if ranks.count > 1:
+        how = (
+            "each with all of the model" if config.shard is None else f"the model in shards ({config.shard})"
+        )
+        report(
+            f"{ranks.count} ranks, {how}; a step has "
+            f"{ranks.count * config.batch_size * config.gradient_accumulation} examples."
+        )
     if slow := slow_bf16_warning(config.precision):
         report(slow)
-    train, held_out = data = load_split(
-        config.data,
-        config.eval_data,
-        eval_size=config.eval_size,
-        seed=config.run_seed,
-        columns=config.columns,
+    ranks.together(lambda: resolve_model(config.model, report), first_of_machine_first=True)
+    keep = ranks.together(lambda: template_columns(load_tokenizer(config.model)))
+    split = stream_split if config.stream else load_split
+    train, held_out = data = ranks.together(
+        lambda: split(
+            config.data,
+            config.eval_data,
+            eval_size=config.eval_size,
+            seed=config.run_seed,
+            columns=config.columns,
+            keep=keep,
+        ),
+        first_of_machine_first=True,
     )
     source = "that were held out of it" if config.eval_data is None else f"of {config.eval_data}"
-    report(
-        f"{train.info.description} {len(train)} train; the held-out loss is measured on {len(held_out)} {source}."
-    )
+    held = f"the held-out loss is measured on {len(held_out)} {source}."
+    if isinstance(train, StreamedRows):
+        report(f"{train.description} {held[0].upper()}{held[1:]}")
+    else:
+        report(f"{train.info.description} {len(train)} train; {held}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model, tokenizer = load_model(config.model, dtype, report)
-    check_length(config, model.config)
+    model, tokenizer = ranks.together(lambda: load_model(config.model, dtype, report))
+    ranks.together(lambda: check_length(config, model.config))
     if config.frozen_weights is not None:
         # Before the Trainer moves it: a device that is too small for the whole model never has it whole.
         freeze_model(model, config.frozen_weights, arguments.device, config.layers)
-    with folder.open() as checkpoint:
-        run = _Run(config, folder.path, data, model, tokenizer, arguments, checkpoint, progress)
+    with _open(folder, ranks) as checkpoint:
+        run = Run(
+            config,
+            folder.path,
+            ranks,
+            data=data,
+            model=model,
+            tokenizer=tokenizer,
+            arguments=arguments,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         run.say_what_is_learned(report)
         try:
             run.train()
@@ -98,165 +177,35 @@ def finetune(
         return run.write_summary()
 
 
-def _check(config: TrainConfig, report: Report) -> TrainConfig:
-    """Check names and options before anything is loaded, and choose what a budget leaves open."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "layersample train must run in one process, but was launched in several. Use a script of your own with "
-            "LayerSamplingCallback(...).attach(trainer), as examples/torchrun/distributed_sft.py."
-        )
-    if config.plugin is not None:
-        load_plugin(config.plugin)
-    create_sampler(config.sampler, config.sampler_options)
-    PROJECTIONS.resolve_optional(config.projection, config.projection_arguments)
-    if config.budget is not None:
-        config = apply_budget(config)
-        report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
-    return config
+def _choose_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    def choose() -> str:
+        moved = config.resume and config.output is not None and ranks_of(config.output) != ranks.count
+        return str(RunFolder.choose(config, APART_FROM if moved else ()).path)
+
+    return RunFolder(Path(ranks.on_first(choose)), config.resume, config.overwrite)
 
 
-class _Run:
-    """A run whose input is loaded: its trainer, its recorder and its callback, and the folder it writes to."""
+@contextmanager
+def _open(folder: RunFolder, ranks: Ranks) -> Iterator[Path | None]:
+    """Have the first rank take the folder; give the checkpoint to resume from on all of them."""
+    with ExitStack() as opened:
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        data: tuple[Dataset, Dataset],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        arguments: SFTConfig,
-        checkpoint: Path | None,
-        progress: Progress | None,
-    ) -> None:
-        self.config, self.folder, self.tokenizer, self.checkpoint = config, folder, tokenizer, checkpoint
-        self.train_data, self.held_out_data = data
-        # The Trainer turns off the cache, and TRL notes its own padding: neither is the model's.
-        self.as_it_came = {key: getattr(model.config, key, None) for key in ("use_cache", "pad_token_id")}
-        # A later --resume takes what the run is from here; how it was begun is the command's own.
-        own = config.model_copy(update={"resume": False, "overwrite": False, "allow_changes": False})
-        write_text(folder / "config.yaml", write_yaml(own))
-        self.sampling = LayerSamplingCallback(**callback_arguments(config))
-        self.recorder = RunRecorder(
-            folder / "metrics.jsonl",
-            lambda: self.sampling.scheduler,
-            resume_step=step_of(checkpoint) if checkpoint else None,
-            progress=progress,
-        )
-        self.trainer = CheckedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=self.train_data,
-            eval_dataset=self.held_out_data,
-            processing_class=tokenizer,
-            callbacks=[self.recorder],
-            train_on=config.train_on,
-        )
-        self.own_loss = self.trainer.chunk_loss(
-            config.chunk_positions or 0, strict=config.loss_chunk != "auto"
-        )
-        for callback in self.trainer.callback_handler.callbacks:
-            # TensorBoard's files lie beside the run's, not among its checkpoints.
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(folder / "tensorboard")
-        self.trainer.remove_callback(PrinterCallback)
-        self.sampling.attach(
-            self.trainer, verify=False
-        )  # RunFolder has done that, before anything was loaded
+        def take() -> str | None:
+            checkpoint = opened.enter_context(folder.open())
+            return None if checkpoint is None else str(checkpoint)
 
-    def say_what_is_learned(self, report: Report) -> None:
-        """Report what became of the data, and by which loss it is learned."""
-        if self.own_loss:
-            report(
-                f"The loss is TRL's own, by the Trainer's option {self.own_loss}: loss_chunk has no effect on it."
+        checkpoint = ranks.on_first(take)
+        ranks.together(lambda: _check_shared(folder.path))
+        yield None if checkpoint is None else Path(checkpoint)
+
+
+def _check_shared(path: Path) -> None:
+    """Make sure that a folder which the first rank has made is there on this rank too."""
+    end = time.monotonic() + _SEEN_AFTER
+    while not (path / LOCK).exists():
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"The output must lie on a file system that all machines share, because each rank writes its part of "
+                f"a checkpoint, but there is no {path} here: choose another --output."
             )
-        if self.trainer.gave_template:
-            report(
-                "The tokenizer has no chat template, so it gets a plain one: User: …, Assistant: …, end of text."
-            )
-        if self.trainer.lost_answers:
-            report(
-                f"{self.trainer.lost_answers} answers aren't learned, because the chat template renders them "
-                "differently once others follow."
-            )
-        for name, count in self.trainer.too_long.items():
-            if count:
-                kind = name.replace("_", "-")
-                report(
-                    f"{count} {kind} examples are longer than {self.config.max_length} tokens and are cut."
-                )
-        first: Any = self.trainer.train_dataset[0]  # type: ignore[index]
-        pieces = show_learned(self.tokenizer, first["input_ids"], first["labels"])
-        shown = "".join(f"«{text}»" if learned else text for text, learned in pieces)
-        report(f"The first example, with what is learned in «»: {short(shown, 400)}")
-
-    def train(self) -> None:
-        """Train, and measure the held-out loss before and after.
-
-        Raises:
-            Interrupted: If a signal came, with a checkpoint saved.
-        """
-        # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
-        measured = any("held_out_loss" in record for record in self.recorder.records)
-        self.trainer.args.eval_on_start = not measured
-        with stop_on_signal() as stop:
-            self.trainer.add_callback(stop)
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        if stop.received is not None:
-            saved = find_last(Path(str(self.trainer.args.output_dir)))
-            assert saved is not None
-            raise Interrupted(stop.received, saved)
-        # The Trainer may have evaluated the last step.
-        if not any("held_out_loss" in record for record in self.recorder.records[-2:]):
-            self.trainer.evaluate()
-
-    def save_model(self) -> None:
-        """Write the model into ``model/``, in the precision that the configuration asks for."""
-        assert self.sampling.scheduler is not None
-        trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for key, value in self.as_it_came.items():
-            setattr(trained.config, key, value)
-        exact = self.config.save_precision == "fp32"
-        weights = self.sampling.scheduler.fp32_state_dict() if exact else None
-        _save_model(trained, weights, self.tokenizer, self.folder / MODEL)
-
-    def write_summary(self) -> dict[str, Any]:
-        """Write ``summary.json`` and the pictures, and return the summary."""
-        assert self.sampling.scheduler is not None and self.trainer.model is not None
-        summary = summarize(
-            self.folder,
-            self.config,
-            self.recorder,
-            layers=self.sampling.scheduler.layers,
-            parameters=sum(p.numel() for p in self.trainer.model.parameters()),
-            examples={
-                "training": len(self.train_data),
-                "held_out": len(self.held_out_data),
-                **{f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()},
-            },
-            conversations=is_conversation(self.train_data.features),
-        )
-        summary["period"] = self.sampling.scheduler.period
-        if self.sampling.scheduler.frozen is not None:
-            summary["frozen_weights"] = self.sampling.scheduler.frozen.describe()
-        write_pictures(self.folder, summary, self.recorder.records)
-        write_json(self.folder / "summary.json", summary)
-        write_text(self.folder / MODEL / CARD, model_card(self.config, summary))
-        return summary
-
-
-def _save_model(
-    model: PreTrainedModel,
-    weights: dict[str, torch.Tensor] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    target: Path,
-) -> None:
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=target.parent) as scratch:
-        whole = Path(scratch) / "model"
-        model.save_pretrained(whole, state_dict=weights)
-        if weights is not None:  # save_pretrained notes the type that the model has
-            config = AutoConfig.from_pretrained(whole)
-            config.dtype = torch.float32
-            config.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        replace_folder(whole, target)
+        time.sleep(0.2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,29 @@ class Format:
         name: What it is called.
         columns: The columns that make it this format.
         convert: Gives a row in TRL's format; it raises ``ValueError`` with what is wrong.
+        also: Columns that it reads where they are there.
     """
 
     name: str
     columns: tuple[str, ...]
     convert: Callable[[Row], Row]
+    also: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:
         """Its name and columns, for messages."""
         return f"{self.name} ({', '.join(self.columns)})"
+
+    def unused(self, row: Row, keep: Collection[str]) -> list[str]:
+        """Columns of a row that nothing reads.
+
+        Args:
+            row: A row of this format.
+            keep: What the chat template reads.
+        """
+        is_chat = not isinstance(self.convert(row).get("prompt", []), str) and "text" not in self.columns
+        read = {*self.columns, *self.also, *((*BESIDE, *keep) if is_chat else ())}
+        return [name for name in row if name not in read]
 
 
 def recognize(row: Any, place: str) -> Format:
@@ -64,8 +77,14 @@ def recognize(row: Any, place: str) -> Format:
     )
 
 
-def convert(row: Row, format_: Format, place: str) -> Row:
+def convert(row: Row, format_: Format, place: str, keep: Collection[str] = ()) -> Row:
     """A row in TRL's format, with what a chat template reads; other columns are left out.
+
+    Args:
+        row: As it was read, its columns with the names that formats know.
+        format_: Its format.
+        place: For messages.
+        keep: Names that the model's chat template reads; columns of these names are given to it.
 
     Raises:
         ConfigError: If a column holds something else than the format wants; it names the place.
@@ -74,11 +93,14 @@ def convert(row: Row, format_: Format, place: str) -> Row:
         converted = dict(format_.convert(row))
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from error
-    for name in BESIDE:
-        if row.get(name) is not None and (
-            "messages" in converted or isinstance(converted.get("prompt"), list)
-        ):
-            converted[name] = row[name] if isinstance(row[name], str) else json.dumps(row[name])
+    if "messages" in converted or isinstance(converted.get("prompt"), list):
+        for name in BESIDE:
+            if row.get(name) is not None:
+                converted[name] = row[name] if isinstance(row[name], str) else json.dumps(row[name])
+        read = {*format_.columns, *format_.also, *BESIDE}
+        if given := {name: row[name] for name in keep if name not in read and row.get(name) is not None}:
+            own = json.loads(converted.get("chat_template_kwargs", "{}"))
+            converted["chat_template_kwargs"] = json.dumps({**given, **own})
     for name, value in converted.items():
         if _fault(value):
             raise ConfigError(f"{place}: {name!r} must be plain text, but it holds {_fault(value)}.")
@@ -163,10 +185,10 @@ def _plain(row: Row) -> Row:
 
 
 FORMATS = (
-    Format("chat", ("messages",), _chat),
-    Format("ShareGPT", ("conversations",), _sharegpt),
+    Format("chat", ("messages",), _chat, ("system",)),
+    Format("ShareGPT", ("conversations",), _sharegpt, ("system",)),
     Format("prompt and completion", ("prompt", "completion"), _prompt_completion),
-    Format("Alpaca", ("instruction", "output"), _alpaca),
+    Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "history", "system")),
     Format("text2text", ("input", "output"), _text2text),
     Format("plain text", ("text",), _plain),
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +16,8 @@ Place = tuple[str, Any]
 """Where a row is, for messages, and what it holds."""
 
 _HOLDERS = ("instances", "data", "train", "examples", "rows")  # of a JSON mapping that holds the examples
+
+_PIECE = 2**16  # characters that are read at a time
 
 _BROKEN = (OSError, EOFError, zlib.error, UnicodeDecodeError)  # of a file that can't be read to its end
 
@@ -117,6 +117,9 @@ def _parse(text: str, place: str) -> Any:
 
 def _read_json(path: Path) -> Iterator[Place]:
     """A list of examples, a mapping that holds one (LMFlow's ``instances``), or lines of JSON under this name."""
+    if _begins_with(path, "["):
+        yield from _read_array(path)
+        return
     text = _read_text(path)
     if not text.strip():
         return
@@ -136,6 +139,70 @@ def _read_json(path: Path) -> Iterator[Place]:
         yield f"{path}, example {number}", row
 
 
+def _begins_with(path: Path, mark: str) -> bool:
+    try:
+        with _open(path) as file:
+            while (character := file.read(1)).isspace():
+                continue
+            return character == mark
+    except _BROKEN as error:
+        raise ConfigError(f"{path}: must be UTF-8 text, but: {error}.") from error
+
+
+def _read_array(path: Path) -> Iterator[Place]:
+    """The examples of a JSON list one by one: the file may be larger than memory."""
+    number = 0
+    try:
+        with _open(path) as file:
+            text = file.read(_PIECE).lstrip()[1:]
+            while True:
+                try:
+                    taken = _take(text, first=not number)
+                except json.JSONDecodeError as error:  # it may be whole in what comes next
+                    if not (more := file.read(max(_PIECE, len(text)))):
+                        raise ConfigError(
+                            f"{path}, after example {number}: must be one JSON object, but: {error.msg}."
+                        ) from error
+                    text += more
+                    continue
+                if taken is None:
+                    break
+                number += 1
+                row, text = taken
+                yield f"{path}, example {number}", row
+            if (text.lstrip()[1:] + file.read()).strip():
+                raise ConfigError(f"{path}: must be one list of examples, but something follows its end.")
+    except _BROKEN as error:
+        raise ConfigError(f"{path}, after example {number}: must be UTF-8 text, but: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: must be one JSON object, but: {error}.") from error
+
+
+def _take(text: str, *, first: bool) -> tuple[Any, str] | None:
+    """The next example in the text of a list, and what follows it; nothing at the end of the list.
+
+    Raises:
+        json.JSONDecodeError: If the text holds no whole example.
+        RecursionError: If there are too many brackets in one another.
+    """
+    text = text.lstrip()
+    if text.startswith("]"):
+        return None
+    if not first:
+        if not text.startswith(","):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, 0)
+        text = text[1:].lstrip()
+    try:
+        row, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # thousands of digits
+        raise json.JSONDecodeError(str(error).split(";")[0], text, 0) from error
+    if not text[end:].strip():  # a number may go on
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+    return row, text[end:]
+
+
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
@@ -144,19 +211,22 @@ def _is_object(line: str) -> bool:
 
 
 def _read_csv(path: Path) -> Iterator[Place]:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    line = 0
     try:
-        for row in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise ConfigError(
-                    f"{place}: must have {len(reader.fieldnames or ())} fields, as the first line."
-                )
-            yield place, row
+        with _open(path) as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                line = reader.line_num
+                place = f"{path}, line {line}"
+                if None in row or None in row.values():
+                    raise ConfigError(
+                        f"{place}: must have {len(reader.fieldnames or ())} fields, as the first line."
+                    )
+                yield place, row
     except csv.Error as error:
-        raise ConfigError(
-            f"{path}, line {reader.line_num + 1}: must be CSV in UTF-8, but: {error}."
-        ) from error
+        raise ConfigError(f"{path}, line {line + 1}: must be CSV in UTF-8, but: {error}.") from error
+    except _BROKEN as error:
+        raise ConfigError(f"{path}, after line {line}: must be UTF-8 text, but: {error}.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Place]:
@@ -177,12 +247,20 @@ def _read_parquet(path: Path) -> Iterator[Place]:
 
 def _read_plain(path: Path) -> Iterator[Place]:
     """Plain text: an example for each piece between empty lines."""
-    line = 1
-    for piece in re.split(r"(\r?\n[ \t]*(?:\r?\n)+)", _read_text(path)):
-        if piece.strip():
-            blank = len(piece) - len(piece.lstrip())
-            yield f"{path}, line {line + piece.count(chr(10), 0, blank)}", {"text": piece.strip()}
-        line += piece.count("\n")
+    piece, begin, number = list[str](), 0, 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    begin = begin or number
+                    piece.append(line)
+                elif piece:
+                    yield f"{path}, line {begin}", {"text": "".join(piece).strip()}
+                    piece, begin = [], 0
+    except _BROKEN as error:
+        raise ConfigError(f"{path}, after line {number}: must be UTF-8 text, but: {error}.") from error
+    if piece:
+        yield f"{path}, line {begin}", {"text": "".join(piece).strip()}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Place]]] = {

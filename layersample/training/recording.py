@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,25 +48,22 @@ class RunRecorder(TrainerCallback):
     Put it behind the sampling callback, so that the logs hold the active layers.
 
     Args:
-        path: The file; replaced, unless a run is resumed.
+        path: The file; replaced, unless a run is resumed. ``None`` on ranks that don't write.
         scheduler: Gives the layer scheduler, once training has begun.
-        resume_step: The step from which a resumed run continues; lines of later steps are taken out.
+        records: What a resumed run did before, of :func:`read_records`.
         progress: Shows each step.
-
-    Raises:
-        ConfigError: If a line of a resumed run, other than the last, is damaged.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         scheduler: Callable[[], LayerScheduler | None],
         *,
-        resume_step: int | None = None,
+        records: Sequence[dict[str, Any]] = (),
         progress: Progress | None = None,
     ) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
+        self.records = list(records)
         self.peak = MemoryUse(0, 0, 0)
         self._now = self.peak
         self._scheduler = scheduler
@@ -75,12 +72,11 @@ class RunRecorder(TrainerCallback):
         self._trainable = self._moving = 0
         self._evaluated = 0
         self._round: int | None = None
-        if resume_step is not None and path.exists():
-            self.records = [record for record in _read(path) if record["step"] <= resume_step]
         for record in self.records:
             if "bytes" in record:
                 self._raise_peak(MemoryUse(**record["bytes"]))
-        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        if path is not None:
+            write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,6 +173,8 @@ class RunRecorder(TrainerCallback):
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        if self.path is None:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -187,8 +185,18 @@ class RunRecorder(TrainerCallback):
         )
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a run. A last line that was cut short when the machine went down is left out."""
+def read_records(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """What a run has written up to a step. A last line that was cut short when the machine went down is left out.
+
+    Args:
+        path: Its ``metrics.jsonl``; nothing is read where there is none.
+        last_step: The step from which it will continue; what comes after it is left out.
+
+    Raises:
+        ConfigError: If a line other than the last is damaged.
+    """
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -200,7 +208,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
                     f"{path}, line {number}: must be JSON, but: {error}. Take the line out to resume the run."
                 ) from error
             logger.warning("The last line of %s was cut short and is left out.", path)
-    return records
+    return [record for record in records if record["step"] <= last_step]
 
 
 def peak_process_bytes() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from layersample.checkpoints.saving import remove_unfinished
 from layersample.checkpoints.seal import check, check_resumable, find_last
-from layersample.config import TrainConfig, check_same_run
+from layersample.config import TrainConfig
 from layersample.errors import ConfigError
 from layersample.files import LOCK, check_output, only_one
+from layersample.training.resuming import RANKS, check_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,12 @@ class RunFolder:
     overwrite: bool
 
     @classmethod
-    def choose(cls, config: TrainConfig) -> RunFolder:
+    def choose(cls, config: TrainConfig, apart_from: Collection[str] = ()) -> RunFolder:
         """The folder that a configuration names, or a new one under ``runs/``.
+
+        Args:
+            config: The options.
+            apart_from: Options in which a resumed run may differ from how it was begun.
 
         Raises:
             ConfigError: If it holds something and neither resume nor overwrite is on, there is nothing to
@@ -66,7 +71,7 @@ class RunFolder:
                 )
             check(last, verify=config.verify, allow_changes=config.allow_changes)
             check_resumable(last)
-            check_same_run(config, path / "config.yaml")
+            check_same_run(config, path / "config.yaml", apart_from)
         return folder
 
     @property
@@ -123,7 +128,7 @@ class RunFolder:
 
     def _remove_own(self, made: bool) -> None:
         """Remove what this run has made so far; whatever else is in the folder stays, and so does the folder then."""
-        for name in ("config.yaml", "metrics.jsonl", LOCK):
+        for name in ("config.yaml", "metrics.jsonl", RANKS, LOCK):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         if made:

@@ -28,7 +28,9 @@ from layersample.activations.save_memory import save_memory
 from layersample.checkpoints.seal import find_last
 from layersample.errors import ConfigError
 from layersample.frozen.weights import find_frozen_weights
+from layersample.parallel.agreement import mean_over_ranks, tell_all
 from layersample.training.answers import give_template, is_conversation, mark_answers
+from layersample.training.sharding import shard_on_cpu, sum_in_fp32
 from layersample.training.trainer_options import own_loss
 from layersample.unwrapping import exact_model
 
@@ -62,12 +64,18 @@ class CheckedTrainer(SFTTrainer):
         self._count_from_zero(train_on)
         super().__init__(**kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; with shards on the CPU too, and gradients added up in fp32."""
+        shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
+        sum_in_fp32(self.accelerator)
+
     def _count_from_zero(self, train_on: Literal["answers", "all"]) -> None:
         self.too_long: dict[str, int] = {}  # examples by what they are
         self.lost_answers = 0
-        self.gave_template = False
         self._train_on = train_on
         self._chunks_loss = False
+        self._may_be_empty = False
 
     @classmethod
     def prepare(
@@ -75,7 +83,9 @@ class CheckedTrainer(SFTTrainer):
         data: Any,
         tokenizer: PreTrainedTokenizerBase,
         train_on: Literal["answers", "all"],
-        max_length: int | None,
+        max_length: int | None = None,
+        *,
+        arguments: SFTConfig | None = None,
     ) -> Any:
         """Tokens and labels of examples, as a run would have them, without a model.
 
@@ -84,21 +94,28 @@ class CheckedTrainer(SFTTrainer):
             tokenizer: The model's; it gets a chat template where it has none.
             train_on: What is learned.
             max_length: Tokens of an example, at most; ``None`` cuts none.
+            arguments: Those of a Trainer that trains already, in place of ``max_length``. Then nothing may be left.
         """
         # Of a trainer, preparing data reads these alone; a whole one wants the model.
         trainer: Any = cls.__new__(cls)
         trainer._count_from_zero(train_on)
         trainer._tokenizer, trainer.chat_template = tokenizer, None
         trainer.completion_only_loss = "prompt" in data.column_names and train_on == "answers"
-        with tempfile.TemporaryDirectory(prefix="layersample-") as folder:
-            arguments = SFTConfig(output_dir=folder, max_length=max_length, report_to="none", use_cpu=True)
+        trainer._may_be_empty = arguments is not None
+        if arguments is None:  # others would reset what a Trainer has set up
+            with tempfile.TemporaryDirectory(prefix="layersample-") as folder:
+                arguments = SFTConfig(
+                    output_dir=folder, max_length=max_length, report_to="none", use_cpu=True
+                )
         return trainer._prepare_dataset(data, tokenizer, arguments, False, None, "train")
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
     ) -> Any:
+        if not hasattr(dataset, "__len__"):  # streamed, and tokenized as it is read
+            return dataset
         if is_conversation(dataset.features):
-            self.gave_template = give_template(processing_class) or self.gave_template
+            give_template(processing_class)
         if "messages" in dataset.column_names and self._train_on == "answers":
             dataset = self._mark(dataset, processing_class, args.dataset_num_proc)
         # Tokenized without a limit first: SFTTrainer takes tokenized data as it is and then cuts it.
@@ -110,7 +127,7 @@ class CheckedTrainer(SFTTrainer):
         if limit is not None and not packing:
             self.too_long[_NAMES.get(name, name)] = sum(len(ids) > limit for ids in whole["input_ids"])
         ready = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, name)
-        if not len(ready):
+        if not len(ready) and not self._may_be_empty:
             raise ConfigError(
                 f"No {_NAMES.get(name, name)} example is left, because the prompts alone fill "
                 f"max_length={limit} tokens: raise it."
@@ -166,21 +183,24 @@ class CheckedTrainer(SFTTrainer):
         # SFTTrainer asks for its own fused loss; the Trainer that it extends, for the model's.
         compute = partial(Trainer.compute_loss, self) if self._chunks_loss else super().compute_loss
         loss: Any = compute(model, inputs, *args, **kwargs)
-        if not math.isfinite(loss.item()):
+        # On all ranks alike: one that stopped alone would leave the others waiting for it.
+        mean = mean_over_ranks(loss.item(), device=self.args.device)
+        if not math.isfinite(mean):
             saved = find_last(Path(str(self.args.output_dir)))
             good = f"The last good checkpoint is {saved}." if saved else "There is no checkpoint yet."
             raise NonFiniteLossError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}, so training stops before this "
+                f"The loss is {mean} at step {self.state.global_step + 1}, so training stops before this "
                 f"step changes any weight. {good} A lower learning rate or float32 may help."
             )
         return loss
 
 
 class _StopOnSignal(TrainerCallback):
-    """Ends training after the step in which a signal came, with a checkpoint."""
+    """Ends training after the step in which a signal came to any rank, with a checkpoint."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.stopped: int | None = None  # by which signal, once it has come to that
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:  # asked twice: at once, without a checkpoint
@@ -190,7 +210,9 @@ class _StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.received is not None:
+        received = [number for number in tell_all(self.received) if number is not None]
+        if received:
+            self.stopped = received[0]
             control.should_save = True
             control.should_training_stop = True
 

@@ -55,10 +55,10 @@ _NOT_OURS_TO_CHANGE = {
     "eval_on_start": "the held-out loss is measured before the first step of every run",
     "dataset_kwargs": "the data is prepared by layersample train",
     "model_init_kwargs": "the model is loaded by layersample train: choose its --precision",
-    "deepspeed": "the run has one process: use examples/torchrun for several",
-    "fsdp": "the run has one process: use examples/torchrun for several",
-    "fsdp_config": "the run has one process: use examples/torchrun for several",
-    "parallelism_config": "the run has one process: use examples/torchrun for several",
+    "deepspeed": "layers can't be switched under DeepSpeed: --shard fsdp2 shards as ZeRO-3 does",
+    "fsdp": "shards are asked for by --shard fsdp2, or by the configuration file of accelerate launch",
+    "fsdp_config": "shards are asked for by --shard fsdp2, or by the configuration file of accelerate launch",
+    "parallelism_config": "layers can't be switched under it: choose --shard fsdp2",
 }
 
 _AT_LEAST_1 = {"per_device_eval_batch_size", "dataset_num_proc", "eval_steps", "save_total_limit"}

@@ -19,7 +19,7 @@ from layersample.planning.fake_models import fake_model
 from layersample.planning.live_memory import LiveMemory
 from layersample.planning.planner import plan
 from layersample.planning.shapes import list_shapes, load_shape
-from layersample.planning.shards import shard
+from layersample.planning.shards import on_each_gpu, shard
 from layersample.planning.simulation import simulate_step
 from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama
@@ -166,14 +166,29 @@ def test_json_holds_the_peak_and_its_parts() -> None:
 def test_shards_hold_their_part_and_what_is_gathered() -> None:
     sets = find_active_sets(TINY, config())
     whole = simulate_step(TINY, config(), (0,))
-    assert shard(whole, sets, 1, (0,)) is whole
+    assert on_each_gpu(whole, sets, 1, (0,), "fsdp2") is whole
     half = shard(whole, sets, 2, (0,))
     before, after = whole.moments["optimizer"], half.moments["optimizer"]
     for kind in ("weights", "gradients", "optimizer_state"):
         assert after[kind] == -(-before[kind] // 2)
     assert half.moments["forward"]["activations"] == whole.moments["forward"]["activations"]
     assert half.moments["forward"]["weights"] > whole.moments["forward"]["weights"] / 2
-    assert plan(TINY, config(), gpus=2, baselines=False).peak_bytes == half.peak_bytes
+    planned = plan(TINY, config(shard="fsdp2"), gpus=2, baselines=False)
+    assert planned.peak_bytes == half.peak_bytes
+
+
+def test_under_ddp_each_gpu_holds_all_and_buckets() -> None:
+    alone, each = (plan(TINY, config(), gpus=gpus, advice=True).worst.memory for gpus in (1, 2))
+    gradients = max(parts["gradients"] for parts in alone.moments.values())
+    for name, parts in alone.moments.items():
+        assert each.moments[name] == {**parts, "gradients": parts["gradients"] + gradients}
+    planned = plan(TINY, config(), gpus=8, advice=True)
+    assert planned.advice is not None and "--shard fsdp2" in planned.advice.tried
+    assert not any("backward" in flags for flags in planned.advice.tried)
+    with pytest.raises(ConfigError, match="step_in_backward must be planned for one GPU.*gpus=2"):
+        plan(TINY, config(step_in_backward=True, clip=0), gpus=2)
+    with pytest.raises(ValueError, match="frozen_weights needs whole weights on each GPU"):
+        config(shard="fsdp2", frozen_weights="nf4")
 
 
 def test_a_budget_chooses_how_many_layers_train() -> None:
@@ -259,7 +274,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         "worst set",
         "typical set",
         "GaLore, rank 128",
-        "sharded over 2 GPUs",
+        "each of 2 GPUs holds all of the model",
         "1.00 GiB to spare",
         "on this run's terms",
         "as commonly run",

@@ -11,7 +11,13 @@ from transformers import AutoTokenizer
 
 from layersample import ConfigError
 from layersample.config import make_config
-from layersample.training.answers import IGNORED, give_template, mark_answers, show_learned
+from layersample.training.answers import (
+    IGNORED,
+    give_template,
+    mark_answers,
+    show_learned,
+    template_columns,
+)
 from layersample.training.data import load_data
 from layersample.training.finetune import finetune
 from layersample.training.trainer import CheckedTrainer
@@ -118,3 +124,15 @@ def test_a_run_says_what_it_learns(tiny_model: Path, tmp_path: Path) -> None:
         in text
     )
     assert "what is learned in «»: 'user: 1?\\nassistant: «1\\n»'" in text
+
+
+def test_what_a_template_reads_beside_the_messages(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert template_columns(tokenizer) == frozenset()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% if enable_thinking %}x{% endif %}{% for d in documents %}{{ d }}{% endfor %}"
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}{% set a = 1 %}{{ a }}"
+    )
+    assert template_columns(tokenizer) == {"enable_thinking", "documents"}
+    tokenizer.chat_template = "{% if %}"
+    assert template_columns(tokenizer) == frozenset()

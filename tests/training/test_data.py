@@ -165,3 +165,22 @@ def test_built_in_data_has_worked_solutions_and_no_test_problem_in_train() -> No
     assert len(held_out) == 32 and len(train) > 2400
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert all("#### " in completion for completion in held_out["completion"])
+
+
+def test_columns_that_the_template_reads_are_given_to_it_and_the_others_are_named(tmp_path: Path) -> None:
+    row = {**MESSAGES, "enable_thinking": False, "documents": ["d"], "id": 7, "tools": [{"name": "f"}]}
+    source = write_jsonl(tmp_path / "a.jsonl", [row, {**row, "documents": None}])
+    data = load_data(source, keep={"enable_thinking", "documents"})
+    assert [each["chat_template_kwargs"] for each in data] == [
+        {"enable_thinking": False, "documents": ["d"]},
+        {"enable_thinking": False},
+    ]
+    assert json.loads(data[0]["tools"]) == [{"name": "f"}]
+    assert data.info.description.endswith("2 examples. Not used: 'id'.")
+    own = {**row, "chat_template_kwargs": {"enable_thinking": True}}
+    [kept] = load_data(write_jsonl(tmp_path / "b.jsonl", [own]), keep={"enable_thinking"})
+    assert kept["chat_template_kwargs"] == {"enable_thinking": True}, "what is said there comes first"
+    plain = load_data(write_jsonl(tmp_path / "c.jsonl", [PLAIN]), keep={"id"})
+    assert plain.column_names == ["prompt", "completion"] and "Not used: 'id'" in plain.info.description
+    alpaca = {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": []}
+    assert "Not used" not in load_data(write_jsonl(tmp_path / "d.jsonl", [alpaca])).info.description

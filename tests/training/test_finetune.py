@@ -266,14 +266,6 @@ def test_bad_input_is_named_before_anything_is_written(
     assert not Path(options["output"]).exists()
 
 
-def test_several_processes_are_sent_to_the_example(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process.*distributed_sft.py"):
-        run(options)
-
-
 def test_one_process_uses_one_gpu(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

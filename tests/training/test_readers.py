@@ -105,3 +105,32 @@ def test_folders_without_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must hold files of .jsonl.* holds none"):
         read(tmp_path)
     assert not is_file_source("a/b") and not is_file_source("x" * 5000)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("rows", [[{"a": "]},["}, 3, [1, [2]], None], [12345678901, 2.5, "s"]])
+def test_a_list_is_read_in_pieces(
+    tmp_path: Path, rows: list[Any], indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersample.training.readers._PIECE", 5)
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff \n" + json.dumps(rows, indent=indent) + "\n ", encoding="utf-8")
+    assert read(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1 2]", "after example 1: must be one JSON object, but: Expecting ','"),
+        ("[1,", "after example 1"),
+        ("[1,]", "after example 1"),
+        ("[,1]", "after example 0"),
+        ("[1", "after example 0"),
+        ("[1] 2", "something follows its end"),
+        ("[" + "9" * 5000 + "]", "Exceeds the limit"),
+    ],
+)
+def test_lists_that_are_damaged(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"a.json.*{message}"):
+        read(tmp_path / "a.json")

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from layersample import ConfigError
-from layersample.training.recording import RunRecorder
+from layersample.training.recording import RunRecorder, read_records
 
 LINES = [json.dumps({"step": step, "loss": 1.0 / (step + 1)}) + "\n" for step in range(4)]
 
 
 def resume(path: Path, text: str) -> RunRecorder:
     path.write_text(text, encoding="utf-8")
-    return RunRecorder(path, lambda: None, resume_step=2)
+    return RunRecorder(path, lambda: None, records=read_records(path, 2))
 
 
 @pytest.mark.parametrize("cut", ["", LINES[3][:9], LINES[3][:-2], "\0\0\0"])
