@@ -47,7 +47,7 @@ def check_agreement(
         group: The ranks that must agree; all of them by default.
 
     Raises:
-        ConfigError: On every rank, if they don't agree. It names the sets and who drew them.
+        SharedError: On every rank, if they don't agree. It names the sets and who drew them.
     """
     if not is_distributed():
         return
@@ -88,7 +88,7 @@ def agree(
         group: The ranks that must agree; all of them by default.
 
     Raises:
-        ConfigError: On every rank, if they don't.
+        SharedError: On every rank, if they don't.
     """
     if not is_distributed():
         return
@@ -97,7 +97,7 @@ def agree(
         members = dist.get_process_group_ranks(group or dist.group.WORLD)
         yes = ", ".join(str(rank) for rank, said in zip(members, told, strict=True) if said)
         no = ", ".join(str(rank) for rank, said in zip(members, told, strict=True) if not said)
-        raise ConfigError(
+        raise SharedError(
             f"All ranks must agree {what}, but ranks {yes} say yes, and ranks {no} no: a sampler must decide by what "
             "it is told and by its context alone, which are the same everywhere."
         )
