@@ -135,7 +135,7 @@ def open_source(
             "(organisation/name) will do too."
         )
     try:
-        data = load_dataset(source, split="train", streaming=stream)
+        data = load_dataset(source, split="train", **({"streaming": True} if stream else {}))
     except Exception as error:  # whatever the hub, the network or the data set's format says
         raise ConfigError(f"{source}: could not be loaded from the hub: {error}") from error
     return ((f"{source}, example {i}", row) for i, row in enumerate(data, 1))
