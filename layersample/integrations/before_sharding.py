@@ -47,8 +47,8 @@ def measure_before_sharding(
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise ConfigError(
             f"Sampler {name} must measure the whole model on each rank, but they are to get its weights in shards: "
-            "set fsdp_cpu_ram_efficient_loading: false in accelerate's configuration, or choose a sampler that measures "
-            "nothing."
+            "set fsdp_cpu_ram_efficient_loading: false in accelerate's configuration, or choose a sampler that "
+            "measures nothing."
         )
     model_layers = find_layers(model, options.layers)  # type: ignore[arg-type]
     rules: dict[GroupName, Rule] = {group: getattr(options, group) for group in GROUPS}
