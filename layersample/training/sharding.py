@@ -122,15 +122,17 @@ def shard_on_cpu(arguments: TrainingArguments) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def sum_in_fp32(accelerator: Accelerator) -> None:
-    """Have FSDP2 add up the ranks' gradients in fp32, also where it computes in 16 bits.
+def keep_fp32(accelerator: Accelerator) -> None:
+    """Have FSDP2 add up the ranks' gradients, and give losses, in fp32, also where it computes in 16 bits.
 
-    accelerate would add them up in 16 bits: each further rank then costs precision.
+    accelerate would do both in 16 bits: each further rank then costs precision, and a loss has three digits.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and policy is not None:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+        plugin.mixed_precision_policy = replace(
+            policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:

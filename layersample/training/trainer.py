@@ -30,7 +30,7 @@ from layersample.errors import ConfigError
 from layersample.frozen.weights import find_frozen_weights
 from layersample.parallel.agreement import mean_over_ranks, tell_all
 from layersample.training.answers import give_template, is_conversation, mark_answers
-from layersample.training.sharding import shard_on_cpu, sum_in_fp32
+from layersample.training.sharding import shard_on_cpu, keep_fp32
 from layersample.training.trainer_options import own_loss
 from layersample.unwrapping import exact_model
 
@@ -65,10 +65,10 @@ class CheckedTrainer(SFTTrainer):
         super().__init__(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer does; with shards on the CPU too, and gradients added up in fp32."""
+        """As the Trainer does; with shards on the CPU too, gradients added up in fp32, and losses in it."""
         shard_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
-        sum_in_fp32(self.accelerator)
+        keep_fp32(self.accelerator)
 
     def _count_from_zero(self, train_on: Literal["answers", "all"]) -> None:
         self.too_long: dict[str, int] = {}  # examples by what they are
