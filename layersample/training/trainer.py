@@ -30,7 +30,7 @@ from layersample.errors import ConfigError
 from layersample.frozen.weights import find_frozen_weights
 from layersample.parallel.agreement import mean_over_ranks, tell_all
 from layersample.training.answers import give_template, is_conversation, mark_answers
-from layersample.training.sharding import shard_on_cpu, keep_fp32
+from layersample.training.sharding import keep_fp32, shard_on_cpu
 from layersample.training.trainer_options import own_loss
 from layersample.unwrapping import exact_model
 
