@@ -113,6 +113,7 @@ def test_commands_are_understood(
         (tmp_path / name).write_text("")
     for name in ("alternate", "mine"):
         register(name)(type(name.title(), (LayerSampler,), {"sample": lambda self, context: [0]}))
+    monkeypatch.setattr("layersample.training.models.load_tokenizer", leave)
     for module in (data, batches):  # imported before: a first import would keep what is put in its place here
         monkeypatch.setattr(module, "load_data", leave)
     monkeypatch.setattr("layersample.planning.planner.plan", leave)  # what it prints is tested with it
