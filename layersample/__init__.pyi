@@ -37,6 +37,7 @@ from .registry import register as register
 from .registry import register_projection as register_projection
 from .registry import register_sampler as register_sampler
 from .sampling.draws import Draw as Draw
+from .sampling.full_rank import FullRank as FullRank
 from .sampling.observed import ObservedSampler as ObservedSampler
 from .sampling.sampler import LayerSampler as LayerSampler
 from .sampling.sampler import Measurement as Measurement

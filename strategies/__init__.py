@@ -10,6 +10,7 @@ from layersample_strategies.freeze_converged import FreezeConverged
 from layersample_strategies.full import Full
 from layersample_strategies.galore import GaLore
 from layersample_strategies.grass import Grass
+from layersample_strategies.gum import Gum
 from layersample_strategies.ist import Ist
 from layersample_strategies.lisa import Lisa
 from layersample_strategies.lora_norm import LoraNorm
@@ -32,6 +33,7 @@ __all__ = [
     "Full",
     "GaLore",
     "Grass",
+    "Gum",
     "Ist",
     "Lisa",
     "LoraNorm",

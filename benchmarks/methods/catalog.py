@@ -48,7 +48,8 @@ def default_methods() -> list[str]:
     """
     names = [name for name in list_samplers() if _needs_no_option(name)]
     baselines = [name for name, method in list_baselines().items() if method.is_installed]
-    return [*names, *(f"{name}{_JOINT}galore" for name in names), *baselines]
+    alone = [name for name in names if not list_samplers()[name].needs_projection]
+    return [*alone, *(f"{name}{_JOINT}galore" for name in names), *baselines]
 
 
 def _needs_no_option(sampler: str) -> bool:

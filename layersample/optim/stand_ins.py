@@ -27,6 +27,7 @@ from layersample.optim.packing import pack, parameters_of, unpack
 from layersample.optim.slices import SlicedState, find_slices
 from layersample.optim.support import check_state
 from layersample.optim.viewed import VIEWED, check_unviewed
+from layersample.projection.branches import Branch
 from layersample.projection.low_rank import BASIS, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
 from layersample.unwrapping import exact_values, is_dtensor, unwrap_optimizer
@@ -126,14 +127,13 @@ class OptimizerView:
         self._handles.clear()
         self._versions.clear()
 
-    def set_projected(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Have these parameters projected from now on, and no others.
-
-        Args:
-            parameters: By their names in the model.
-        """
+    def set_projected(
+        self, parameters: Mapping[str, nn.Parameter], branches: Mapping[Tensor, Branch] | None = None
+    ) -> None:
+        """Have these parameters, by name, projected from now on, and no others; some get a part of their gradient."""
         if self._low_rank is not None:
             self._low_rank.names = {parameter: name for name, parameter in parameters.items()}
+            self._low_rank.branches = dict(branches or {})
         self._look_up_identities()
 
     def _look_up_identities(self) -> None:
@@ -159,9 +159,10 @@ class OptimizerView:
                 self._versions.pop(parameter, None)
         wait_for_copies()  # of remainders, which a checkpoint may read next
 
-    def forget(self) -> None:
-        """Drop all state but exact weights: of another projection, it has other shapes."""
-        for state in self._optimizer.state.values():
+    def forget(self, *, of_branches: bool = False) -> None:
+        """Drop all state but exact weights, of all parameters or of those with branches: it has other shapes."""
+        some = self._low_rank.branches if of_branches and self._low_rank else self._optimizer.state
+        for state in [state for parameter, state in self._optimizer.state.items() if parameter in some]:
             for key in [key for key in state if key != MASTER and key not in AT_REST]:
                 del state[key]
 

@@ -118,6 +118,13 @@ class Engine:
             ConfigError: If ranks hold parts of it that can't be told apart.
         """
 
+    def check_branches(self) -> None:
+        """Whether what a projection leaves out of a gradient is known.
+
+        Raises:
+            ConfigError: If each rank holds a part of the gradient.
+        """
+
     def check_sizes(self) -> None:
         """Whether the size of each parameter is known.
 

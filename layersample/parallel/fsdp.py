@@ -32,6 +32,17 @@ class ShardedEngine(Engine):
             "use DistributedDataParallel."
         )
 
+    def check_branches(self) -> None:
+        """What a projection leaves out of a shard isn't worked out here.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "A sampler that takes what a projection leaves out needs whole gradients, but the model is sharded: use "
+            "DistributedDataParallel."
+        )
+
     def must_measure(self, sampler: LayerSampler) -> bool:
         """No sampler can measure here: each rank holds a shard of every weight. But one may have before.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PretrainedConfig, masking_utils
 
 from layersample.activations.save_memory import save_memory
@@ -20,6 +21,7 @@ from layersample.planning.fake_models import fake_model
 from layersample.planning.live_memory import Kind, LiveMemory
 from layersample.planning.model_kinds import Batch, ModelKind, find_kind
 from layersample.registry import create_sampler
+from layersample.sampling.full_rank import FullRank
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.scheduler import LayerScheduler
 from layersample.unwrapping import FROZEN
@@ -91,6 +93,9 @@ def simulate_step(
             with live:
                 _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
             scheduler.step()  # from the set that has left its state to the one that trains
+            if scheduler.sampler.needs_projection:  # that state has begun anew
+                with live:
+                    _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
             host_bytes = _hold_frozen(model, live, scheduler)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -229,11 +234,18 @@ def schedule_given(
             everything has state.
     """
     sampler = _Given(active, everything_first=config.state == "keep")
-    sampler.trains_everything = create_sampler(config.sampler, config.sampler_options).trains_everything
+    own = create_sampler(config.sampler, config.sampler_options)
+    sampler.trains_everything, sampler.needs_projection = own.trains_everything, own.needs_projection
+
+    def full_rank(context: SamplingContext) -> FullRank | None:
+        with unset_fake_temporarily():  # a draw needs values
+            return own.full_rank(context)
+
+    sampler.full_rank = full_rank  # type: ignore[method-assign]
     given = {
         "sampler": sampler,
         "sampler_options": None,
-        "num_active": 1,
+        "num_active": config.num_active if own.needs_projection else 1,
         "draw_budget": None,
         "period": 1,
         "check": False,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.projection.bases import product, wide_type
+from layersample.projection.branches import Branch
 from layersample.projection.projection import LowRankStep, Projection, ProjectionContext
 from layersample.projection.weight_decay import decays_decoupled, scales_by_weight
 from layersample.unwrapping import is_dtensor
@@ -54,11 +55,13 @@ class LowRankParameter:
         parameter: A parameter ``(rank, n)`` with a gradient.
         step: What becomes of its change.
         start: The value that all of its elements have before the step.
+        full_rank: Whether it is ``(k, n)``, and steps on what the basis leaves out.
     """
 
     parameter: nn.Parameter
     step: LowRankStep
     start: float
+    full_rank: bool = False
 
 
 class LowRank:
@@ -79,6 +82,8 @@ class LowRank:
         self._optimizer, self._projection, self._seed = optimizer, projection, seed
         self.names: dict[Tensor, str] = {}
         """The parameters that are projected now, with their names."""
+        self.branches: dict[Tensor, Branch] = {}
+        """Those of them that get a part of their gradient by chance."""
 
     def check_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make sure that the gradients to be projected are finite, before anything is changed.
@@ -131,6 +136,11 @@ class LowRank:
         gradient = find_gradient(widen=not self._projection.takes_16_bits)
         basis = self._find_basis(gradient, own, kept, parameter, skips)
         low_rank = share(product(basis.mT, gradient))  # (rank, n)
+        branch = self.branches.get(parameter)
+        if branch is not None and branch.full_rank:
+            low_rank = gradient.to(basis.dtype) - basis @ low_rank  # (k, n)
+        if branch is not None:
+            low_rank = low_rank * branch.factor
         start = 0.0
         if scales_by_weight(self._optimizer, group):  # it must see the size that the weight has
             start = float(whole(torch.linalg.vector_norm(weight))) / math.sqrt(weight.numel())
@@ -150,7 +160,7 @@ class LowRank:
                 if key.startswith(PREFIX) and key not in (BASIS, STEPS)
             },
         )
-        return LowRankParameter(small, step, start)
+        return LowRankParameter(small, step, start, branch is not None and branch.full_rank)
 
     def finish(
         self, low_rank: LowRankParameter, weight: Tensor, group: dict[str, Any], kept: Mapping[str, Tensor]
@@ -166,7 +176,10 @@ class LowRank:
         if decay and decays_decoupled(self._optimizer, group):
             weight.mul_(1 - step.learning_rate * decay)
         left = self._projection.is_left(weight.shape)
-        self._projection.apply(weight if left else weight.mT, step)
+        if low_rank.full_rank:
+            (weight if left else weight.mT).add_(step.change, alpha=self._projection.scale)
+        else:
+            self._projection.apply(weight if left else weight.mT, step)
         return {
             **kept,
             **{f"{PREFIX}{key}": value for key, value in step.state.items()},

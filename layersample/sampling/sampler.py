@@ -20,6 +20,7 @@ from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
 from layersample.sampling.draw_budget import DrawBudget
 from layersample.sampling.faults import SamplerError
+from layersample.sampling.full_rank import FullRank
 from layersample.sampling.pace import PROGRESS, Say, pace, paced
 from layersample.sampling.statistics import COLLECTABLE, GRADIENTS, LayerStatistics
 
@@ -195,6 +196,9 @@ class LayerSampler(ABC):
     trains_everything: bool = False
     """Whether it trains the whole model in every period, the towers beside a language model too."""
 
+    needs_projection: bool = False
+    """Whether it works beside a projection alone, and says by :meth:`full_rank` which layers aren't projected."""
+
     measure_every: int | None = None
     """Periods between two calls of :meth:`measure`; ``None`` measures once."""
 
@@ -239,6 +243,10 @@ class LayerSampler(ABC):
             context: That of the draw, with the layers that train in ``context.active`` and the steps done.
         """
         return False
+
+    def full_rank(self, context: SamplingContext) -> FullRank | None:
+        """Layers that get, in this period, what the projection leaves out; ``None`` if it is the same for all."""
+        return None
 
     def inclusion_probabilities(self, context: SamplingContext) -> Sequence[float] | None:
         """The chance of each layer to be in this period's set, over all seeds; ``None`` if it isn't known."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from layersample.projection.projection import Projection
 from layersample.sampling.faults import naming
-from layersample.sampling.sampler import LayerSampler
+from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.identity import RunIdentity
 from layersample.scheduling.lr_factors import SetsLearningRates
 
@@ -27,6 +27,10 @@ class Resumes(SetsLearningRates):
     def _measure(self) -> None:
         """Have the sampler measure the model."""
 
+    @abstractmethod
+    def _context(self, active: tuple[int, ...] = ()) -> SamplingContext:
+        """What the sampler may look at now."""
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""
         _ = self.statistics  # what is still on the device becomes part of the history
@@ -43,6 +47,7 @@ class Resumes(SetsLearningRates):
             "projected": None
             if self.projection is None
             else {"rank": self.projection.rank, "names": sorted(self.projected)},
+            "branches": self.sampler.needs_projection,
             "backward": None if self._switch.stepper is None else self._switch.stepper.state_dict(),
             "sampler_state": self.sampler.state_dict(),
         }
@@ -62,7 +67,8 @@ class Resumes(SetsLearningRates):
             self.period = state.get("period", self.period)
             self._identity = self._identity.with_period(self.period)
         changed = self._identity.changes(state, allow=self.options.allow_changes)
-        if changed & {"projection", "projection_options"}:
+        branches = self.sampler.needs_projection or state.get("branches", False)
+        if changed & {"projection", "projection_options"} or (branches and changed):
             self._switch.forget_state()
         self._round, self._steps = state["round"], state["steps"]
         self._began = state.get("began", self._steps - self._steps % self.period)
@@ -79,7 +85,7 @@ class Resumes(SetsLearningRates):
         self._entered = tuple(state.get("entered", ()))
         if self._switch.stepper is not None and state.get("backward"):
             self._switch.stepper.load_state_dict(state["backward"])
-        self._switch.apply(self._active, self._round)
+        self._switch.apply(self._active, self._round, self.sampler.full_rank(self._context()))
         if self._switch.changes is not None and self._steps != self._began:
             self._switch.changes.forget()
         self._switch.place_state()

@@ -24,6 +24,7 @@ from layersample.optim.step_in_backward import StepInBackward
 from layersample.option_files import make_options
 from layersample.parallel.agreement import mean_over_ranks
 from layersample.parallel.find import find_engine
+from layersample.projection.branches import check_branches
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
 from layersample.sampling.calibration import Batches, reader_of
@@ -169,6 +170,8 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
+        if self.sampler.needs_projection:
+            check_branches(self.projection, self._sampler_name)
         give_batches = reader_of(batches)
         engine = find_engine(model, optimizer)
         self._optimizers = Optimizers(optimizer)
@@ -184,6 +187,8 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         )
         if options.draw_budget is not None:
             engine.check_sizes()
+        if self.sampler.needs_projection:
+            engine.check_branches()
         size = find_draw_size(
             self._model, units, self.sampler, num_active=options.num_active, draw_budget=options.draw_budget
         )
@@ -350,9 +355,12 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             context = self._context()
             self._inclusion = find_inclusion(self.sampler, context)
             earlier, self._active = self._active, draw(self.sampler, context)
+            full_rank = self.sampler.full_rank(context)
         self._entered = tuple(i for i in self._active if i not in earlier) if self._round else ()
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
-        self._switch.apply(self._active, self._round)
+        self._switch.apply(self._active, self._round, full_rank)
+        if full_rank is not None:
+            self._switch.forget_state(of_branches=True)
         with naming(self.sampler, self._sampler_name, self._round):
             self._set_learning_rates()
 

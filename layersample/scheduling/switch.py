@@ -33,8 +33,10 @@ from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.optim.support import WrapperWatch, check_supported, refuse_capture
 from layersample.optim.viewed import check_unviewed, is_viewed
 from layersample.parallel.base import Engine
+from layersample.projection.branches import branches_of
 from layersample.projection.projection import Projection
 from layersample.projection.targets import find_targets
+from layersample.sampling.full_rank import FullRank
 from layersample.sampling.statistics import GRADIENTS, WEIGHTS
 from layersample.scheduling.gradient_norms import GradientNorms
 from layersample.scheduling.gradient_watch import GradientWatch
@@ -167,12 +169,13 @@ class Switch:
         for each in optimizers.each:
             _switches[each] = weakref.ref(self)
 
-    def apply(self, active: Sequence[int], round: int) -> None:
+    def apply(self, active: Sequence[int], round: int, full_rank: FullRank | None = None) -> None:
         """Freeze and unfreeze; parameters are looked up by name, since wrappers replace the objects.
 
         Args:
             active: Indices of the sampled layers that train from now on.
             round: Number of the period.
+            full_rank: Layers that get what the projection leaves out, where there are such.
 
         Raises:
             ConfigError: If it is closed, or a layer isn't in the model any more.
@@ -200,9 +203,11 @@ class Switch:
             for view in self._views:
                 view.put_masters_away(p for p in self._model.parameters() if not p.requires_grad)
             self.frozen.freeze(names)
-        for view in self._views:
-            view.set_projected({name: p for name, p in training.items() if name in self.projected})
         units = [self._units.sampled[i] for i in active]
+        projected = {name: p for name, p in training.items() if name in self.projected}
+        branches = branches_of(projected, dict(zip(active, units, strict=True)), full_rank)
+        for view in self._views:
+            view.set_projected(projected, branches)
         own = {unit.name: [training[n] for n in unit.parameters if n in training] for unit in units}
         by_index = dict(zip(active, own.values(), strict=True))
         self._active_parameters = by_index
@@ -273,10 +278,10 @@ class Switch:
         for watch in self._watches:
             watch.switched()
 
-    def forget_state(self) -> None:
-        """Drop all state but exact weights: of another projection, it has other shapes."""
+    def forget_state(self, *, of_branches: bool = False) -> None:
+        """Drop all state but exact weights: of another projection, or another branch, it has other shapes."""
         for view in self._views:
-            view.forget()
+            view.forget(of_branches=of_branches)
 
     def check_open(self) -> None:
         """Make sure that it still switches layers.

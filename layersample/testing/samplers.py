@@ -31,6 +31,8 @@ class SamplerContract:
 
     num_layers = 7
     rounds = 60
+    scheduler_options: Mapping[str, Any] = {}
+    """What a scheduler must be given for it, such as a projection."""
 
     def make(self) -> LayerSampler:
         """Return a new sampler; it is called once or more a test."""
@@ -205,7 +207,14 @@ class SamplerContract:
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         with LayerScheduler(
-            model, optimizer, self.make(), num_active=2, period=2, batches=self.batches, check=True
+            model,
+            optimizer,
+            self.make(),
+            num_active=2,
+            period=2,
+            batches=self.batches,
+            check=True,
+            **self.scheduler_options,
         ) as scheduler:
             assert all(map(torch.equal, weights, model.parameters())), "measuring moved the weights"
             for _ in range(4):

@@ -56,6 +56,8 @@ def cells() -> list[tuple[str, str, str | None, str, str]]:
     for i, sampler in enumerate(samplers):
         for j, kill in enumerate(KILLS):
             projection = projections[(i + j) % len(projections)]
+            if list_samplers()[sampler].needs_projection:
+                projection = "galore"
             chosen.append((sampler, next(policies), projection, ("fp32", "bf16")[(i + j // 2) % 2], kill))
     return chosen
 

@@ -32,6 +32,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("blockllm", {"patience": 2}),
     ("spectrum", {}),
     ("ist", {}),
+    ("gum", {}),
     ("warmup", {"sampler": "grass", "first": 5}),
     ("mixture", {"samplers": ["spectrum", "bandit"], "shares": [1, 3]}),
     ("max_wait", {"sampler": "blockllm", "periods": 6}),
@@ -47,6 +48,8 @@ class TestBuiltIn(SamplerContract):
     @pytest.fixture(autouse=True)
     def _choose(self, name: str, options: dict[str, Any]) -> None:
         self._made = (name, options)
+        if create_sampler(name, options).needs_projection:
+            self.scheduler_options = {"projection": "galore", "projection_options": {"rank": 4}}
 
     def make(self) -> LayerSampler:
         return create_sampler(*self._made)

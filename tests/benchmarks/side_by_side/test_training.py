@@ -226,8 +226,11 @@ def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
     assert measured["parameters"] == 134_515_008
 
 
-def test_samplers_left_out_need_an_option() -> None:
+def test_samplers_left_out_need_an_option_or_a_projection() -> None:
     for name in set(list_samplers()) - set(default_methods()):
+        if list_samplers()[name].needs_projection:
+            assert f"{name}+galore" in default_methods()
+            continue
         with pytest.raises(ConfigError, match="needs the option"):
             create_sampler(name)
     assert get_method("full").summary
