@@ -170,10 +170,11 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         self.sampler, self._sampler_name = SAMPLERS.resolve(sampler, sampler_options)
         self.projection: Projection | None
         self.projection, projection_name = PROJECTIONS.resolve_optional(projection, projection_options)
-        if self.sampler.needs_projection:
-            check_branches(self.projection, self._sampler_name)
         give_batches = reader_of(batches)
         engine = find_engine(model, optimizer)
+        if self.sampler.needs_projection:
+            check_branches(self.projection, self._sampler_name)
+            engine.check_branches()
         self._optimizers = Optimizers(optimizer)
         take_over(self._optimizers)  # before its frozen layers are taken for the user's
         self._engine, self._model = engine, engine.model
@@ -187,8 +188,6 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         )
         if options.draw_budget is not None:
             engine.check_sizes()
-        if self.sampler.needs_projection:
-            engine.check_branches()
         size = find_draw_size(
             self._model, units, self.sampler, num_active=options.num_active, draw_budget=options.draw_budget
         )
@@ -279,9 +278,8 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         """
         if type(steps) is not int:
             steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
-        trained = (
-            steps == self._steps + 1
-        )  # or steps of before sampling are caught up with, of which nothing is known
+        # Or steps of before sampling are caught up with, of which nothing is known.
+        trained = steps == self._steps + 1
         while self._steps < steps:
             self._switch.check_open()
             if not self._state_is_placed:
