@@ -23,7 +23,6 @@ from layersample.environment import bf16_slowdown
 from layersample.optim.memory_use import count_bytes, optimizer_tensors
 from layersample.planning.live_memory import LiveMemory
 from layersample.training.models import load_model
-from layersample.unwrapping import FROZEN
 
 from .store import RESULTS, store
 from .timed import ratios, real_batches
@@ -95,12 +94,14 @@ class Contestant:
         in_layers = {name for layer in find_layers(self.model).layers for name in layer.parameters}
         named = list(self.model.named_parameters())
         ends = count_bytes([*(p for name, p in named if name not in in_layers), *self.model.buffers()])
-        frozen = [found for _, p in named if (found := getattr(p, FROZEN, None)) is not None]
+        frozen = self.scheduler.frozen
         live = LiveMemory(vocabulary=None)
         live.label([*self.model.parameters(), *self.model.buffers()], "weights")
-        live.label([codes for one in frozen for codes in one.tensors], "weights")
         live.label(optimizer_tensors(self.optimizer), "optimizer_state")
-        live.leave_out([*(one.exact() for one in frozen), *batch.values()])  # they are no one's weights
+        if frozen is not None:
+            live.label(frozen.tensors, "weights")
+            live.leave_out(frozen.exact_tensors)
+        live.leave_out(batch.values())
         with live:
             self.model(**batch, use_cache=False).loss.backward()
             self.optimizer.step()
@@ -148,7 +149,7 @@ def measure(
 
 def main(
     model: Annotated[str, typer.Option(help="Built-in name or folder of the model.")] = BUILTIN_MODEL,
-    rounds: Annotated[int, typer.Option(min=1, help="Switches of each; two steps of each a switch.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Switches of each; two steps of each a switch.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 256,
     layers: Annotated[

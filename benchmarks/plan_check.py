@@ -30,6 +30,9 @@ from .store import RESULTS, store
 FROZEN = {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}
 AS_RUN = {"loss_chunk": 0, "recompute": False, "master_weights": False}
 SMALL, LARGE = {"batch_size": 4, "max_length": 128}, {"batch_size": 8, "max_length": 256}
+BF16: dict[str, Any] = {"precision": "bf16"}
+LEAN: dict[str, Any] = {**BF16, "master_weights": False, "gradient_checkpointing": True}
+BACKWARD: dict[str, Any] = {"step_in_backward": True, "clip_by": "running"}
 MIDDLE, EVERY = (9, 20), tuple(range(30))
 
 
@@ -60,6 +63,17 @@ SETTINGS = (
     Setting("layers 0 and 15, embedding frozen", (0, 15), {**SMALL, **FROZEN}),
     Setting("layers 28 and 29, embedding frozen", (28, 29), {**SMALL, **FROZEN}),
     Setting("layers 9 and 20, bf16, 8 × 256", MIDDLE, {**LARGE, **FROZEN, "precision": "bf16"}),
+    Setting("same, int8", MIDDLE, {**LARGE, **FROZEN, **BF16, "frozen_weights": "int8"}),
+    Setting("same, nf4", MIDDLE, {**LARGE, **FROZEN, **BF16, "frozen_weights": "nf4"}),
+    Setting("same, nf4, checkpointing", MIDDLE, {**LARGE, **FROZEN, **LEAN, "frozen_weights": "nf4"}),
+    Setting(
+        "nf4, ends trained, step in backward", MIDDLE, {**SMALL, **LEAN, **BACKWARD, "frozen_weights": "nf4"}
+    ),
+    Setting(
+        "int8 on fp32 masters, step in backward",
+        (0, 29),
+        {**SMALL, **BF16, **BACKWARD, "frozen_weights": "int8"},
+    ),
     Setting("5 layers, GaLore rank 128", (2, 7, 12, 17, 22), {**SMALL, "projection": "galore", "rank": 128}),
     Setting(
         "5 layers, GaLore rank 128, bf16, checkpointing",
@@ -90,9 +104,8 @@ def run_setting(setting: Setting, model_name: str) -> int:
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         del loss
-        torch.nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.grad is not None], config.clip or float("inf")
-        )
+        trained = [p for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(trained, config.clip or float("inf"))
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -111,7 +124,8 @@ def run_setting(setting: Setting, model_name: str) -> int:
             )
         )
         step()
-        return int(measured_step_peak(model, optimizer_tensors(optimizer), step))
+        codes = scheduler.frozen.tensors if scheduler is not None and scheduler.frozen is not None else ()
+        return int(measured_step_peak(model, [*optimizer_tensors(optimizer), *codes], step))
 
 
 def measure(settings: Sequence[Setting], model: str) -> list[dict[str, Any]]:
@@ -136,10 +150,11 @@ def measure(settings: Sequence[Setting], model: str) -> list[dict[str, Any]]:
 
 def main(
     model: Annotated[str, typer.Option(help="Built-in shape or folder.")] = "smollm2-135m",
+    only: Annotated[str, typer.Option(help="Settings with this in their name alone.")] = "",
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Plan and run every setting, print the table, and store it."""
-    rows = measure(SETTINGS, model)
+    rows = measure([setting for setting in SETTINGS if only in setting.name], model)
     store(
         output,
         "plan_check",

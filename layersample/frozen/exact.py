@@ -90,9 +90,10 @@ def check_host(needed: int, form: str) -> None:
     there = available_memory()
     if there is not None and needed > there:
         raise ConfigError(
-            f"frozen_weights={form!r} keeps the exact values of the layers in the host's memory, which takes up to "
-            f"{needed / 2**30:.2f} GiB once all of them have trained, but only {there / 2**30:.2f} GiB are available "
-            "there: use a host with more memory, or a smaller model."
+            f"frozen_weights={form!r} keeps the exact values of the layers in the host's memory, with what masters "
+            f"hold beyond them, which takes up to {needed / 2**30:.2f} GiB once all of them have trained, but only "
+            f"{there / 2**30:.2f} GiB are available there: use a host with more memory, a smaller model, or "
+            "master_weights=False, which halves it."
         )
 
 

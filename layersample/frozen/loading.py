@@ -13,6 +13,7 @@ from layersample.errors import ConfigError
 from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import FrozenWeights
 from layersample.layers.find import find_layers
+from layersample.model_files import loading
 
 
 def load_frozen(
@@ -45,13 +46,8 @@ def load_frozen(
     """
     from transformers import AutoModelForCausalLM
 
-    try:
+    with loading(str(folder)):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"The model {str(folder)!r} must be a folder or a hub id that can be loaded: {first}"
-        ) from error
     return freeze_model(model, frozen_weights, device, layers)
 
 

@@ -35,13 +35,16 @@ class FrozenWeights:
         layers: Its layers.
         form: The format, or its name.
         stays: Whether the model is left rounded by :meth:`close`: it was when it was loaded.
+        masters: Whether bf16 weights train on fp32 masters, which leave remainders in the host's memory.
 
     Raises:
         ConfigError: If the format is unknown, or needs what isn't installed; if no weight can be held so, or the
-            model has frozen weights already.
+            model has frozen weights already; if the host's memory is too small.
     """
 
-    def __init__(self, model: nn.Module, layers: ModelLayers, form: Any, *, stays: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, layers: ModelLayers, form: Any, *, stays: bool = False, masters: bool = False
+    ) -> None:
         if find_frozen_weights(model) is not None:
             raise ConfigError(
                 "A model must have its frozen weights in one format, but it has them in one already."
@@ -74,7 +77,8 @@ class FrozenWeights:
             self._matrices[name] = matrix
             by_module.setdefault(path, []).append(matrix)
         away = [m for m in self._matrices.values() if m.is_mapped or m.parameter.device.type != "cpu"]
-        check_host(sum(m.parameter.nbytes for m in away), self.format)
+        exact = sum(m.parameter.nbytes for m in away)
+        check_host(exact + (self.remainder_bytes if masters else 0), self.format)
         self._modules = {
             path: FrozenModule(model.get_submodule(path), own) for path, own in by_module.items()
         }
@@ -87,14 +91,34 @@ class FrozenWeights:
         return tuple(self._matrices)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Codes and scales on the device now."""
+        return [tensor for matrix in self._matrices.values() for tensor in matrix.tensors]
+
+    @property
+    def exact_tensors(self) -> list[Tensor]:
+        """Exact values of what is rounded now, which aren't on the device.
+
+        Raises:
+            ConfigError: If they are in a file that has changed.
+        """
+        return [matrix.exact() for matrix in self._matrices.values() if matrix.rounded is not None]
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of codes and scales on the device now."""
-        return sum(tensor.nbytes for matrix in self._matrices.values() for tensor in matrix.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of exact values in the host's memory now; those in the model's own files count nothing."""
         return sum(matrix.host_bytes for matrix in self._matrices.values())
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Bytes in the host's memory by which masters make these weights exact, once all have trained."""
+        parameters = [matrix.parameter for matrix in self._matrices.values()]
+        return sum(2 * p.numel() for p in parameters if p.dtype == torch.bfloat16)
 
     def describe(self) -> dict[str, Any]:
         """What is held how, of JSON types."""
@@ -192,26 +216,29 @@ class FrozenWeights:
             )
 
 
-def hold_frozen(model: nn.Module, layers: ModelLayers, form: Any) -> FrozenWeights | None:
+def hold_frozen(model: nn.Module, layers: ModelLayers, form: Any, *, masters: bool) -> FrozenWeights | None:
     """The frozen weights that a scheduler asks for: those that the model was loaded with, or new ones.
 
     Args:
         model: The model, without wrappers.
         layers: Its layers.
         form: The format, or its name; None for none.
+        masters: Whether bf16 weights train on fp32 masters.
 
     Raises:
         ConfigError: If the model was loaded with another format; or as :class:`FrozenWeights`.
     """
     found = find_frozen_weights(model)
     if found is None:
-        return None if form is None else FrozenWeights(model, layers, form)
+        return None if form is None else FrozenWeights(model, layers, form, masters=masters)
     _, name = FORMATS.resolve_optional(form)
     if name != found.format:
         raise ConfigError(
             f"The model was loaded with frozen weights in {found.format}, so LayerScheduler must be made with "
             f"frozen_weights={found.format!r}, but got {name!r}."
         )
+    if masters:
+        check_host(found.remainder_bytes, found.format)
     return found
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
 from layersample.optim.optimizers import Optimizers
-from layersample.unwrapping import optimizers_inside
+from layersample.unwrapping import is_fake, optimizers_inside
 
 _NEEDS = "step_in_backward must step each parameter by itself"
 _STEPS = 3
@@ -87,6 +87,8 @@ def clips_itself() -> str | None:
 
 def _differs(optimizer: Optimizer) -> bool:
     """Whether a step of all parameters is another than steps of one after the other; not where it can't be tried."""
+    if any(is_fake(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        return False  # a plan has no values to compare
     try:
         together, alone = (list(_weights(optimizer, one_by_one=how)) for how in (False, True))
     except (

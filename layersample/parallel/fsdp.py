@@ -43,6 +43,20 @@ class ShardedEngine(Engine):
             "DistributedDataParallel."
         )
 
+    def check_step_in_backward(self, option: str = "step_in_backward") -> None:
+        """Gradients of shards aren't there when backward has made those of the whole weights.
+
+        Args:
+            option: The option that needs them.
+
+        Raises:
+            ConfigError: Always, on one rank too.
+        """
+        raise ConfigError(
+            "A step in the backward pass needs gradients that are whole there, but the model is sharded, and its "
+            f"shards get theirs later: leave {option} out."
+        )
+
     def must_measure(self, sampler: LayerSampler) -> bool:
         """No sampler can measure here: each rank holds a shard of every weight. But one may have before.
 

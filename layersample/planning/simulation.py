@@ -24,7 +24,6 @@ from layersample.registry import create_sampler
 from layersample.sampling.full_rank import FullRank
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.scheduler import LayerScheduler
-from layersample.unwrapping import FROZEN
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 MOMENTS = ("forward", "backward", "optimizer")
@@ -96,7 +95,7 @@ def simulate_step(
             if scheduler.sampler.needs_projection:  # that state has begun anew
                 with live:
                     _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
-            host_bytes = _hold_frozen(model, live, scheduler)
+            host_bytes = _hold_frozen(model, live, scheduler, masters=config.master_weights)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -120,19 +119,18 @@ def simulate_step(
         return StepMemory({name: live.moments[name] for name in MOMENTS}, host_bytes)
 
 
-def _hold_frozen(model: nn.Module, live: LiveMemory, scheduler: LayerScheduler) -> int:
+def _hold_frozen(model: nn.Module, live: LiveMemory, scheduler: LayerScheduler, *, masters: bool) -> int:
     """Count rounded weights as what they are, and their exact values not at all: they are in the host's memory.
 
     Returns:
-        Bytes of exact values there, once all layers have trained.
+        Bytes of exact values there, with what masters hold beyond bf16, once all layers have trained.
     """
     if scheduler.frozen is None:
         return 0
-    for parameter in model.parameters():
-        if (frozen := getattr(parameter, FROZEN, None)) is not None:
-            live.leave_out([frozen.exact()])
-            live.label([parameter, *frozen.tensors], "weights")
-    return sum(model.get_parameter(name).nbytes for name in scheduler.frozen.names)
+    live.leave_out(scheduler.frozen.exact_tensors)
+    live.label([*model.parameters(), *scheduler.frozen.tensors], "weights")
+    exact = sum(model.get_parameter(name).nbytes for name in scheduler.frozen.names)
+    return exact + (scheduler.frozen.remainder_bytes if masters else 0)
 
 
 def _step(

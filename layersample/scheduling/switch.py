@@ -144,7 +144,7 @@ class Switch:
                 self._views.append(view)
                 if self.stepper is not None:
                     self.stepper.slices[each] = view.slices
-            self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights)
+            self.frozen = hold_frozen(self._model, model_layers, options.frozen_weights, masters=masters)
             if self.frozen is not None:
                 made.callback(self.frozen.close)
             self.weights = ExactWeights(self._model, optimizers, self.frozen)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layersample_benchmarks import frozen_cost
+from layersample_benchmarks.store import RESULTS
 
 
 def test_it_measures_bytes_steps_and_switches_of_each_format(
@@ -25,6 +26,15 @@ def test_it_measures_bytes_steps_and_switches_of_each_format(
         assert min(row["step_cpu_seconds"], row["switch_cpu_seconds"]) > 0
     assert "nf4" in capsys.readouterr().out
     assert "two layers train" in (tmp_path / "frozen_cost.md").read_text()
+
+
+def test_the_stored_figures_are_within_the_bounds() -> None:
+    stored = json.loads((RESULTS / "frozen_cost.json").read_text())
+    assert (stored["batch"], stored["length"], stored["type"]) == (8, 256, "bf16")
+    for row, share, step in zip(stored["rows"], (1.0, 0.60, 0.38), (1.0, 1.05, 1.10), strict=True):
+        assert row["layers_over_exact"] <= share and row["left_over_bytes"] == 0
+        assert row["step_over_exact"] <= step
+        assert row["switch_over_step"] <= 0.25 and row["switch_share_at_period"] < 0.02
 
 
 def test_what_is_left_over_behind_a_step_is_found(tiny_model: Path) -> None:

@@ -47,7 +47,7 @@ def test_another_type_than_the_files_is_kept_in_memory(folder: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be a folder or a hub id that can be loaded"):
+    with pytest.raises(ConfigError, match="could not be loaded: .*Choose another folder or hub id"):
         load_frozen(tmp_path)
 
 
@@ -55,6 +55,21 @@ def test_a_host_that_is_too_small_is_told_both_figures(folder: Path, monkeypatch
     monkeypatch.setattr("layersample.frozen.exact.available_memory", lambda: 2**10)
     with pytest.raises(ConfigError, match=r"takes up to 0\.00 GiB .* but only 0\.00 GiB are available"):
         load_frozen(folder, device="cpu")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_masters_hold_beyond_counts_and_nothing_has_happened(
+    loaded: bool, folder: Path, monkeypatch: Any
+) -> None:
+    model: Any = load_frozen(folder, device="cpu") if loaded else make_llama(3, dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.numel() >= 256)
+    monkeypatch.setattr("layersample.frozen.exact.available_memory", lambda: 2 * layers - 1)
+    with pytest.raises(ConfigError, match="master_weights=False, which halves it"):
+        LayerScheduler(model, optimizer, "lisa", frozen_weights="nf4")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    LayerScheduler(model, optimizer, "lisa", frozen_weights="nf4", master_weights=False).close()
 
 
 class _Packed(nn.Module):

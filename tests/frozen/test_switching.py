@@ -27,6 +27,7 @@ from layersample import (
     StepInBackward,
     measure_memory,
 )
+from layersample.activations.save_memory import save_memory
 from layersample.frozen.formats import FORMATS
 from layersample.optim.memory_use import count_bytes
 from tests.helpers import Given, make_batch, make_llama, weights_of
@@ -112,6 +113,46 @@ def test_exact_weights_are_those_of_a_run_that_keeps_them_beside(
     assert all(map(torch.equal, model.parameters(), reference.parameters()))  # whole again
     with rounded(reference, names, form):  # or the test would hold without any rounding
         assert not all(map(torch.equal, model.parameters(), reference.parameters()))
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+
+
+COMBINATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
+    "all savers": ({"step_in_backward": StepInBackward()}, {"loss_chunk": 8, "recompute": True}, None),
+    "checkpointed": (
+        {"step_in_backward": StepInBackward(max_norm=1.0)},
+        {"loss_chunk": 8, "recompute": True, "gradient_checkpointing": True},
+        None,
+    ),
+    "reentrant": ({"step_in_backward": StepInBackward()}, {"loss_chunk": 8, "recompute": False}, True),
+    "reentrant, projected": (CASES["projection"], {"loss_chunk": None, "recompute": True}, True),
+    "not reentrant, offloaded": (CASES["offload"], {"loss_chunk": 8, "recompute": True}, False),
+}
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_whatever_else_saves_memory_goes_with_it(case: str, form: str) -> None:
+    options, saving, reentrant = COMBINATIONS[case]
+    sets = random_sets(12, seed=3)
+    runs: list[tuple[dict[str, torch.Tensor], tuple[str, ...]]] = []
+    for given in (form, None):
+        model = make_llama(LAYERS, dtype=torch.bfloat16).train()
+        if reentrant is not None:
+            checkpointed(model, reentrant)
+        with save_memory(model, **saving):
+            optimizer, scheduler = make_run(model, sets, frozen_weights=given, **options)
+            names = scheduler.frozen.names if scheduler.frozen is not None else runs[0][1]
+            with scheduler:
+                for number in range(len(sets)):
+                    step(model, optimizer, scheduler, number, None if given else rounded(model, names, form))
+                runs.append((scheduler.fp32_state_dict(), names))
+    (found, names), (expected, _) = runs
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    start = make_llama(LAYERS, dtype=torch.bfloat16).state_dict()
+    assert all(not torch.equal(found[name], start[name].float()) for name in names)
 
 
 @pytest.mark.parametrize("case", ["masters", "keep", "in-backward", "projection"])

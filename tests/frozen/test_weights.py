@@ -141,8 +141,9 @@ def test_under_autocast_they_are_equal_to_the_bit(kind: str, form: str) -> None:
         torch.testing.assert_close(found[name], expected, rtol=0 if kind != "gpt2" else 1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("extra", ["plain", "checkpointing", "reentrant"])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_what_backward_needs_outlives_a_switch(kind: str) -> None:
+def test_what_backward_needs_outlives_a_switch(kind: str, extra: str) -> None:
     model = wide(kind, **MODELS[kind])
     training = training_names(model, 0)
     frozen = FrozenWeights(model, find_layers(model), "nf4")
@@ -150,12 +151,20 @@ def test_what_backward_needs_outlives_a_switch(kind: str) -> None:
     frozen.freeze(training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in training)
+    if extra != "plain":
+        checkpointing(extra == "reentrant")(model)
     loss = model(**make_batch(), use_cache=False).loss
     others = training_names(model, 1) | training_names(model, 2)
     frozen.activate(others)
     with torch.no_grad():
-        for name in others.intersection(frozen.names):
+        before = {name: model.get_parameter(name).clone() for name in others.intersection(frozen.names)}
+        for name in before:
             model.get_parameter(name).fill_(7.0)
+        if extra != "plain":  # the forward that runs again sees what is there by then, as anywhere
+            frozen.freeze(training)
+            frozen.activate(others)
+            for name, value in before.items():
+                model.get_parameter(name).copy_(value)
     frozen.freeze(training)
     loss.backward()
     for name, parameter in model.named_parameters():

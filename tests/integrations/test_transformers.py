@@ -44,6 +44,7 @@ def make_trainer(
         model=make_llama() if model is None else model,
         args=options(output_dir=str(output), **arguments),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]) if "eval_strategy" in arguments else None,
         processing_class=tokenizer,
         callbacks=[callback] if callback else [],
     )

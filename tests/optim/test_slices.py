@@ -32,7 +32,9 @@ def run(make: Any, sets: tuple[tuple[int, ...], ...], **options: Any) -> tuple[A
     """Weights in fp32 and the optimizer's state after two steps with each set."""
     model = make_llama(2, dtype=torch.bfloat16)
     optimizer = make(model.parameters())
-    scheduler = LayerScheduler(model, optimizer, Given(*sets), period=2, step_in_backward=True, **options)
+    scheduler = LayerScheduler(
+        model, optimizer, Given(*sets), period=2, step_in_backward=True, check=True, **options
+    )
     steps = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     for number in range(2 * len(sets)):
@@ -109,6 +111,7 @@ def test_the_gradient_is_never_whole_in_fp32(monkeypatch: Any) -> None:
         tokens, embedding = make_batch()["input_ids"], model.get_input_embeddings()
         with LayerScheduler(model, optimizer, Given((0,)), step_in_backward=True, head="freeze"):
             embedding(tokens).sum().backward()  # state is made
+            optimizer.step()
             held = [value for state in optimizer.state.values() for value in state.values()]
             live = LiveMemory(vocabulary=None)
             live.label([*model.parameters(), *model.buffers(), *held], "weights")
