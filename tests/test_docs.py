@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import layersample
-from layersample import LayerSampler, LayerScheduler, Projection, register
+from layersample import LayerSampler, LayerSamplingCallback, LayerScheduler, Projection, register
 from layersample.cli import app as cli
 from layersample.config import make_config
 from layersample.testing import ProjectionContract
@@ -100,7 +100,12 @@ def test_commands_are_understood(
 ) -> None:
     monkeypatch.setattr("layersample.cli.train_command._run", lambda config: None)
     monkeypatch.setattr("layersample.cli.train_command.launch", lambda gpus, processes: None)
-    for name in ("chat_command._run", "export_command._export", "export_command._apply"):
+    for name in (
+        "chat_command._run",
+        "export_command._export",
+        "export_command._apply",
+        "llamafactory_command._run",
+    ):
         monkeypatch.setattr(f"layersample.cli.{name}", lambda *given: None)
     monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda *_, **__: None)
     monkeypatch.setattr(
@@ -150,6 +155,8 @@ def test_yaml_blocks_are_options(block: Block) -> None:
     options = yaml.safe_load(block.code)
     if block.code.startswith("# suite.yaml"):
         Suite(**options)
+    elif ours := options.get("layersample") or options.get("layer_sampling"):  # in another trainer's file
+        LayerSamplingCallback(**ours)
     else:
         assert block.code.startswith("# run.yaml"), "the first line says which file it is"
         make_config(("run.yaml", options))

@@ -22,6 +22,7 @@ from layersample.cli.flags import with_options
 from layersample.cli.groups import Commands, PanelCommand
 from layersample.cli.launch import is_first, is_rank, tell_launcher
 from layersample.cli.list_command import list_command
+from layersample.cli.llamafactory_command import llamafactory_command
 from layersample.cli.plan_command import OWN_OPTIONS, plan
 from layersample.cli.profile_command import profile_command
 from layersample.cli.train_command import OWN_OPTIONS as TRAIN_OPTIONS
@@ -95,6 +96,12 @@ _add(
     export_command,
     "layersample export runs/first --delta",
     "layersample export runs/first --gguf",
+)
+_add(
+    "llamafactory",
+    llamafactory_command,
+    "layersample llamafactory train run.yaml",
+    "layersample llamafactory train run.yaml learning_rate=1e-5 layersample.num_active=4",
 )
 _add("list", list_command, "layersample list", "layersample list owlore")
 _add(
