@@ -101,7 +101,7 @@ _add(
     "llamafactory",
     llamafactory_command,
     "layersample llamafactory train run.yaml",
-    "layersample llamafactory train run.yaml learning_rate=1e-5 layersample.num_active=4",
+    "layersample llamafactory train run.yaml layersample.num_active=4",
 )
 _add("list", list_command, "layersample list", "layersample list owlore")
 _add(

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from layersample.errors import ConfigError
-from layersample.integrations.front_door import make_callback, refuse_beside, too_old
+from layersample.integrations.front_door import make_callback, refuse_beside, refuse_projecting, too_old
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -17,7 +17,6 @@ except ImportError as error:
 _OPTIONS = "layer_sampling"
 _MINIMUM = "0.10"
 _THEIRS = ("lisa_n_layers", "lisa_step_interval", "lisa_layers_attribute", "unfrozen_parameters")
-_PROJECTING = ("galore", "apollo")  # in names of optimizers, which project by themselves
 
 
 class LayerSamplingArgs(BaseModel):
@@ -61,10 +60,5 @@ class LayerSamplingPlugin(BasePlugin):  # type: ignore[misc]  # of no known type
 
 def _check(cfg: Any) -> None:
     refuse_beside(cfg, _THEIRS, "axolotl")
-    optimizer = str(cfg.get("optimizer") or "").lower()
-    if any(name in optimizer for name in _PROJECTING):
-        raise ConfigError(
-            f"axolotl's optimizer {optimizer!r} projects gradients by itself, for weights that always train: choose "
-            f"adamw_torch, and a projection among the options of {_OPTIONS}."
-        )
+    refuse_projecting(cfg.get("optimizer"), "axolotl", f"among the options of {_OPTIONS}")
     make_callback(cfg.get(_OPTIONS), _OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from packaging.version import Version
 
 from layersample.errors import ConfigError, some
 from layersample.integrations.transformers import LayerSamplingCallback
+
+_PROJECTS = re.compile("galore|apollo")
 
 
 def need(module: str, distribution: str, minimum: str) -> None:
@@ -80,6 +83,24 @@ def refuse_beside(settings: Mapping[str, Any], keys: Iterable[str], trainer: str
         raise ConfigError(
             f"What trains must be chosen by one of the two, but besides layersample's options {trainer}'s own are "
             f"set: {some(found)}. Take them out, or leave layersample's out."
+        )
+
+
+def refuse_projecting(optimizer: object, trainer: str, instead: str) -> None:
+    """Refuse an optimizer that projects gradients by itself, of weights that it takes to train always.
+
+    Args:
+        optimizer: Its name, if the trainer's settings give one.
+        trainer: The trainer's name, for messages.
+        instead: Where a projection is chosen, for messages.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    if _PROJECTS.search(str(optimizer or "").lower()):
+        raise ConfigError(
+            f"{trainer}'s optimizer {optimizer!r} projects gradients by itself, of weights that always train: choose "
+            f"a plain one, and a projection {instead}."
         )
 
 

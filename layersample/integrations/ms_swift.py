@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from layersample.errors import ConfigError
-from layersample.integrations.front_door import make_callback, need, refuse_beside, too_old
+from layersample.integrations.front_door import (
+    make_callback,
+    need,
+    refuse_beside,
+    refuse_projecting,
+    too_old,
+)
 
 _MINIMUM = "4.0"
 _THEIRS = ("use_galore",)
+_SAMPLES_LAYERS = "LISACallback"  # the class of ms-swift's own
 
 
 def register(name: str = "layersample", **options: Any) -> None:
@@ -35,7 +42,7 @@ def register(name: str = "layersample", **options: Any) -> None:
 
         def __init__(self, args: Any, trainer: Any) -> None:
             super().__init__(args, trainer)
-            _check(args, name)
+            _check(args, name, callbacks_map)
             self._sampling = make_callback(options, "register")
             self._attached = False
 
@@ -48,17 +55,13 @@ def register(name: str = "layersample", **options: Any) -> None:
     callbacks_map[name] = LayerSampling
 
 
-def _check(args: Any, name: str) -> None:
+def _check(args: Any, name: str, callbacks: dict[str, Any]) -> None:
     refuse_beside(vars(args), _THEIRS, "ms-swift")
-    others = [other for other in getattr(args, "callbacks", ()) if other == "lisa"]
+    refuse_projecting(getattr(args, "optimizer", None), "ms-swift", "in the plug-in's register()")
+    chosen = getattr(args, "callbacks", ())
+    others = [other for other in chosen if getattr(callbacks.get(other), "__name__", "") == _SAMPLES_LAYERS]
     if others:
         raise ConfigError(
-            f"What trains must be chosen by one of the two, but --callbacks has both lisa, ms-swift's own, and "
+            f"What trains must be chosen by one of the two, but --callbacks has both {others[0]}, ms-swift's own, and "
             f"{name}: leave one out."
-        )
-    optimizer = str(getattr(args, "optimizer", None) or "")
-    if "galore" in optimizer:
-        raise ConfigError(
-            f"ms-swift's optimizer {optimizer!r} projects gradients by itself, for weights that always train: leave "
-            "it out, and give register() a projection."
         )
