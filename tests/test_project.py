@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import layersample
 from tests.documents import ROOT, text_of
@@ -71,3 +73,30 @@ def test_every_distribution_of_an_extra_is_pinned() -> None:
     } - {"layersample"}
     pinned = {line.split("==")[0].lower() for line in text_of(ROOT / "constraints.txt").splitlines()}
     assert names <= {name.replace("_", "-") for name in pinned} | pinned
+
+
+def versions_of(name: str) -> dict[str, Version]:
+    lines = [line for line in text_of(ROOT / name).splitlines() if line and not line.startswith("#")]
+    return {package: Version(v) for package, v in (line.split("==") for line in lines)}
+
+
+def test_the_oldest_set_is_where_the_ranges_begin() -> None:
+    project = PROJECT["project"]
+    ranges = [Requirement(r) for r in (*project["dependencies"], *project["optional-dependencies"]["train"])]
+    least = {
+        r.name: Version(clause.version) for r in ranges for clause in r.specifier if clause.operator == ">="
+    }
+    oldest = versions_of("constraints/oldest.txt")
+    assert oldest == {name: least[name] for name in oldest} and "transformers" in oldest
+
+
+def test_the_newest_set_is_newer_than_the_pinned_one() -> None:
+    pinned, newest = versions_of("constraints.txt"), versions_of("constraints/newest.txt")
+    assert newest and all(version > pinned[name] for name, version in newest.items())
+
+
+def test_the_versions_are_those_of_the_documentation() -> None:
+    oldest = versions_of("constraints/oldest.txt")
+    text = text_of(ROOT / "docs" / "versioning.md")
+    assert f"transformers from {oldest['transformers'].major}.{oldest['transformers'].minor}" in text
+    assert f"torch {oldest['torch'].major}.{oldest['torch'].minor} or later" in text

@@ -19,6 +19,7 @@ from layersample import (
     create_sampler,
 )
 from layersample.scheduling.gradient_probe import probe_gradients
+from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama, weights_of
 
 LAYERS = 5
@@ -112,7 +113,7 @@ def schedule(model: nn.Module, sampler: Any = "grass", **options: Any) -> LayerS
 
 
 def checkpoint(reentrant: bool) -> Callable[[Any], None]:
-    return lambda model: model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    return lambda model: checkpoint_activations(model, {"use_reentrant": reentrant})
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
