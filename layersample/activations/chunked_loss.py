@@ -232,18 +232,19 @@ class ChunkedLoss:
         if self._transform is None:
             self._transform = _find_transform(logits, type(self._model).__name__)
         self._answered = True
-        targets = _shift(labels, ignore_index) if shift_labels is None else shift_labels
         positions = self._hidden.numel() // self._hidden.shape[-1]
-        if targets.numel() != positions:
+        given = (labels if shift_labels is None else shift_labels).numel()
+        if given != positions:
             raise ValueError(
                 f"The loss needs a label for each of the {positions} positions that go through the head (-100 where "
-                f"there is none), but got {targets.numel()} labels."
+                f"there is none), but got {given} labels."
             )
         return chunked_cross_entropy(
             self._hidden,
             self._head.weight,
             self._head.bias,
-            targets,
+            # Not in a variable, which would hold it for as long as the loss is computed.
+            _shift(labels, ignore_index) if shift_labels is None else shift_labels,
             transform=self._transform,
             num_items=num_items_in_batch,
             ignore_index=ignore_index,

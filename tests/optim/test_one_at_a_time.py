@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from layersample import ConfigError, LayerScheduler, StepInBackward
@@ -108,6 +109,12 @@ def test_those_of_torch_step_one_at_a_time(kind: Callable[[Any], Optimizer]) -> 
     random = torch.get_rng_state()
     check_one_at_a_time(optimizers)
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_parameters_without_values_are_not_tried() -> None:
+    """As in a plan, where nothing can be compared."""
+    with FakeTensorMode():
+        check_one_at_a_time(Optimizers(ClipsInside(nn.Linear(3, 3).parameters())))
 
 
 def test_a_count_of_steps_in_a_group_is_seen_in_schedule_free_as_well() -> None:
