@@ -25,8 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*depre
 
 
 def test_values_are_converted_to_the_types_that_sftconfig_declares() -> None:
-    given = {"adam_beta1": "0.8", "eval_steps": 2, "packing": True, "optim_args": "a=1", "data_seed": 5}
-    assert check_trainer_options(given) == {**given, "adam_beta1": 0.8}
+    given = {"adam_beta1": 0.8, "eval_steps": 2, "packing": True, "optim_args": "a=1", "data_seed": 5}
+    assert check_trainer_options(given) == given
+    with pytest.raises(ConfigError, match="adam_beta1: Input should be a number, not text, but got '0.8'"):
+        check_trainer_options({"adam_beta1": "0.8"})
 
 
 @pytest.mark.parametrize("name", sorted(f.name for f in dataclasses.fields(SFTConfig)))
@@ -53,6 +55,7 @@ def test_what_the_run_sets_can_t_be_set_beside_it(tmp_path: Path) -> None:
         "disable_tqdm",
         "use_cpu",
         "dataloader_pin_memory",
+        "ddp_find_unused_parameters",
     }
     source = (Path(__file__).parents[2] / "layersample" / "training" / "arguments.py").read_text()
     for field in dataclasses.fields(SFTConfig):
