@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from layersample.errors import ConfigError
 from layersample.optim.optimizers import Optimizers
 from layersample.unwrapping import local_part
 
@@ -38,6 +39,7 @@ class GradientWatch:
         self._steps = 0  # of this period
         self._lacked: dict[str, int] = {}  # steps in a row without a gradient, over all periods
         self._told: set[str] = set()
+        self._has_stepped = False
         self._handles = [each.register_step_pre_hook(self._look) for each in optimizers.each]
 
     def begin(self, active: Mapping[str, Sequence[nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
@@ -84,7 +86,26 @@ class GradientWatch:
             self._lacked[name],
         )
 
+    def check_order(self) -> None:
+        """Refuse a loop that steps the scheduler in front of the optimizer, where a switch drops gradients.
+
+        Raises:
+            ConfigError: If no optimizer has stepped yet, though there are gradients, finite ones: those that a
+                ``GradScaler`` leaves out are no sign of it.
+        """
+        if self._has_stepped:
+            return
+        trained = [*self._others, *(p for own in self._waiting.values() for p in own)]
+        standing = next((p.grad for p in trained if p.grad is not None), None)
+        if standing is not None and bool(local_part(standing).isfinite().all()):
+            raise ConfigError(
+                "The scheduler must step after the optimizer, because a switch drops the gradients of what it "
+                "freezes, but there are gradients and no optimizer has stepped yet: call optimizer.step(), then "
+                "scheduler.step(), then optimizer.zero_grad()."
+            )
+
     def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._has_stepped = True
         if not self._waiting:
             return
         got = [name for name, own in self._waiting.items() if any(p.grad is not None for p in own)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from layersample.errors import ConfigError, some
@@ -13,10 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class OutsideChanges:
-    """Looks for parameters that come, go, or are frozen and unfrozen between two switches."""
+    """Looks for parameters that come, go, or are changed between two switches."""
 
     def __init__(self) -> None:
         self._flags: list[tuple[str, nn.Parameter, bool]] = []
+        self._types: list[tuple[str, nn.Parameter, torch.dtype]] = []
         self._named_flags = self._named_later = False
 
     def check_parameters(self, gone: Collection[str], later: Sequence[str]) -> None:
@@ -43,11 +45,25 @@ class OutsideChanges:
             )
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """A period begins: note what requires a gradient in it."""
+        """A period begins: note what requires a gradient in it, and the types of weights."""
         self._flags = [(name, parameter, parameter.requires_grad) for name, parameter in parameters.items()]
+        if not self._types:
+            self._types = [(name, parameter, parameter.dtype) for name, parameter in parameters.items()]
 
     def look(self) -> None:
-        """Look, after an optimizer step, whether ``requires_grad`` is still what the last switch left it at."""
+        """Look, after an optimizer step, whether flags and types are still as the last switch left them.
+
+        Raises:
+            ConfigError: If weights have another type than when sampling began: masters and remainders of bf16 weights
+                wouldn't fit them.
+        """
+        for name, parameter, dtype in self._types:
+            if parameter.dtype != dtype:
+                raise ConfigError(
+                    f"Weights must keep their type while layers are sampled, but {name} was {dtype} and is "
+                    f"{parameter.dtype} now: close() the scheduler before model.to(...), and make a new one with a "
+                    "new optimizer."
+                )
         if self._named_flags:
             return
         changed = [(name, flag) for name, parameter, flag in self._flags if parameter.requires_grad != flag]

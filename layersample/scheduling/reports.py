@@ -7,8 +7,10 @@ from typing import Any
 
 from layersample.layers.rules import Units
 from layersample.optim.optimizers import Optimizers
+from layersample.option_files import make_options
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.statistics import LayerStatistics
+from layersample.scheduling.options import StepCount, describe_reach
 from layersample.scheduling.switch import Switch
 
 
@@ -23,6 +25,8 @@ class Reports:
     _steps: int
     _active: tuple[int, ...]
     _inclusion: Sequence[float] | None
+    num_active: int
+    period: int
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -109,3 +113,12 @@ class Reports:
         if self._switch.norms is not None and self._history.gradients is not None:
             self._switch.norms.hand_over(self._history.gradients)
         return self._history.statistics(self._round)
+
+    def reach(self, steps: int) -> str:
+        """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
+
+        Args:
+            steps: Optimizer steps still to do.
+        """
+        steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
+        return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))

@@ -46,7 +46,6 @@ from layersample.scheduling.options import (
     SchedulerOptions,
     StepCount,
     default_period,
-    describe_reach,
 )
 from layersample.scheduling.probing import Probes
 from layersample.scheduling.resuming import Resumes
@@ -235,15 +234,6 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             raise
         weakref.finalize(self, self._switch.close).atexit = False  # what nothing refers to any more lets go
 
-    def reach(self, steps: int) -> str:
-        """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
-
-        Args:
-            steps: Optimizer steps still to do.
-        """
-        steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
-        return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))
-
     def step(self, *, loss: float | Tensor | None = None) -> None:
         """Count one optimizer step; at the end of a period, switch to the next set of layers.
 
@@ -252,9 +242,13 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
 
         Args:
             loss: The step's training loss, for samplers that learn from it; on every rank, or on none.
+
+        Raises:
+            ConfigError: If it is called before the optimizer has stepped, with gradients there.
         """
         if self._optimizers.waits:
             return
+        self._switch.check_order()
         if loss is not None:
             self.tell_loss(loss)
         self.advance_to(self._steps + 1)

@@ -163,6 +163,7 @@ class Switch:
             self.changes = WeightChanges(optimizers, engine) if WEIGHTS in collects else None
             self._watch = GradientWatch(optimizers)
             made.callback(self._watch.close)
+            self.check_order = self._watch.check_order  # of a loop's steps
             engine.prepare()
             self._made = made.pop_all()
         warn_of_shared(self._model, model_layers, units)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
-from layersample import LayerSamplingCallback, LayerScheduler, StepInBackward
+from layersample import ConfigError, LayerSamplingCallback, LayerScheduler, StepInBackward
 from tests.helpers import OLD_TRAINER, Given, make_batch, make_llama
 
 NAME = "layersample.scheduling.gradient_watch"
@@ -124,3 +124,28 @@ def test_a_check_goes_with_the_best_model_at_the_end(tmp_path: Any) -> None:
     callback.attach(trainer)
     trainer.train()
     assert trainer.state.best_global_step is not None and trainer.state.best_global_step < 5
+
+
+@pytest.mark.parametrize("period", [1, 5])
+def test_a_scheduler_that_steps_in_front_of_the_optimizer_is_refused(period: int) -> None:
+    model = make_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with LayerScheduler(model, optimizer, "lisa", period=period) as scheduler:
+        scheduler.step()  # nothing to lose
+        model(**make_batch()).loss.backward()
+        with pytest.raises(ConfigError, match="must step after the optimizer"):
+            scheduler.step()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_first_step_that_a_scaler_leaves_out_is_no_wrong_order() -> None:
+    model = make_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    with LayerScheduler(model, optimizer, "lisa", period=5) as scheduler:
+        (scaler.scale(model(**make_batch()).loss) * 1e3).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        assert scheduler.state_dict()["steps"] == 1

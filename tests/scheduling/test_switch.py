@@ -216,3 +216,16 @@ def test_a_weight_that_layers_share_is_named(other: Any, caplog: pytest.LogCaptu
         "model.layers.0.mlp.down_proj.weight is shared by several layers" in caplog.text
         and how in caplog.text
     )
+
+
+def test_weights_that_change_their_type_are_refused() -> None:
+    model, optimizer = build(torch.bfloat16)
+    with LayerScheduler(model, optimizer, Given((1,), (2,)), period=2) as scheduler:
+        step(model, optimizer)
+        scheduler.step()
+        model.float()
+        step(model, optimizer)
+        with pytest.raises(
+            ConfigError, match="must keep their type .* was torch.bfloat16 and is torch.float32 now"
+        ):
+            scheduler.step()
