@@ -84,7 +84,7 @@ class TestTheProjectionOfThePage(ProjectionContract):
 
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
     left_out = [block for block in PYTHON if block.reason]
-    assert len(left_out) <= 5 and all(len(block.reason) > 10 for block in left_out)
+    assert len(left_out) <= 6 and all(len(block.reason) > 10 for block in left_out)
     assert len(PYTHON) >= 20
 
 
