@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from layersample.config import TrainConfig
 from layersample.optim.memory_use import optimizer_tensors
 
+from .adapters import adapter_rank, with_adapters
 from .method import Prepared, register_baseline, sample_layers
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-_RANK = 16  # unless the option rank says another; alpha is twice the rank, as in most published LoRA runs
-
-
-def adapter_rank(config: TrainConfig) -> int:
-    """Rank of adapters: the option ``rank`` where it is given, 16 by default."""
-    return config.rank or _RANK
 
 
 @register_baseline("lora", rate_scale=5.0, extra=("peft", "train"), adapter_rank=adapter_rank)
@@ -34,7 +23,7 @@ def lora(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2106.09685.
     """
-    return Prepared(_with_adapters(model, config))
+    return Prepared(with_adapters(model, config))
 
 
 @register_baseline("lora-fa", rate_scale=5.0, extra=("peft", "train"))
@@ -44,7 +33,7 @@ def lora_fa(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2308.03303.
     """
-    adapted = _with_adapters(model, config)
+    adapted = with_adapters(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
@@ -61,7 +50,7 @@ def lora_fa_peft(model: nn.Module, config: TrainConfig) -> Prepared:
     from peft.optimizers import create_lorafa_optimizer
 
     rank = adapter_rank(config)
-    adapted = _with_adapters(model, config)
+    adapted = with_adapters(model, config)
     optimizer = create_lorafa_optimizer(
         adapted, r=rank, lora_alpha=2 * rank, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -126,11 +115,3 @@ def galore_published(model: nn.Module, config: TrainConfig) -> Prepared:
         arXiv 2403.03507.
     """
     return sample_layers(model, config)
-
-
-def _with_adapters(model: nn.Module, config: TrainConfig) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
-
-    rank = adapter_rank(config)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(cast(PreTrainedModel, model), settings)

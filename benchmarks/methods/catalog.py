@@ -9,6 +9,7 @@ from layersample.registry import PROJECTIONS, create_sampler, describe, list_sam
 
 from . import baselines as _baselines  # noqa: F401  its decorators fill the table
 from . import method
+from . import quantized as _quantized  # noqa: F401
 from .method import Method, sample_layers
 
 # A sampler with low-rank projection is written SAMPLER+PROJECTION.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,17 @@ class Prepared:
         sampling: Switches layers while the Trainer trains.
         optimizer_tensors: Gives all tensors that the optimizer holds besides the model's parameters; needed
             where ``optimizer.state`` doesn't name them all.
+        weight_tensors: Gives all tensors that hold weights besides the model's parameters and buffers.
+        as_saved: Has the model compute with what a user keeps of it, where that isn't what it trains with: weights
+            that are rounded while they train.
     """
 
     model: nn.Module
     optimizer: Optimizer | None = None
     sampling: LayerSamplingCallback | None = None
     optimizer_tensors: Callable[[], Iterable[Tensor]] | None = None
+    weight_tensors: Callable[[], Iterable[Tensor]] = tuple
+    as_saved: Callable[[], AbstractContextManager[None]] | None = None
 
 
 Prepare = Callable[[nn.Module, TrainConfig], Prepared]
@@ -130,7 +136,18 @@ def sample_layers(model: nn.Module, config: TrainConfig) -> Prepared:
     from layersample.training.arguments import callback_arguments
 
     config = apply_budget(config)
-    return Prepared(model, sampling=LayerSamplingCallback(**callback_arguments(config)))
+    sampling = LayerSamplingCallback(**callback_arguments(config))
+    if config.frozen_weights is None:
+        return Prepared(model, sampling=sampling)
+
+    def codes() -> Iterable[Tensor]:
+        frozen = None if sampling.scheduler is None else sampling.scheduler.frozen
+        return () if frozen is None else frozen.tensors
+
+    def as_saved() -> AbstractContextManager[None]:
+        return nullcontext() if sampling.scheduler is None else sampling.scheduler.exact_weights()
+
+    return Prepared(model, sampling=sampling, weight_tensors=codes, as_saved=as_saved)
 
 
 def _place(function: Prepare) -> tuple[str, str]:

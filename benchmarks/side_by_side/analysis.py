@@ -32,6 +32,7 @@ class Row:
         errors: Which runs failed, and why.
         runs: Its final runs that ended well, one a seed.
         loss: Held-out loss at the end, in nats a token.
+        as_trained: The same with the weights that it trained with, where those aren't what is saved.
         difference: Difference of the loss to the baseline's.
         right: Share of right answers.
         right_difference: Difference of the right answers to the baseline's.
@@ -49,6 +50,7 @@ class Row:
     errors: tuple[tuple[str, str], ...]
     runs: tuple[Line, ...]
     loss: Estimate | None
+    as_trained: Estimate | None
     difference: Difference | None
     right: Estimate | None
     right_difference: Difference | None
@@ -253,6 +255,7 @@ def _row(
     level = suite.confidence
     trials = [Trial(rate, loss) for rate, loss in sorted(read_losses(lines, entry.name).items())]
     answers = [run["right"] for run in runs]
+    as_trained = [run["loss"].get("as_trained") for run in runs]
     return Row(
         name=entry.name,
         summary=next((run["summary"] for run in runs), ""),
@@ -261,6 +264,7 @@ def _row(
         errors=tuple((line["key"], line["error"]) for line in lines if "error" in line),
         runs=tuple(runs),
         loss=estimate([_last_loss(run) for run in runs], level) if runs else None,
+        as_trained=estimate(as_trained, level) if as_trained and None not in as_trained else None,
         difference=difference,
         right=estimate(answers, level) if answers and None not in answers else None,
         right_difference=right_difference,

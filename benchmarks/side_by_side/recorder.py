@@ -62,6 +62,7 @@ class Recorder(TrainerCallback):
     Args:
         layers: The modules of the model's layers, from the input to the output.
         optimizer_tensors: Gives all tensors that the optimizer holds.
+        weight_tensors: Gives all tensors that hold weights besides parameters and buffers.
         scheduler: Gives the layer scheduler, where there is one.
         clock: Times the parts of a step.
         trace_every: Steps between traces of all live tensors; 0: never. They slow a step down, so times
@@ -78,6 +79,7 @@ class Recorder(TrainerCallback):
         self,
         layers: Sequence[nn.Module],
         optimizer_tensors: Tensors,
+        weight_tensors: Tensors,
         scheduler: Callable[[], LayerScheduler | None],
         clock: PhaseClock,
         *,
@@ -89,7 +91,7 @@ class Recorder(TrainerCallback):
         self.preparation: Mapping[str, float] = {}
         self.trainer: TimedTrainer | None = None
         self._layers = layers
-        self._tensors = optimizer_tensors
+        self._tensors, self._weights = optimizer_tensors, weight_tensors
         self._scheduler = scheduler
         self._clock = clock
         self._trace_every = trace_every
@@ -124,7 +126,9 @@ class Recorder(TrainerCallback):
         reset_peaks()
         # The last step as well: state that is kept has grown until then.
         if self._trace_every and (step % self._trace_every == 0 or step == state.max_steps):
-            self._live = LiveBytes(model).start(self._tensors())
+            self._live = LiveBytes(model)
+            self._live.mark("weights", self._weights())
+            self._live.start(self._tensors())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -33,6 +33,7 @@ class _Failed(_Run):
 class _Loss(_Part):
     steps: list[int] = Field(min_length=1)
     held_out: list[float]  # a run that diverged may have ended at inf
+    as_trained: float | None = None  # where what is saved isn't what trained
 
     @model_validator(mode="after")
     def _alike(self) -> _Loss:

@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,10 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         # The callback does it, where there is one.
         save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report
-        scores = _train(suite, job, trainer, tokenizer)
+        scores = _train(suite, job, trainer, tokenizer, prepared.as_saved)
         if job.stage == "final" and suite.lm_eval:
-            scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
+            with (prepared.as_saved or nullcontext)():
+                scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
     return {
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,
@@ -112,6 +115,7 @@ def _make_trainer(
     recorder = Recorder(
         modules,
         prepared.optimizer_tensors or (lambda: optimizer_tensors(trainer.optimizer)),
+        prepared.weight_tensors,
         lambda: sampling.scheduler if sampling is not None else None,
         clock,
         trace_every={"final": suite.trace_every, "peak": 1}.get(job.stage, 0),
@@ -155,27 +159,47 @@ def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str
 
 
 def _train(
-    suite: Suite, job: Job, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
+    suite: Suite,
+    job: Job,
+    trainer: TimedTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    as_saved: Callable[[], AbstractContextManager[None]] | None,
 ) -> dict[str, Any]:
-    """Train, and score the model before, along the way and after; a search only at its end, a timing never."""
+    """Train, and score the model before, along the way and after; a search only at its end, a timing never.
+
+    What is scored is what a user keeps; where it trains with other weights, the last loss is measured both ways.
+    """
     if job.stage in ("peak", "timing"):
         trainer.train()
         return {"loss": None, "right": None, "other_loss": None}
-    final = job.stage == "final"
-    curve = LossCurve(lambda: mean_loss(trainer, "held_out"), job.steps, suite.evaluations if final else 1)
+    saved, final = as_saved or nullcontext, job.stage == "final"
+
+    def held_out() -> float:
+        with saved():
+            return mean_loss(trainer, "held_out")
+
+    as_trained = None if as_saved is None else partial(mean_loss, trainer, "held_out")
+    curve = LossCurve(held_out, job.steps, suite.evaluations if final else 1, as_trained)
     trainer.add_callback(curve)
     if final:
         curve.measure(0)
-    before = mean_loss(trainer, "other") if final else None
+    with saved():
+        before = mean_loss(trainer, "other") if final else None
     trainer.train()
     task = get_task(suite.task, suite.answer_marker)
     right = None
-    if final and task.has_answers and trainer.problems:
-        right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
+    with saved():
+        if final and task.has_answers and trainer.problems:
+            right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
+        after = mean_loss(trainer, "other") if final else None
     return {
-        "loss": {"steps": [step for step, _ in curve.points], "held_out": [loss for _, loss in curve.points]},
+        "loss": {
+            "steps": [step for step, _ in curve.points],
+            "held_out": [loss for _, loss in curve.points],
+            "as_trained": curve.as_trained,
+        },
         "right": right,
-        "other_loss": {"before": before, "after": mean_loss(trainer, "other")} if final else None,
+        "other_loss": {"before": before, "after": after} if final else None,
     }
 
 
@@ -195,9 +219,18 @@ class LossCurve(TrainerCallback):
         measure_loss: Measures it.
         steps: Steps of the run.
         count: How often, after the first time; the last step is always among them.
+        measure_as_trained: Measures it with the weights that it trains with, where those are others.
     """
 
-    def __init__(self, measure_loss: Callable[[], float], steps: int, count: int) -> None:
+    def __init__(
+        self,
+        measure_loss: Callable[[], float],
+        steps: int,
+        count: int,
+        measure_as_trained: Callable[[], float] | None = None,
+    ) -> None:
+        self.as_trained: float | None = None
+        self._steps, self._measure_as_trained = steps, measure_as_trained
         self.points: list[tuple[int, float]] = []
         self._measure_loss = measure_loss
         self._at = {round(steps * i / count) for i in range(1, count + 1)}
@@ -212,6 +245,8 @@ class LossCurve(TrainerCallback):
         """Measure it where it is due."""
         if state.global_step in self._at:
             self.measure(state.global_step)
+        if state.global_step == self._steps and self._measure_as_trained is not None:
+            self.as_trained = self._measure_as_trained()
 
 
 def git_revision() -> str | None:

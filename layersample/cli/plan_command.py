@@ -26,6 +26,12 @@ OWN_OPTIONS = (
     own_option(
         "gpus", int, 1, typer.Option(min=1, max=10**9, help="GPUs that share the run; --shard says how.")
     ),
+    own_option(
+        "offload",
+        bool,
+        False,
+        typer.Option("--offload", help="Weights and state in the host's memory, streamed (FSDP2)."),
+    ),
     own_option("as_json", bool, False, typer.Option("--json", help="Print JSON; sizes are bytes.")),
     own_option("picture", Path | None, None, typer.Option(help="PNG of stacked bars to write.")),
     own_option("baselines", bool, True, typer.Option(help="Plan the usual ways to train as well.")),
@@ -37,6 +43,7 @@ def plan(
     *,
     model: str,
     gpus: int = 1,
+    offload: bool = False,
     as_json: bool = False,
     picture: Path | None = None,
     baselines: bool = True,
@@ -67,6 +74,7 @@ def plan(
             model,
             settings,
             gpus=gpus,
+            offload=offload,
             baselines=baselines,
             advice=advice,
             progress=lambda what: status.update(f"Simulating a step: {plain(what)}"),

@@ -13,8 +13,10 @@ from layersample.planning.planner import Plan, PlannedSet
 def print_plan(console: Console, plan: Plan) -> None:
     """Print a plan."""
     config = plan.config
-    how = "all of the model" if config.shard is None else f"a part of the model ({config.shard})"
+    shard = "fsdp2" if plan.offload else config.shard
+    how = "all of the model" if shard is None else f"a part of the model ({shard})"
     shared = f"; each of {plan.gpus} GPUs holds {how}" if plan.gpus > 1 else ""
+    shared += "; weights are streamed from the host's memory" if plan.offload else ""
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters; {config.batch_size} × {config.max_length} tokens in "
         f"{config.precision}{shared}",
@@ -40,9 +42,8 @@ def print_plan(console: Console, plan: Plan) -> None:
             highlight=False,
         )
     if host := plan.worst.memory.host_bytes:
-        console.print(
-            f"In the host's memory: up to {gib(host)} GiB of exact weights of frozen layers.", highlight=False
-        )
+        what = "weights, gradients and optimizer state" if plan.offload else "exact weights of frozen layers"
+        console.print(f"In the host's memory: up to {gib(host)} GiB of {what}.", highlight=False)
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False)
 

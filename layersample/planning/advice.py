@@ -56,13 +56,16 @@ class Advice:
         }
 
 
-def possible_changes(config: TrainConfig, sets: ActiveSets, gpus: int = 1) -> list[Change]:
+def possible_changes(
+    config: TrainConfig, sets: ActiveSets, gpus: int = 1, *, offload: bool = False
+) -> list[Change]:
     """The changes that a run doesn't have yet.
 
     Args:
         config: The run's options.
         sets: Its layers and groups.
         gpus: GPUs that share the run.
+        offload: Whether weights are streamed from the host's memory, in shards.
     """
     changes = []
 
@@ -101,7 +104,7 @@ def possible_changes(config: TrainConfig, sets: ActiveSets, gpus: int = 1) -> li
     )
     masters = config.precision == "bf16" and config.master_weights
     add(
-        gpus > 1 and config.shard is None and config.frozen_weights is None and not masters,
+        gpus > 1 and not offload and config.shard is None and config.frozen_weights is None and not masters,
         {"shard": "fsdp2"},
         "--shard fsdp2",
         f"each of {gpus} GPUs holds a part of the model",
@@ -114,7 +117,7 @@ def possible_changes(config: TrainConfig, sets: ActiveSets, gpus: int = 1) -> li
         "weights of half the size",
     )
     add(
-        gpus == 1 and not config.step_in_backward and config.precision != "fp16-mixed",
+        gpus == 1 and not offload and not config.step_in_backward and config.precision != "fp16-mixed",
         {"step_in_backward": True, "clip_by": "running" if config.clip else config.clip_by},
         f"--step-in-backward{' --clip-by running' if config.clip else ''}",
         "gradients never stand side by side",
@@ -134,6 +137,7 @@ def find_advice(
     sets: ActiveSets,
     *,
     gpus: int = 1,
+    offload: bool = False,
     peak: int,
     one_set: Callable[[TrainConfig], int],
     every_set: Callable[[TrainConfig], int],
@@ -145,6 +149,7 @@ def find_advice(
         config: The run's options.
         sets: Its layers and groups.
         gpus: GPUs that share the run.
+        offload: Whether weights are streamed from the host's memory.
         peak: What the run holds at most, in bytes.
         one_set: Peak of a run with some options, for one large set of layers.
         every_set: The same for the worst of all sets.
@@ -153,7 +158,7 @@ def find_advice(
     Returns:
         The advice, or none where nothing gains at least 2%.
     """
-    changes = {change.flags: change for change in possible_changes(config, sets, gpus)}
+    changes = {change.flags: change for change in possible_changes(config, sets, gpus, offload=offload)}
     tried = {}
     for flags, change in changes.items():
         progress(f"this run with {flags}")

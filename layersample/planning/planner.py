@@ -15,7 +15,7 @@ from layersample.planning.budget import apply_budget
 from layersample.planning.cards import HEADROOM, cards_that_fit
 from layersample.planning.comparisons import ComparedRow, compared_rows
 from layersample.planning.fake_models import quietly
-from layersample.planning.shards import on_each_gpu
+from layersample.planning.shards import on_each_gpu, stream
 from layersample.planning.simulation import StepMemory, simulate_step
 from layersample.planning.target import ModelLike, Target, find_target
 
@@ -59,6 +59,7 @@ class Plan:
         parameters: Number of the model's parameters.
         config: How it is trained; its ``num_active`` is the one that a budget chose, if there is one.
         gpus: GPUs that share the run; its ``shard`` says how.
+        offload: Whether weights are in the host's memory, and streamed from there.
         worst: The set of layers that holds most.
         typical: The median of many draws of the sampler, by the depth of the lowest layer.
         baselines: Other ways to train, by name.
@@ -70,6 +71,7 @@ class Plan:
     parameters: int
     config: TrainConfig
     gpus: int
+    offload: bool
     worst: PlannedSet
     typical: PlannedSet
     baselines: dict[str, Baseline]
@@ -92,6 +94,7 @@ class Plan:
             "model": self.model,
             "parameters": self.parameters,
             "gpus": self.gpus,
+            "offload": self.offload,
             "num_active": self.config.num_active,
             "peak_bytes": self.peak_bytes,
             "parts": self.worst.memory.parts,
@@ -111,6 +114,7 @@ def plan(
     config: TrainConfig | None = None,
     *,
     gpus: int = 1,
+    offload: bool = False,
     baselines: bool = True,
     advice: bool = False,
     progress: Progress | None = None,
@@ -123,6 +127,8 @@ def plan(
         config: All options of the run; ``batch_size``, ``max_length`` and ``precision`` among them.
         gpus: GPUs that share the run, at least 1: each holds all of the model (DDP), or with the option ``shard`` a
             part of it. What each holds is computed from the simulated step of one.
+        offload: Whether weights, gradients and optimizer state are in the host's memory (FSDP2's
+            ``CPUOffloadPolicy``), on one GPU or, in shards, on several. Computed likewise.
         baselines: Whether full fine-tuning, LISA as published, GaLore and, where peft is installed, LoRA are
             planned too: on the run's own terms, and as commonly run.
         advice: Whether to look for the change of options that would help most.
@@ -130,7 +136,7 @@ def plan(
 
     Raises:
         ConfigError: If the model is unknown or of a kind that isn't planned, ``max_length`` is beyond its positions,
-            or there are fewer layers than ``num_active``.
+            or there are fewer layers than ``num_active``; if the run can't be shared or offloaded.
 
     Example:
         >>> from layersample.config import TrainConfig
@@ -140,11 +146,7 @@ def plan(
     config = config or TrainConfig()
     if gpus < 1:
         raise ConfigError(f"gpus must be at least 1, but got gpus={gpus}.")
-    if gpus > 1 and config.step_in_backward:
-        raise ConfigError(
-            f"step_in_backward must be planned for one GPU, because gradients of several are added up after the "
-            f"backward pass, but got gpus={gpus}."
-        )
+    _check_sharing(config, gpus, offload)
     tell = progress or (lambda what: None)
     if config.budget is not None:
         tell(f"sets within a budget of {config.budget}")
@@ -152,7 +154,27 @@ def plan(
     with quietly(config.budget is not None):  # a budget has built the model before
         target, settled = find_target(model, settled)
     with quietly():
-        return _plan(_Planner(target, gpus, tell), settled, baselines=baselines, advice=advice)
+        return _plan(_Planner(target, gpus, offload, tell), settled, baselines=baselines, advice=advice)
+
+
+def _check_sharing(config: TrainConfig, gpus: int, offload: bool) -> None:
+    if gpus > 1 and config.step_in_backward:
+        raise ConfigError(
+            f"step_in_backward must be planned for one GPU, because gradients of several are added up after the "
+            f"backward pass, but got gpus={gpus}."
+        )
+    if not offload:
+        return
+    if config.frozen_weights is not None:
+        raise ConfigError(
+            f"offload must be planned without frozen weights in fewer bits: it streams exact ones in their place, but "
+            f"got frozen_weights={config.frozen_weights!r}."
+        )
+    if config.step_in_backward:
+        raise ConfigError(
+            "offload must be planned without step_in_backward: FSDP2 copies gradients to the host's memory, where the "
+            "optimizer steps."
+        )
 
 
 def _plan(planner: _Planner, config: TrainConfig, *, baselines: bool, advice: bool) -> Plan:
@@ -167,6 +189,7 @@ def _plan(planner: _Planner, config: TrainConfig, *, baselines: bool, advice: bo
         parameters=sets.parameters,
         config=config,
         gpus=planner.gpus,
+        offload=planner.offload,
         worst=worst,
         typical=typical,
         baselines={name: planner.compare(name, row, sets) for name, row in rows.items()},
@@ -181,6 +204,7 @@ class _Planner:
 
     target: Target
     gpus: int
+    offload: bool
     tell: Progress
 
     def one(
@@ -190,7 +214,7 @@ class _Planner:
         if what is not None:
             self.tell(what)
         memory = simulate_step(self.target.shape, config, active, kind=self.target.kind)
-        held = on_each_gpu(memory, sets, self.gpus, active, config.shard)
+        held = self._held(memory, sets, active, config)
         return PlannedSet(tuple(sets.names[i] for i in active), sets.trainable(active), held)
 
     def worst(self, config: TrainConfig, sets: ActiveSets) -> PlannedSet:
@@ -215,6 +239,7 @@ class _Planner:
             config,
             sets,
             gpus=self.gpus,
+            offload=self.offload,
             peak=peak,
             one_set=self.first_peak,
             every_set=self.worst_peak,
@@ -234,11 +259,18 @@ class _Planner:
         shape, kind = self.target.shape, self.target.kind
         if lora_rank is not None:
             memory = simulate_step(shape, config, (), lora_rank=lora_rank, kind=kind)
-            return on_each_gpu(memory, replace(sets, always=0), self.gpus, (), config.shard)
+            return self._held(memory, replace(sets, always=0), (), config)
         theirs = find_active_sets(shape, config, kind=kind)
         active = theirs.worst[0]
-        memory = simulate_step(shape, config, active, kind=kind)
-        return on_each_gpu(memory, theirs, self.gpus, active, config.shard)
+        return self._held(simulate_step(shape, config, active, kind=kind), theirs, active, config)
+
+    def _held(
+        self, memory: StepMemory, sets: ActiveSets, active: Sequence[int], config: TrainConfig
+    ) -> StepMemory:
+        """What each GPU holds of a step that was simulated for one with all of the model."""
+        if self.offload:
+            return stream(memory, sets, active, config)
+        return on_each_gpu(memory, sets, self.gpus, active, config.shard)
 
 
 def _peak(planned: PlannedSet) -> int:

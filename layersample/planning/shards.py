@@ -1,10 +1,11 @@
-"""What each of several GPUs holds, under DDP or in shards, computed from the step of one."""
+"""What each GPU holds under DDP, in shards, or with weights in the host's memory, computed from the step of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from layersample.config import TrainConfig
 from layersample.planning.active_sets import ActiveSets
 from layersample.planning.live_memory import Kind
 from layersample.planning.simulation import StepMemory
@@ -47,9 +48,8 @@ def shard(memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int]
     and the whole gradient of one trained unit before it is reduced. Activations are each GPU's own.
     """
     whole = memory.moments["forward"]["weights"]
-    item = whole / sets.parameters
-    gathered = min(whole, int(item * (sets.outside + 2 * sets.largest_layer)))
-    gradient = int(item * sets.largest_trained(active))
+    gathered = _gathered(memory, sets)
+    gradient = int(whole / sets.parameters * sets.largest_trained(active))
     shared: tuple[Kind, ...] = ("weights", "gradients", "optimizer_state", "masters")
     moments: dict[str, dict[Kind, int]] = {}
     for name, parts in memory.moments.items():
@@ -62,3 +62,44 @@ def shard(memory: StepMemory, sets: ActiveSets, gpus: int, active: Sequence[int]
             split["gradients"] += gradient
         moments[name] = split
     return replace(memory, moments=moments)
+
+
+def stream(memory: StepMemory, sets: ActiveSets, active: Sequence[int], config: TrainConfig) -> StepMemory:
+    """What each GPU holds under FSDP2 with ``CPUOffloadPolicy``, computed from the step of one.
+
+    Weights, gradients and optimizer state are in the host's memory, where the optimizer steps. A GPU holds what it
+    gathers, as :func:`shard` says; the gradient of one trained unit, before and after it is made as wide as its
+    weights; and its own activations. bf16 on exact masters has fp32 weights in the host's memory, and streams them
+    in bf16 (``MixedPrecisionPolicy``).
+
+    Args:
+        memory: The step of one GPU without any of it.
+        sets: The model's layers.
+        active: Indices of the sampled layers that train.
+        config: How it is trained.
+
+    Returns:
+        That of each GPU, however many there are; its ``host_bytes`` are those of all together.
+    """
+    item = memory.moments["forward"]["weights"] / sets.parameters  # bytes, as streamed
+    kept = 4.0 if config.precision == "bf16" and config.master_weights else item
+    gathered, unit = _gathered(memory, sets), sets.largest_trained(active)
+    gradient = int((item if kept == item else item + kept) * unit)
+    nothing: tuple[Kind, ...] = ("gradients", "optimizer_state", "masters")
+    moments: dict[str, dict[Kind, int]] = {}
+    for name, parts in memory.moments.items():
+        held: dict[Kind, int] = {**parts, **dict.fromkeys(nothing, 0), "weights": gathered}
+        if name == "backward":
+            held["gradients"] = gradient
+        if name == "optimizer":  # in the host's memory
+            held["weights"] = held["temporary"] = 0
+        moments[name] = held
+    state = memory.moments["optimizer"]["optimizer_state"]
+    host_bytes = int(kept * (sets.parameters + sets.trainable(active))) + state
+    return replace(memory, moments=moments, host_bytes=host_bytes)
+
+
+def _gathered(memory: StepMemory, sets: ActiveSets) -> int:
+    """Bytes of embeddings, head and norm, and of two layers: the one at work and the next one."""
+    whole = memory.moments["forward"]["weights"]
+    return min(whole, int(whole / sets.parameters * (sets.outside + 2 * sets.largest_layer)))

@@ -36,7 +36,8 @@ class StepMemory:
     Args:
         moments: For the forward pass, the backward pass and the optimizer's step: bytes by kind when most was
             held in it.
-        host_bytes: Bytes of exact values of frozen weights in the host's memory, once all layers have trained.
+        host_bytes: Bytes in the host's memory: exact values of frozen weights, once all layers have trained, or what
+            is streamed from there.
     """
 
     moments: dict[str, dict[Kind, int]]

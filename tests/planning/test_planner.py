@@ -19,7 +19,7 @@ from layersample.planning.fake_models import fake_model
 from layersample.planning.live_memory import LiveMemory
 from layersample.planning.planner import plan
 from layersample.planning.shapes import list_shapes, load_shape
-from layersample.planning.shards import on_each_gpu, shard
+from layersample.planning.shards import on_each_gpu, shard, stream
 from layersample.planning.simulation import simulate_step
 from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama
@@ -189,6 +189,45 @@ def test_under_ddp_each_gpu_holds_all_and_buckets() -> None:
         plan(TINY, config(step_in_backward=True, clip=0), gpus=2)
     with pytest.raises(ValueError, match="frozen_weights needs whole weights on each GPU"):
         config(shard="fsdp2", frozen_weights="nf4")
+
+
+def test_offloaded_weights_are_on_the_host_but_for_what_is_gathered() -> None:
+    given = config(precision="bf16", num_active=2)
+    sets, whole = find_active_sets(TINY, given), simulate_step(TINY, given, (0, 1))
+    held = stream(whole, sets, (0, 1), given)
+    gathered = 2 * (sets.outside + 2 * sets.largest_layer)
+    assert held.moments["forward"]["weights"] == pytest.approx(gathered, rel=0.01)  # and buffers
+    for name, parts in held.moments.items():
+        assert parts["activations"] == whole.moments[name]["activations"]
+        assert parts["masters"] == parts["optimizer_state"] == 0
+    assert held.moments["optimizer"]["weights"] == held.moments["optimizer"]["temporary"] == 0
+    gradient = (2 + 4) * sets.largest_trained((0, 1))
+    assert held.moments["backward"]["gradients"] == pytest.approx(gradient, rel=0.01)
+    state = whole.moments["optimizer"]["optimizer_state"]
+    assert held.host_bytes == 4 * (sets.parameters + sets.trainable((0, 1))) + state
+    lean = config(precision="bf16", num_active=2, master_weights=False)
+    less = stream(simulate_step(TINY, lean, (0, 1)), sets, (0, 1), lean)
+    assert less.host_bytes < held.host_bytes and less.peak_bytes <= held.peak_bytes
+    assert less.moments["backward"]["gradients"] < held.moments["backward"]["gradients"]
+    planned = plan(TINY, given, offload=True, baselines=False, advice=True)
+    assert planned.advice is not None and not any("backward" in flags for flags in planned.advice.tried)
+    assert planned.peak_bytes < plan(TINY, given, baselines=False).peak_bytes
+    assert planned.to_json()["offload"] and planned.to_json()["host_bytes"] == planned.worst.memory.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"frozen_weights": "int8"}, "offload must be planned without frozen weights"),
+        (
+            {"step_in_backward": True, "clip_by": "running"},
+            "offload must be planned without step_in_backward",
+        ),
+    ],
+)
+def test_what_offloading_excludes_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan(TINY, config(**options), offload=True)
 
 
 def test_a_budget_chooses_how_many_layers_train() -> None:

@@ -223,6 +223,20 @@ def test_findings_say_no_more_than_the_numbers(folder: Path) -> None:
     assert said[-1] == "4 of 20 runs are not there (failed, or not run yet)."
 
 
+def test_losses_as_trained_have_a_column(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=[0, 1], learning_rates=[1e-3], steps=6)
+    results = Results(tmp_path, suite).open()
+    for entry, more in zip(suite.entries, ({}, {"as_trained": 0.75}), strict=True):
+        for job in suite.final_jobs(entry, 1e-3):
+            loss = {"steps": [0, 6], "held_out": [1.5, 0.5], **more}
+            results.add(job, {**made_up(job, 0.5), "loss": loss})
+    write_report(tmp_path)
+    head, *rows = Page((tmp_path / "report.html").read_text()).tables["quality"]
+    assert head[1:3] == ["loss", "as trained"] and all(len(row) == len(head) for row in rows)
+    assert {row[0][3:]: row[2] for row in rows} == {"full": "–", "lisa": "0.750 ± 0.000"}
+    assert f"| {' | '.join(rows[0][:4])} |" in (tmp_path / "report.md").read_text()
+
+
 def test_one_seed_is_not_tested(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
     suite = Suite(methods=["full", "lisa"], seeds=[7], learning_rates=[1e-3], steps=6)
     results = Results(tmp_path, suite).open()

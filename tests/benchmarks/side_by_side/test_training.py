@@ -52,6 +52,37 @@ def test_every_method_runs_and_is_measured(name: str, make_tiny: Callable[..., S
     assert measured["environment"]["versions"]["torch"]
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_frozen_weights_are_scored_as_saved_and_as_trained(
+    form: str, make_tiny: Callable[..., Suite]
+) -> None:
+    frozen = {"name": form, "method": "lisa", "options": {"frozen_weights": form}}
+    suite = make_tiny(["lisa", frozen])
+    exact, rounded = run(suite, 0, rate=0.0), run(suite, 1, rate=0.0)
+    assert (
+        rounded["loss"]["held_out"] == exact["loss"]["held_out"]
+    )  # nothing has trained, and nothing is rounded
+    assert exact["loss"]["as_trained"] is None
+    assert 0 < abs(rounded["loss"]["as_trained"] - rounded["loss"]["held_out"][-1]) < 0.1
+    weights = [measured["peak_bytes"]["tensors"]["largest"]["weights"] for measured in (exact, rounded)]
+    assert 0.5 * weights[0] < weights[1] < weights[0]
+    assert rounded["other_loss"] == exact["other_loss"]
+
+
+def test_qlora_trains_beside_four_bits_and_is_scored_on_the_exact_model(
+    make_tiny: Callable[..., Suite],
+) -> None:
+    suite = make_tiny(["lora", "qlora"])
+    lora, qlora = run(suite, 0, rate=0.0), run(suite, 1, rate=0.0)
+    for measured in (lora, qlora):  # adapters begin at zero
+        assert measured["loss"]["held_out"] == pytest.approx(lora["loss"]["held_out"], rel=1e-4)
+    assert lora["loss"]["as_trained"] is None
+    assert 1e-5 < abs(qlora["loss"]["as_trained"] - qlora["loss"]["held_out"][-1]) < 0.1
+    weights = [measured["peak_bytes"]["tensors"]["largest"]["weights"] for measured in (lora, qlora)]
+    assert weights[1] < weights[0]
+    assert qlora["trainable_parameters"] == lora["trainable_parameters"]
+
+
 @pytest.mark.parametrize("name", ["lisa", "owlore+galore", "lora", "lora-fa-peft", "badam"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_runs_of_one_method_and_seed_give_the_same_losses(
