@@ -29,8 +29,15 @@ OPTIONS: dict[str, dict[str, Any]] = {  # those that must be there, or make a me
 @pytest.mark.parametrize("sampler", BUILT_IN)
 def test_a_resumed_trainer_is_the_one_that_was_not_interrupted(sampler: str, tmp_path: Path) -> None:
     def run(folder: str, resume: str | None = None) -> tuple[Any, Any]:
-        options = OPTIONS.get(sampler)
-        callback = LayerSamplingCallback(sampler, sampler_options=options, period=2, num_active=1)
+        projected = list_samplers()[sampler].needs_projection
+        callback = LayerSamplingCallback(
+            sampler,
+            sampler_options=OPTIONS.get(sampler),
+            projection="galore" if projected else None,
+            projection_options={"rank": 4} if projected else None,
+            period=2,
+            num_active=1,
+        )
         trainer = make_trainer(tmp_path / folder, callback, save_strategy="steps", save_steps=3, max_steps=5)
         trainer.train(resume_from_checkpoint=resume)
         assert callback.scheduler is not None and trainer.model is not None

@@ -124,7 +124,5 @@ def test_a_plugin_that_ends_the_program_is_an_error(tmp_path: Path) -> None:
 
 
 def test_calibration_batches_must_be_readable_again() -> None:
-    with pytest.raises(
-        ConfigError, match="batches must be readable more than once, but got the iterator generator"
-    ):
+    with pytest.raises(ConfigError, match="batches must be readable more than once, but got generator"):
         start("lisa", batches=({} for _ in range(2)))
