@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from layersample.errors import ConfigError
 from layersample.optim.host_copies import wait_for_copies
 from layersample.optim.masters import AT_REST, MASTER, combine, split
 from layersample.optim.optimizers import Optimizers
+from layersample.optim.scalers import scaler_at_work
 
 
 def moving_units(num_units: int, active: Sequence[int], rule: Inactive, scope: InactiveScope) -> list[int]:
@@ -142,7 +142,7 @@ class InactiveStepper:
     def _check(self, parameter: Tensor) -> None:
         if not self._looked:  # before anything has moved, once a period: it looks at all objects there are
             self._looked = True
-            if _scaler_is_there() and gc.collect() >= 0 and _scaler_is_there():  # not one that is only waste
+            if scaler_at_work():
                 raise ConfigError(_scaled(self._rule))
         if self._rule != "signsgd":
             return
@@ -153,18 +153,6 @@ class InactiveStepper:
                 "inactive='sgd'."
             )
         self._stepped.add(parameter)
-
-
-def _scaler_is_there() -> bool:
-    return any(_scales(one) for one in gc.get_objects())
-
-
-def _scales(one: object) -> bool:
-    """Whether an object is a GradScaler that scales losses."""
-    if not issubclass(type(one), torch.amp.GradScaler):  # type(), since a proxy's __class__ may do anything
-        return False
-    scaler: Any = one
-    return bool(scaler.is_enabled()) and scaler._scale is not None
 
 
 def _scaled(rule: Inactive) -> str:

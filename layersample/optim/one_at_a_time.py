@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import sys
 from collections import OrderedDict, defaultdict
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
 from layersample.optim.optimizers import Optimizers
+from layersample.optim.scalers import scaler_at_work
 from layersample.unwrapping import is_fake, optimizers_inside
 
 _NEEDS = "step_in_backward must step each parameter by itself"
@@ -61,15 +61,12 @@ def refuse_scaler() -> None:
     Raises:
         ConfigError: If there is one that is enabled and has scaled a loss.
     """
-    for found in gc.get_objects():
-        if not issubclass(type(found), torch.amp.GradScaler) or not found.is_enabled():
-            continue
-        if getattr(found, "_scale", None) is not None:
-            raise ConfigError(
-                f"{_NEEDS} as soon as its gradient is there, but a GradScaler has multiplied the loss by its scale, "
-                "and undoes that only in scaler.step(): train in bf16 without a scaler, or choose "
-                "step_in_backward=False. A scaler of an earlier run must be deleted first. Nothing has changed."
-            )
+    if scaler_at_work():
+        raise ConfigError(
+            f"{_NEEDS} as soon as its gradient is there, but a GradScaler has multiplied the loss by its scale, "
+            "and undoes that only in scaler.step(): train in bf16 without a scaler, or choose "
+            "step_in_backward=False. A scaler of an earlier run must be deleted first. Nothing has changed."
+        )
 
 
 def clips_itself() -> str | None:
