@@ -45,8 +45,7 @@ def load_split(
     data = load_data(source, columns, keep)
     keys = [problem_of(row) for row in data]
     if eval_source is not None:
-        held_out = load_data(eval_source, columns, keep)
-        held_out = held_out.select(range(min(eval_size, len(held_out))))
+        held_out = load_held_out(eval_source, eval_size, columns, keep)
         test = {problem_of(row) for row in held_out}
     else:
         problems = sorted(set(keys))
@@ -63,6 +62,21 @@ def load_split(
             f"{source}: no training example is left, because all of them are in the held-out data."
         )
     return train, held_out
+
+
+def load_held_out(
+    source: str, size: int, columns: Mapping[str, str] | None, keep: Collection[str]
+) -> Dataset:
+    """The first examples of held-out data of its own.
+
+    Args:
+        source: As :func:`load_data` takes it.
+        size: Examples, at most.
+        columns: As :func:`load_data` takes them.
+        keep: As :func:`load_data` takes it.
+    """
+    held_out = load_data(source, columns, keep)
+    return held_out.select(range(min(size, len(held_out))))
 
 
 def load_data(source: str, columns: Mapping[str, str] | None = None, keep: Collection[str] = ()) -> Dataset:

@@ -7,6 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,31 +80,38 @@ def _suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _open(path: Path) -> TextIO:
-    # utf-8-sig: Windows' programs begin a file with a byte order mark, which is no part of the first name.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
+@contextmanager
+def _open(path: Path, reached: Callable[[], str] = str) -> Iterator[TextIO]:
+    """A file of text to read.
+
+    Args:
+        path: The file, compressed or not.
+        reached: Says how far it was read, for the message where it can't be read to its end.
+    """
+    try:
+        # utf-8-sig: Windows' programs begin a file with a byte order mark, which is no part of the first name.
+        if path.suffix == ".gz":
+            opened: TextIO = gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        else:
+            opened = open(path, encoding="utf-8-sig", newline="")
+        with opened as file:
+            yield file
+    except _BROKEN as error:
+        raise ConfigError(f"{path}{reached()}: must be UTF-8 text, but: {error}.") from error
 
 
 def _read_text(path: Path) -> str:
-    try:
-        with _open(path) as file:
-            return file.read()
-    except _BROKEN as error:
-        raise ConfigError(f"{path}: must be UTF-8 text, but: {error}.") from error
+    with _open(path) as file:
+        return file.read()
 
 
 def _read_jsonl(path: Path) -> Iterator[Place]:
     number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    yield place, _parse(line, place)
-    except _BROKEN as error:
-        raise ConfigError(f"{path}, after line {number}: must be UTF-8 text, but: {error}.") from error
+    with _open(path, lambda: f", after line {number}") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _parse(line, place)
 
 
 def _parse(text: str, place: str) -> Any:
@@ -140,20 +148,17 @@ def _read_json(path: Path) -> Iterator[Place]:
 
 
 def _begins_with(path: Path, mark: str) -> bool:
-    try:
-        with _open(path) as file:
-            while (character := file.read(1)).isspace():
-                continue
-            return character == mark
-    except _BROKEN as error:
-        raise ConfigError(f"{path}: must be UTF-8 text, but: {error}.") from error
+    with _open(path) as file:
+        while (character := file.read(1)).isspace():
+            continue
+        return character == mark
 
 
 def _read_array(path: Path) -> Iterator[Place]:
     """The examples of a JSON list one by one: the file may be larger than memory."""
     number = 0
     try:
-        with _open(path) as file:
+        with _open(path, lambda: f", after example {number}") as file:
             text = file.read(_PIECE).lstrip()[1:]
             while True:
                 try:
@@ -172,8 +177,6 @@ def _read_array(path: Path) -> Iterator[Place]:
                 yield f"{path}, example {number}", row
             if (text.lstrip()[1:] + file.read()).strip():
                 raise ConfigError(f"{path}: must be one list of examples, but something follows its end.")
-    except _BROKEN as error:
-        raise ConfigError(f"{path}, after example {number}: must be UTF-8 text, but: {error}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: must be one JSON object, but: {error}.") from error
 
@@ -213,7 +216,7 @@ def _is_object(line: str) -> bool:
 def _read_csv(path: Path) -> Iterator[Place]:
     line = 0
     try:
-        with _open(path) as file:
+        with _open(path, lambda: f", after line {line}") as file:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 line = reader.line_num
@@ -225,8 +228,6 @@ def _read_csv(path: Path) -> Iterator[Place]:
                 yield place, row
     except csv.Error as error:
         raise ConfigError(f"{path}, line {line + 1}: must be CSV in UTF-8, but: {error}.") from error
-    except _BROKEN as error:
-        raise ConfigError(f"{path}, after line {line}: must be UTF-8 text, but: {error}.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Place]:
@@ -248,17 +249,14 @@ def _read_parquet(path: Path) -> Iterator[Place]:
 def _read_plain(path: Path) -> Iterator[Place]:
     """Plain text: an example for each piece between empty lines."""
     piece, begin, number = list[str](), 0, 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    begin = begin or number
-                    piece.append(line)
-                elif piece:
-                    yield f"{path}, line {begin}", {"text": "".join(piece).strip()}
-                    piece, begin = [], 0
-    except _BROKEN as error:
-        raise ConfigError(f"{path}, after line {number}: must be UTF-8 text, but: {error}.") from error
+    with _open(path, lambda: f", after line {number}") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                begin = begin or number
+                piece.append(line)
+            elif piece:
+                yield f"{path}, line {begin}", {"text": "".join(piece).strip()}
+                piece, begin = [], 0
     if piece:
         yield f"{path}, line {begin}", {"text": "".join(piece).strip()}
 

@@ -77,6 +77,8 @@ def as_launched(config: TrainConfig, *, measures: bool = False) -> Iterator[None
         config: The options; what accelerate's own launcher has said stands.
         measures: Whether the sampler measures the whole model first, for which each rank needs its weights.
     """
+    from accelerate.utils import patch_environment
+
     if config.shard is None or _is_on(os.environ, "ACCELERATE_USE_FSDP"):
         yield
         return
@@ -89,15 +91,8 @@ def as_launched(config: TrainConfig, *, measures: bool = False) -> Iterator[None
         # One rank reads the weights and the others get them from it: less to read, and never different weights.
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false" if measures else "true",
     }
-    before = {name: os.environ.get(name) for name in said}
-    os.environ.update(said)
-    try:
+    with patch_environment(**said):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def shard_on_cpu(arguments: TrainingArguments) -> None:

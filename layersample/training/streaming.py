@@ -14,7 +14,7 @@ from layersample.training.builtin_data import Row
 from layersample.training.data import (
     Recognized,
     convert_rows,
-    load_data,
+    load_held_out,
     not_enough_problems,
     open_source,
     problem_of,
@@ -94,8 +94,7 @@ def stream_split(
     rows = StreamedRows(source, columns or {}, keep)
     first = list(islice(rows.recognized(), _WINDOW * eval_size))
     if eval_source is not None:
-        held_out = load_data(eval_source, columns, keep)
-        held_out = held_out.select(range(min(eval_size, len(held_out))))
+        held_out = load_held_out(eval_source, eval_size, columns, keep)
     else:
         by_hash = {_hash(seed, problem_of(row)): row for row, _ in reversed(first)}
         if len(by_hash) < 2:
