@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Iterable
 from typing import get_args
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.projection.projection import Projection, ProjectionContext, Side
-from layersample.registry import describe, describe_options
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.scheduler import LayerScheduler
+from layersample.testing.documented import check_documented
 from layersample.testing.models import Chain
 
 
@@ -122,11 +121,7 @@ class ProjectionContract:
 
     def test_is_documented(self) -> None:
         """The docstring has a first line, and says what each option means; options are keyword-only."""
-        cls = type(self.make())
-        assert describe(cls)[0]
-        assert [option.name for option in describe_options(cls) if not option.description] == []
-        for parameter in inspect.signature(cls).parameters.values():
-            assert parameter.kind is parameter.KEYWORD_ONLY, f"option {parameter.name} must be keyword-only"
+        check_documented(self.make())
 
     def _start(
         self, projection: Projection, dtype: torch.dtype = torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +12,10 @@ import torch
 from torch import nn
 
 from layersample.layers.find import find_layers
-from layersample.registry import describe, describe_options
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext, check_collects
 from layersample.sampling.statistics import GradientStatistics, LayerStatistics, LossStatistics
 from layersample.scheduling.scheduler import LayerScheduler
+from layersample.testing.documented import check_documented
 from layersample.testing.models import Chain
 
 
@@ -195,11 +194,7 @@ class SamplerContract:
 
     def test_is_documented(self) -> None:
         """The docstring has a first line, and says what each option means."""
-        cls = type(self.make())
-        assert describe(cls)[0]
-        assert [option.name for option in describe_options(cls) if not option.description] == []
-        for parameter in inspect.signature(cls).parameters.values():
-            assert parameter.kind is parameter.KEYWORD_ONLY, f"option {parameter.name} must be keyword-only"
+        check_documented(self.make())
 
     def test_trains_a_model(self) -> None:
         """With a real scheduler: what is drawn moves, all else stays, checked bit by bit."""
