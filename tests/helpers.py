@@ -80,6 +80,13 @@ def causal_lm(kind: str, **options: Any) -> Any:
     return model
 
 
+def make_mixtral() -> Any:
+    """A tiny mixture of experts."""
+    torch.manual_seed(0)
+    sizes = {**SMALL, "intermediate_size": 16, "num_local_experts": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
 def on_meta(model_type: str, name: str) -> Any:
     with torch.device("meta"):
         return getattr(transformers, name)(CONFIG_MAPPING[model_type]())

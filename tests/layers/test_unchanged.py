@@ -13,7 +13,7 @@ from torch import nn
 from layersample import ConfigError, LayerScheduler, MeasuredSampler, Measurement
 from layersample.layers.unchanged import unchanged
 from layersample.metrics import outlier_ratios, probe_lora
-from tests.helpers import make_batch, make_llama
+from tests.helpers import make_batch, make_llama, make_mixtral
 
 Measure = Callable[[nn.Module, Iterator[Any]], Any]
 MEASURES: dict[str, Measure] = {
@@ -32,20 +32,7 @@ def make(kind: str) -> Any:
         model: Any = make_llama(2)
         model.model.norm = nn.Sequential(model.model.norm, _Batches())
     else:
-        torch.manual_seed(0)
-        small: dict[str, Any] = {
-            "vocab_size": 260,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-        }
-        more: dict[str, Any] = {
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "num_local_experts": 2,
-            "pad_token_id": 0,
-        }
-        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**small, **more))
+        model = make_mixtral()
     model.train()
     model.model.layers[0].eval()
     model.model.layers[1].self_attn.requires_grad_(False)

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from layersample.environment import has_bf16
 from layersample.metrics import fast_products as module
 from layersample.metrics import outlier_ratios, probe_lora
 from layersample.metrics.fast_products import fast_products
-from tests.helpers import make_batch, make_llama
+from tests.helpers import make_batch, make_llama, make_mixtral
 
 
 @pytest.fixture
@@ -56,20 +55,7 @@ def test_measurements_agree_and_say_so(
 ) -> None:
     model: Any = make_llama(2, dtype=torch.bfloat16)
     if kind == "mixtral":
-        torch.manual_seed(0)
-        small: dict[str, Any] = {
-            "vocab_size": 260,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-        }
-        more: dict[str, Any] = {
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "num_local_experts": 2,
-            "pad_token_id": 0,
-        }
-        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**small, **more)).bfloat16()
+        model = make_mixtral().bfloat16()
     batches = [make_batch(0), make_batch(1)]
     wide = outlier_ratios(model, batches, thresholds=(2.0,))
     said: list[str] = []

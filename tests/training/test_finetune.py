@@ -28,18 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*depre
 
 
 @pytest.fixture
-def options(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": str(tiny_model),
-        "data": str(sums),
-        "output": str(tmp_path / "run"),
-        "steps": 6,
-        "period": 2,
-        "eval_size": 4,
-        "learning_rate": 1e-2,
-        "max_length": 16,
-        "check": True,
-    }
+def options(short_run: dict[str, Any]) -> dict[str, Any]:
+    return {**short_run, "check": True}
 
 
 def run(options: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -89,19 +89,8 @@ def test_no_end_and_nothing_left(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def options(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": str(tiny_model),
-        "data": str(sums),
-        "output": str(tmp_path / "run"),
-        "steps": 6,
-        "period": 2,
-        "eval_size": 4,
-        "learning_rate": 1e-2,
-        "max_length": 16,
-        "batch_size": 8,
-        "stream": True,
-    }
+def options(short_run: dict[str, Any]) -> dict[str, Any]:
+    return {**short_run, "batch_size": 8, "stream": True}
 
 
 def losses(folder: Path) -> list[float]:
