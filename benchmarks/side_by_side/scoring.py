@@ -14,13 +14,15 @@ from layersample.errors import ConfigError
 from .tasks import Task, right_answers
 
 _BATCH = 16
+_TOKENS = 512  # of a batch whose loss is measured
 
 
 def mean_loss(trainer: Trainer, name: str) -> float:
     """The loss on one of the trainer's evaluation sets, in nats a token.
 
-    The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means. Examples go
-    through the model one at a time, without padding, and through its head only where a token counts.
+    The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means. Examples of the
+    same length go through the model together, so that nothing is padded, and through its head only where a token of
+    one of them counts.
 
     Args:
         trainer: Its model and its evaluation sets.
@@ -31,19 +33,32 @@ def mean_loss(trainer: Trainer, name: str) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in trainer.get_eval_dataloader(name):
-            inputs = trainer._prepare_inputs(batch)
-            for ids, labels, mask in zip(
-                inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), strict=True
-            ):
-                targets = labels[mask][1:]  # the first token has nothing before it to follow from
-                counted = (targets != -100).nonzero().flatten()
-                logits = model(ids[mask][None], logits_to_keep=counted, use_cache=False).logits[0]
-                # logits: (tokens that count, vocabulary)
-                total += float(F.cross_entropy(logits.float(), targets[counted], reduction="sum"))
-                tokens += len(counted)
+        for ids, labels in _equally_long(trainer, name):
+            targets = labels[:, 1:]  # the first token has nothing before it to follow from
+            counted = (targets != -100).any(0).nonzero().flatten()
+            logits = model(ids, logits_to_keep=counted, use_cache=False).logits
+            # logits: (examples, tokens that count in one of them, vocabulary)
+            wanted = targets[:, counted].flatten()
+            total += float(F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum"))
+            tokens += int((wanted != -100).sum())
     model.train(was_training)
     return total / tokens
+
+
+def _equally_long(trainer: Trainer, name: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels of an evaluation set, both (examples, tokens), in batches without padding."""
+    by_length: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for batch in trainer.get_eval_dataloader(name):
+        inputs = trainer._prepare_inputs(batch)
+        for ids, labels, mask in zip(
+            inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), strict=True
+        ):
+            by_length.setdefault(int(mask.sum()), []).append((ids[mask], labels[mask]))
+    for length, examples in sorted(by_length.items()):
+        together = max(1, _TOKENS // length)
+        for i in range(0, len(examples), together):
+            ids, labels = zip(*examples[i : i + together], strict=True)
+            yield torch.stack(ids), torch.stack(labels)
 
 
 def share_right(

@@ -96,6 +96,9 @@ class Kills:
         os.dup2(log, 1)
         os.dup2(log, 2)
         try:
+            # torch makes its pool of threads anew in a fork, and two threads that do it at once (as in the loading of
+            # a model) trip an assertion of torch's.
+            torch.set_num_threads(torch.get_num_threads())
             events = _count_events(run, kill_at)
             result = loops.run(self._case, run, self._shared)
             torch.save(result, self._folder / "result.pt")

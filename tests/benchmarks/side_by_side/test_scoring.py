@@ -79,10 +79,10 @@ def test_data_without_prompts(tokenizer: Any) -> None:
 
 def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
-    ids = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 4 + [0] * 3])
+    ids = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 4 + [0] * 3, [1] * 7, [1] * 7])
     labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :3] = labels[1, :1] = -100
+    labels[0, :3] = labels[1, :1] = labels[3, 2:] = -100  # of the same length, other tokens count
     labels[2] = -100  # an example of which nothing counts
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     trainer: Any = SimpleNamespace(
