@@ -76,7 +76,7 @@ def print_config(console: Console, config: TrainConfig) -> None:
         value = config.run_period if name == "period" else getattr(config, name)
         if name == "steps" and config.epochs is not None:  # they take the place of steps
             continue
-        if name in always or value != field.default:
+        if value != field.default or (name in always and value is not None):
             table.add_row(f"[dim]{name}[/]", plain(value))
     console.print(table)
 

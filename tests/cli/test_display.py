@@ -1,0 +1,25 @@
+"""What a run prints of itself."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from layersample.cli.display import print_config
+from layersample.config import TrainConfig
+
+
+def _printed(**options: object) -> dict[str, str]:
+    console = Console(file=io.StringIO(), width=80)
+    print_config(console, TrainConfig.model_validate(options))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
+
+
+def test_options_that_are_off_are_not_shown_unless_that_is_said() -> None:
+    shown = _printed()
+    assert "None" not in shown.values()
+    assert shown["sampler"] == "lisa" and "frozen_weights" not in shown
+    assert _printed(frozen_weights="int8")["frozen_weights"] == "int8"
+    assert _printed(loss_chunk=None)["loss_chunk"] == "None"
