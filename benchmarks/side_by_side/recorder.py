@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,16 @@ class Recorder(TrainerCallback):
         """Begin a step: the layers have been switched."""
         model, step = kwargs["model"], state.global_step + 1
         scheduler = self._scheduler()
+        names = frozenset() if scheduler is None else scheduler.moving_parameters
+        # They require a gradient too, but have no optimizer state, and their layers weren't drawn.
+        moving = {p for name, p in model.named_parameters() if name in names}
         self._record = {
             "step": step,
-            "active": [i for i, layer in enumerate(self._layers) if _trains(layer)],
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "active": [i for i, layer in enumerate(self._layers) if _trains(layer, moving)],
+            "trainable_parameters": sum(
+                p.numel() for p in model.parameters() if p.requires_grad and p not in moving
+            ),
+            "moving_parameters": sum(p.numel() for p in moving),
             "inclusion": scheduler.inclusion_probabilities if scheduler else None,
         }
         assert self.trainer is not None
@@ -242,5 +248,5 @@ def peak_bytes(recorder: Recorder) -> dict[str, Any]:
     }
 
 
-def _trains(layer: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in layer.parameters())
+def _trains(layer: nn.Module, moving: Collection[Tensor]) -> bool:
+    return any(p.requires_grad and p not in moving for p in layer.parameters())

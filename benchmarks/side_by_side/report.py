@@ -199,12 +199,18 @@ def _cost(row: Row) -> dict[str, Any]:
         "wall": seconds(row.seconds("wall")),
         "before": seconds(row.mean(lambda run: run["seconds"]["before_training"]["cpu"])),
         "tokens": number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
-        "trainable": number(
-            row.mean(lambda run: 100 * run["trainable_parameters"] / run["parameters"]), "{:.1f}%"
-        ),
+        "trainable": _trainable(row),
         "coverage": number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),
         "staleness": number(row.mean(lambda run: run["staleness"]), "{:.1f}"),
     }
+
+
+def _trainable(row: Row) -> str:
+    """The part of the parameters that trains at a time, and the part that moves without optimizer state."""
+    trains = row.mean(lambda run: 100 * run["trainable_parameters"] / run["parameters"])
+    moves = row.mean(lambda run: 100 * run.get("moving_parameters", 0.0) / run["parameters"])
+    text = number(trains, "{:.1f}%")
+    return f"{text}, and {number(moves, '{:.1f}%')} without state" if moves else text
 
 
 def _rates(row: Row) -> dict[str, Any]:

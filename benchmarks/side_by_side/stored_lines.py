@@ -95,6 +95,7 @@ class _Measured(_Run):
     summary: str
     parameters: int = Field(gt=0)
     trainable_parameters: FiniteFloat
+    moving_parameters: FiniteFloat = 0  # runs of before they were counted had none
     environment: dict[str, Any]
 
     @model_validator(mode="after")

@@ -98,6 +98,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         "summary": method.summary,
         "parameters": parameters,
         "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),
+        "moving_parameters": _mean([step["moving_parameters"] for step in recorder.steps]),
         "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
         "environment": {**environment(), "git": git_revision()},
     }

@@ -136,6 +136,20 @@ def test_peak_bytes_are_those_of_the_arithmetic(make_tiny: Callable[..., Suite])
         assert largest["weights"] == 4 * (ALL + 2 * 4)
 
 
+def test_what_moves_without_state_is_told_apart_from_what_was_drawn(make_tiny: Callable[..., Suite]) -> None:
+    options = {"num_active": 1, "period": 1, "embeddings": "freeze", "head": "freeze", "norm": "freeze"}
+    above = {**options, "inactive": "sgd", "inactive_scope": "above"}
+    suite = make_tiny(["full", {"name": "sgd", "method": "lisa", "options": above}])
+    full, measured = run(suite, 0), run(suite, 1)
+    assert full["trainable_parameters"] == ALL and full["moving_parameters"] == 0
+    drawn = [active for _, _, active in measured["active"]]
+    assert all(len(active) == 1 for active in drawn), "what is above it moves, but wasn't drawn"
+    assert measured["coverage"] == len(seen(measured)) / 4
+    assert measured["trainable_parameters"] == LAYER
+    steps = [3 - active[0] for first, last, active in measured["active"] for _ in range(first, last + 1)]
+    assert measured["moving_parameters"] == LAYER * sum(steps) / 4 and sum(steps)
+
+
 def test_a_budget_is_kept_by_rows_that_sample_and_refused_by_the_others(
     make_tiny: Callable[..., Suite],
 ) -> None:
