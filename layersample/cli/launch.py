@@ -13,12 +13,11 @@ from typing import Any
 import typer
 
 from layersample.cli.consoles import errors
+from layersample.cli.launcher_watch import PATIENCE, STARTED_BY
 from layersample.errors import ConfigError
 
 STARTED_WITH = "LAYERSAMPLE_STARTED_WITH"
 """Environment variable of a rank: the option by which its launcher was told how many there are."""
-
-_PATIENCE = 600  # seconds that ranks have to write a checkpoint once they are told to stop
 
 
 def is_rank() -> bool:
@@ -83,7 +82,7 @@ def launch(gpus: int | None, processes: int | None) -> None:
     count = gpus or processes
     assert count is not None
     option = f"--gpus {gpus}" if gpus is not None else f"--processes {processes}"
-    environment = {STARTED_WITH: option}
+    environment = {STARTED_WITH: option, STARTED_BY: str(os.getpid())}
     if gpus is not None:
         _check_gpus(gpus)
     else:
@@ -119,7 +118,7 @@ def _torchrun(count: int) -> None:
         ["--standalone", "--nproc-per-node", str(count), "-m", "layersample", *sys.argv[1:]]
     )
     if hasattr(arguments, "shutdown_timeout"):  # of torch 2.9 and later
-        arguments.shutdown_timeout = _PATIENCE
+        arguments.shutdown_timeout = PATIENCE
     try:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

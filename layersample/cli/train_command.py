@@ -20,6 +20,7 @@ from layersample.cli.launch import (
     launch,
     lost_others,
 )
+from layersample.cli.launcher_watch import end_with_launcher
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import gather_settings
 from layersample.config import TrainConfig
@@ -61,6 +62,8 @@ def train(
 
     Without options: SmolLM2-135M on grade-school problems with LISA, about three minutes on two cores.
     """
+    if is_rank():
+        end_with_launcher()
     settings = gather_settings(config, preset, sampler_option, projection_option, trainer_option, flags)
     if is_rank():
         check_count(gpus, processes)

@@ -114,6 +114,26 @@ def test_a_rank_that_dies_ends_all_with_a_word(tiny_model: Path, sums: Path, tmp
     assert not any(child.is_running() for child in children)
 
 
+def test_ranks_end_with_a_checkpoint_when_their_launcher_is_killed(
+    tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    """It can't end them itself then, and they would hold their GPUs."""
+    output = tmp_path / "run"
+    command = options(tiny_model, sums, output, steps=100_000)
+    with started("layersample", *command, "--processes", "2") as running:
+        wait_for(lambda: steps_in(output) >= 1, running)
+        ranks = [child for child in ranks_of(running) if "RANK" in child.environ()]
+        assert len(ranks) == 2
+        running.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=SECONDS)
+        for rank in alive:
+            rank.kill()
+        _, said = ends(running)
+    assert not alive, said
+    assert said.count("Interrupted. A checkpoint is in") == 1 and "Traceback" not in said
+    assert len(list((output / "checkpoints").glob("checkpoint-*"))) == 1
+
+
 def test_two_machines_by_an_agent_each(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     command = ["-m", "layersample", *options(tiny_model, sums, tmp_path / "run")]
     rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "1"]
