@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from layersample.checkpoints.layout import check_layout, layout_of
 from layersample.checkpoints.saving import check_loadable, remove_unfinished, saving_folder
 from layersample.checkpoints.seal import (
     check,
@@ -80,6 +81,7 @@ class ProtectedCheckpoints:
         verify = self.verify and self._trainer.accelerator.is_local_main_process
         check(folder, verify=verify, allow_changes=self.allow_changes)
         check_resumable(folder)
+        check_layout(folder, layout_of(shards=self._plugin() is not None, in_parts=self._saves_parts()))
         last = find_last(folder.parent)
         if last is not None and last != folder:
             logger.warning("Resuming from %s, though %s was saved later.", folder, last)
@@ -93,6 +95,14 @@ class ProtectedCheckpoints:
             return
         assert self._run_epoch_of_theirs is not None
         self._run_epoch_of_theirs(*args, **kwargs)
+
+    def _plugin(self) -> Any:
+        """accelerate's plug-in for FSDP, where it is at work."""
+        return self._trainer.accelerator.state.fsdp_plugin if self._trainer.is_fsdp_enabled else None
+
+    def _saves_parts(self) -> bool:
+        """Whether each rank saves its part of a model in shards."""
+        return "FULL" not in str(getattr(self._plugin(), "state_dict_type", ""))
 
     def _agree_on(self, scratch: Path) -> Path:
         """The main process's folder, on all of them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from layersample.checkpoints.layout import check_layout, layout_of
 from layersample.checkpoints.saving import remove_unfinished
 from layersample.checkpoints.seal import check, check_resumable, find_last
 from layersample.config import TrainConfig
@@ -71,6 +72,9 @@ class RunFolder:
                 )
             check(last, verify=config.verify, allow_changes=config.allow_changes)
             check_resumable(last)
+            check_layout(
+                last, layout_of(shards=config.shard is not None, in_parts=config.sharded_checkpoints)
+            )
             check_same_run(config, path / "config.yaml", apart_from)
         return folder
 

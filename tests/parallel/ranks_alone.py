@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from layersample.config import make_config
 from layersample.training.finetune import finetune
+from layersample.training.models import load_model
 
 OPTIONS: dict[str, Any] = {
     "steps": 6,
@@ -29,6 +33,17 @@ def train(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     above = top(folder)
     given = {"model": str(above / "tiny"), "data": str(above / "sums.jsonl"), "output": str(folder / name)}
     return finetune(make_config(("test", {**OPTIONS, **given, **options})))
+
+
+def train_double(folder: Path, name: str, **options: Any) -> None:
+    """The same with weights of 64 bits, which the command has no option for."""
+
+    def load(model: str, dtype: torch.dtype, report: Any) -> Any:
+        return load_model(model, torch.float64, report)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layersample.training.finetune.load_model", load)
+        train(folder, name, **options)
 
 
 def check_shards_in_mixed_precision(folder: Path) -> None:

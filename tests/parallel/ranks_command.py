@@ -16,7 +16,7 @@ from layersample.config import make_config
 from layersample.training.finetune import finetune
 from layersample.training.recording import RunRecorder
 from layersample.training.trainer import Interrupted, NonFiniteLossError
-from tests.parallel.ranks_alone import OPTIONS, top, train
+from tests.parallel.ranks_alone import OPTIONS, top, train, train_double
 
 
 def second() -> bool:
@@ -65,6 +65,24 @@ def check_shards_in_mixed_precision(folder: Path) -> None:
 def check_a_run_of_one_process_is_resumed_on_two(folder: Path) -> None:
     train(top(folder), "one", resume=True, batch_size=4)
     assert json.loads((top(folder) / "one" / "ranks.json").read_text()) == {"ranks": 2}
+
+
+def check_double_precision(folder: Path) -> None:
+    for name, shard in {"double": None, "double_shards": "fsdp2"}.items():
+        train_double(folder, name, shard=shard)
+
+
+def check_shards_are_not_resumed_as_whole_parameters_nor_these_as_shards(folder: Path) -> None:
+    shards: dict[str, Any] = {"shard": "fsdp2"}
+    in_one_file = {**shards, "sampler": "lora_norm", "sharded_checkpoints": False}
+    for name, options, match in (
+        ("ddp", shards, "of whole parameters, .* Resume it without shards: leave out --shard"),
+        ("fsdp2", {}, "in shards .*, in a part of each rank, .* --shard fsdp2 --sharded-checkpoints"),
+        ("fsdp2", {**shards, "sharded_checkpoints": False}, "in a part of each rank, and .* in one file"),
+        ("lora_norm", {**in_one_file, "sharded_checkpoints": True}, "in one file, .* --no-sharded-checkp"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            train(folder, name, save_steps=3, resume=True, allow_changes=True, **options)
 
 
 def check_what_ranks_have_differently_is_refused(folder: Path) -> None:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import write_sums, write_tiny_model
 from tests.parallel.ranks import checks_of, launch
-from tests.parallel.ranks_alone import train
+from tests.parallel.ranks_alone import train, train_double
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, *kinds: str) -> list[float]:
+    """Losses of steps and of held-out data, in their order, or those of one kind."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("loss", line.get("held_out_loss")) for line in lines]
+    return [line[kind] for line in lines for kind in kinds or ("loss", "held_out_loss") if kind in line]
 
 
 def cut(run: Path, target: Path, step: int) -> Path:
@@ -40,6 +43,7 @@ class Runs:
         write_tiny_model(folder / "tiny")
         write_sums(folder / "sums.jsonl")
         train(folder, "alone", batch_size=4, save_steps=3)
+        train_double(folder, "double", batch_size=4)
         train(folder, "lora_norm", batch_size=4, sampler="lora_norm")
         cut(folder / "alone", folder / "one", 3)
         self.folder = folder
@@ -71,6 +75,17 @@ def test_losses_are_those_of_one_process_with_the_doubled_batch(name: str, alone
         assert value.sub(theirs[key]).abs().max() < 1e-4, key
     told: Any = json.loads((runs.ranks / name / "model" / "config.json").read_text())
     assert told["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["double", "double_shards"])
+def test_in_double_precision_they_are_the_same_but_for_the_last_digits(name: str, runs: Runs) -> None:
+    ours, theirs = runs.ranks / name, runs.folder / "double"
+    assert losses(ours, "loss") == pytest.approx(losses(theirs, "loss"), abs=1e-9)
+    # transformers has the logits of held-out data in fp32.
+    assert losses(ours, "held_out_loss") == pytest.approx(losses(theirs, "held_out_loss"), abs=1e-6)
+    trained, expected = (load_file(run / "model" / "model.safetensors") for run in (ours, theirs))
+    for key, value in expected.items():
+        assert value.dtype == torch.float64 and (trained[key] - value).abs().max() < 1e-9, key
 
 
 def test_a_run_of_one_process_continues_on_two_ranks(runs: Runs) -> None:
