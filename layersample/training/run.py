@@ -43,6 +43,7 @@ from layersample.training.trainer import CheckedTrainer, Interrupted, stop_on_si
 
 Report = Callable[[str], None]
 
+_LOST = "answers aren't learned, because the chat template renders them differently once others follow."
 _COMPARED = 256  # examples of streamed data by which ranks see whether they read the same
 
 
@@ -137,10 +138,7 @@ class Run:
                 "The tokenizer has no chat template, so it gets a plain one: User: …, Assistant: …, end of text."
             )
         if self.trainer.lost_answers:
-            report(
-                f"{self.trainer.lost_answers} answers aren't learned, because the chat template renders them "
-                "differently once others follow."
-            )
+            report(f"{self.trainer.lost_answers} {_LOST}")
         for name, count in self.trainer.too_long.items():
             if count:
                 kind = name.replace("_", "-")
@@ -151,6 +149,19 @@ class Run:
         pieces = show_learned(self.tokenizer, first["input_ids"], first["labels"])
         shown = "".join(f"«{text}»" if learned else text for text, learned in pieces)
         report(f"The first example, with what is learned in «»: {short(shown, 400)}")
+
+    def say_what_was_cut(self, report: Report) -> None:
+        """Report at the end what only then is known of data that is read while it trains."""
+        if not isinstance(self.train_data, StreamedRows):
+            return
+        count = self.train_data.count
+        if count.lost_answers:
+            report(f"{count.lost_answers} {_LOST}")
+        if count.cut:
+            report(
+                f"Of {count.read} training examples that were read, {count.cut} are longer than "
+                f"{self.config.max_length} tokens and were cut."
+            )
 
     def train(self) -> None:
         """Train, and measure the held-out loss before and after.
@@ -200,6 +211,20 @@ class Run:
         peaks = tell_all(own)
         return self.ranks.on_first(lambda: self._write_summary(peaks))
 
+    def _count_examples(self) -> dict[str, int | None]:
+        cut = {f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()}
+        counts = {"held_out": len(self.held_out_data), **cut}
+        if not isinstance(self.train_data, StreamedRows):
+            return {"training": len(self.train_data), **counts}
+        # How many there are isn't known; those that were read are a window more than those that trained.
+        count = self.train_data.count
+        return {
+            "training": None,
+            **counts,
+            "training_read": count.read,
+            "training_cut_to_max_length": count.cut,
+        }
+
     def _write_summary(self, peaks: list[dict[str, Any]]) -> dict[str, Any]:
         assert self.sampling.scheduler is not None and self.trainer.model is not None
         summary = summarize(
@@ -208,11 +233,7 @@ class Run:
             self.recorder.records,
             layers=self.sampling.scheduler.layers,
             parameters=sum(p.numel() for p in self.trainer.model.parameters()),
-            examples={
-                "training": None if isinstance(self.train_data, StreamedRows) else len(self.train_data),
-                "held_out": len(self.held_out_data),
-                **{f"{name}_cut_to_max_length": count for name, count in self.trainer.too_long.items()},
-            },
+            examples=self._count_examples(),
             conversations=is_conversation(self.held_out_data.features),
             peaks=peaks,
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from layersample.errors import ConfigError
 from layersample.training.builtin_data import Row
@@ -26,9 +28,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from layersample.training.trainer import CheckedTrainer
+
 _WINDOW = 32  # examples from the start of the data in which each held-out problem is looked for
 _CHUNK = 256  # examples that are tokenized at a time
 _WINDOW_OF_ORDER = 2048  # tokenized examples of which the next one is drawn
+
+
+class StreamCount:
+    """How many examples of a stream have been tokenized, and what was lost of them; of the first pass over them.
+
+    It lies in memory that the processes of a data loader share with the one that made them.
+    """
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(3, dtype=torch.int64)
+        self._counts.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def read(self) -> int:
+        """Examples."""
+        return int(self._counts[0])
+
+    @property
+    def cut(self) -> int:
+        """Those that were longer than ``max_length``."""
+        return int(self._counts[1])
+
+    @property
+    def lost_answers(self) -> int:
+        """Answers that aren't learned, because the chat template renders them differently once others follow."""
+        return int(self._counts[2])
+
+    def come_to(self, read: int, cut: int, lost_answers: int) -> None:
+        """Take over counts from the start of the data on; those of a reader that is behind another change nothing."""
+        if read > self.read:
+            self._counts.copy_(torch.tensor([read, cut, lost_answers]))
 
 
 @dataclass(frozen=True)
@@ -41,6 +76,7 @@ class StreamedRows:
         keep: Names that the chat template reads.
         held_out: Problems that must not train.
         description: What was recognized, in a sentence.
+        count: How many have been tokenized, and cut.
     """
 
     source: str
@@ -48,6 +84,7 @@ class StreamedRows:
     keep: Collection[str] = ()
     held_out: frozenset[str] = frozenset()
     description: str = field(default="", compare=False)
+    count: StreamCount = field(default_factory=StreamCount, compare=False)
 
     def __iter__(self) -> Iterator[Row]:
         """All examples once, checked as they are read.
@@ -133,7 +170,7 @@ def tokenize_stream(
 
         for number in count():
             empty = True
-            for row in _shuffled(tokens(CheckedTrainer.prepare), random.Random(f"{seed}:{number}")):
+            for row in _shuffled(tokens(CheckedTrainer, first=not number), random.Random(f"{seed}:{number}")):
                 empty = False
                 yield row
             if empty:
@@ -142,9 +179,14 @@ def tokenize_stream(
                     f"the prompts alone fill max_length={arguments.max_length} tokens."
                 )
 
-    def tokens(prepare: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    def tokens(trainer: type[CheckedTrainer], *, first: bool) -> Iterator[dict[str, Any]]:
+        read = cut = lost = 0
         for chunk in rows.chunks():
-            for row in prepare(chunk, tokenizer, train_on, arguments=arguments):
+            ready, cut_now, lost_now = trainer.prepare_chunk(chunk, tokenizer, train_on, arguments)
+            read, cut, lost = read + len(chunk), cut + cut_now, lost + lost_now
+            if first:
+                rows.count.come_to(read, cut, lost)
+            for row in ready:
                 yield {"input_ids": row["input_ids"], "labels": row["labels"]}
 
     return IterableDataset.from_generator(examples)

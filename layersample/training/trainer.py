@@ -84,8 +84,6 @@ class CheckedTrainer(SFTTrainer):
         tokenizer: PreTrainedTokenizerBase,
         train_on: Literal["answers", "all"],
         max_length: int | None = None,
-        *,
-        arguments: SFTConfig | None = None,
     ) -> Any:
         """Tokens and labels of examples, as a run would have them, without a model.
 
@@ -94,20 +92,47 @@ class CheckedTrainer(SFTTrainer):
             tokenizer: The model's; it gets a chat template where it has none.
             train_on: What is learned.
             max_length: Tokens of an example, at most; ``None`` cuts none.
-            arguments: Those of a Trainer that trains already, in place of ``max_length``. Then nothing may be left.
         """
-        # Of a trainer, preparing data reads these alone; a whole one wants the model.
+        with tempfile.TemporaryDirectory(prefix="layersample-") as folder:
+            arguments = SFTConfig(output_dir=folder, max_length=max_length, report_to="none", use_cpu=True)
+        trainer = cls._for_data(data, tokenizer, train_on)
+        return trainer._prepare_dataset(data, tokenizer, arguments, False, None, "train")
+
+    @classmethod
+    def prepare_chunk(
+        cls,
+        data: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: Literal["answers", "all"],
+        arguments: SFTConfig,
+    ) -> tuple[Any, int, int]:
+        """The same of a part of the examples, beside a Trainer that trains already.
+
+        Args:
+            data: As :meth:`prepare` takes it.
+            tokenizer: As :meth:`prepare` takes it.
+            train_on: What is learned.
+            arguments: The Trainer's: new ones would reset what it has set up.
+
+        Returns:
+            The tokens and labels, of which nothing may be left; how many examples are cut; and how many answers
+            aren't learned.
+        """
+        trainer = cls._for_data(data, tokenizer, train_on)
+        trainer._may_be_empty = True
+        ready = trainer._prepare_dataset(data, tokenizer, arguments, False, None, "train")
+        return ready, trainer.too_long.get(_NAMES["train"], 0), trainer.lost_answers
+
+    @classmethod
+    def _for_data(
+        cls, data: Any, tokenizer: PreTrainedTokenizerBase, train_on: Literal["answers", "all"]
+    ) -> Any:
+        """What preparing data reads of a trainer; a whole one wants the model."""
         trainer: Any = cls.__new__(cls)
         trainer._count_from_zero(train_on)
         trainer._tokenizer, trainer.chat_template = tokenizer, None
         trainer.completion_only_loss = "prompt" in data.column_names and train_on == "answers"
-        trainer._may_be_empty = arguments is not None
-        if arguments is None:  # others would reset what a Trainer has set up
-            with tempfile.TemporaryDirectory(prefix="layersample-") as folder:
-                arguments = SFTConfig(
-                    output_dir=folder, max_length=max_length, report_to="none", use_cpu=True
-                )
-        return trainer._prepare_dataset(data, tokenizer, arguments, False, None, "train")
+        return trainer
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str

@@ -80,6 +80,27 @@ def test_tokens_and_labels_are_those_of_data_that_is_loaded(
     assert first[:40] != first[40:], "each time"
 
 
+def test_what_is_cut_is_counted_once_as_it_is_read(
+    options: dict[str, Any], sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersample.training.streaming._CHUNK", 8)
+    monkeypatch.setattr("layersample.training.streaming._WINDOW_OF_ORDER", 4)
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    long = [{**row, "completion": "1" * (20 if i % 3 else 2)} for i, row in enumerate(rows)]
+    source = write(tmp_path / "long.jsonl", long)
+    given = {**options, "data": source, "eval_data": str(sums), "eval_size": 2, "batch_size": 2, "steps": 4}
+    said: list[str] = []
+    # In another process, which shares the count.
+    trainer = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+    counts = finetune(make_config(("test", {**given, "trainer": trainer})), report=said.append)["examples"]
+    read, cut = counts["training_read"], counts["training_cut_to_max_length"]
+    assert 12 <= read < 38 and read % 8 == 0, "as far as it has read"
+    assert cut == sum(bool(i % 3) for i in range(2, 2 + read)), "behind the two held-out problems"
+    assert (
+        f"Of {read} training examples that were read, {cut} are longer than 16 tokens and were cut." in said
+    )
+
+
 def test_no_end_and_nothing_left(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     arguments = training_arguments(make_config(("test", {"max_length": 8})), tmp_path)
@@ -104,6 +125,7 @@ def test_a_streamed_run_goes_on_where_it_was(options: dict[str, Any], tmp_path: 
     summary = finetune(make_config(("test", {**options, "save_steps": 5})), report=said.append)
     assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"]
     assert summary["examples"]["training"] is None and summary["examples"]["held_out"] == 4
+    assert summary["examples"]["training_read"] == 36, "of one pass, though it is a second one already"
     assert any("read while it trains. The held-out loss is measured on 4" in sentence for sentence in said)
     run, part = tmp_path / "run", tmp_path / "part"
     shutil.copytree(run, part)
