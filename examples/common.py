@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layersample.training.data import load_data
@@ -25,6 +26,17 @@ def parse(description: str | None) -> argparse.Namespace:
 def model_and_tokenizer(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model."""
     return load_model(options.model, report=print)
+
+
+def pairs(options: argparse.Namespace) -> Dataset:
+    """Preferences, as ``prompt``, ``chosen`` and ``rejected``: a solution, and that of the next problem."""
+    data = load_data(options.data)
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
+            for row, other in zip(data, data.select([*range(1, len(data)), 0]), strict=True)
+        ]
+    )
 
 
 def batches(
