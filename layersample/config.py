@@ -187,6 +187,10 @@ class OutputOptions(Options):
         "Compare checksums of the checkpoint to resume from; sizes are compared in any case.",
         Role.SUITE,
     )
+    push_to_hub: str | None = option(
+        None, "Repository on the hub to upload the model to at the end, as me/my-model."
+    )
+    private: bool = option(False, "With push_to_hub: make a new repository private.")
 
 
 # The panels of the command line's help; the fields of the scheduler stand among them, in front of the run's own.
@@ -279,6 +283,10 @@ class TrainConfig(
         if self.budget is not None and self.draw_budget is not None:
             raise ValueError(
                 "budget chooses num_active once, and draw_budget bounds each draw in its place: give one of them"
+            )
+        if self.private and self.push_to_hub is None:
+            raise ValueError(
+                "private is of a repository on the hub: name it by push_to_hub, or leave private out"
             )
         self._check_shards()
         if self.stream and self.epochs is not None:

@@ -51,7 +51,7 @@ class Hub:
         with self._explained():
             self._api.create_repo(self.repo, private=self._private, exist_ok=True)
             self._api.upload_folder(
-                repo_id=self.repo, folder_path=str(folder), commit_message="Upload by layersample export"
+                repo_id=self.repo, folder_path=str(folder), commit_message="Upload by layersample"
             )
         return f"https://huggingface.co/{self.repo}"
 

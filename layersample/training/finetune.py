@@ -29,6 +29,7 @@ from layersample.training.run_folder import RunFolder
 from layersample.training.sharding import as_launched, follow_launcher
 from layersample.training.streaming import StreamedRows, stream_split
 from layersample.training.trainer_options import check_trainer_options
+from layersample.training.upload import Upload
 
 _SEEN_AFTER = 10.0  # seconds in which a file that one machine writes shows on another
 
@@ -53,7 +54,8 @@ def finetune(
         The summary, as in ``summary.json``.
 
     Raises:
-        ConfigError: If the configuration, the data or a folder can't be used, or the ranks have different ones.
+        ConfigError: If the configuration, the data or a folder can't be used, or the ranks have different ones; or
+            if the trained model can't be uploaded.
         NonFiniteLossError: If the loss is NaN or infinite. Earlier checkpoints stay.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint saved at the end of the step.
     """
@@ -62,9 +64,11 @@ def finetune(
         progress, report = None, lambda _: None
     ranks.compare("options", config.model_dump(mode="json"))
     config = _keep_steps(ranks.together(lambda: _check(config, ranks, report)), ranks, report)
+    upload = Upload(config, ranks)
     measures = create_sampler(config.sampler, config.sampler_options).measures
     with as_launched(config, measures=measures):
         summary = _finetune(config, ranks, progress, report)
+    upload.send(Path(summary["output"]), report)
     ranks.leave()
     return summary
 
@@ -173,6 +177,7 @@ def _finetune(config: TrainConfig, ranks: Ranks, progress: Progress | None, repo
         finally:
             if progress:
                 progress.end()
+        run.say_what_was_cut(report)
         run.save_model()
         return run.write_summary()
 
