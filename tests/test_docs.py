@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -24,7 +25,8 @@ from typer.testing import CliRunner
 import layersample
 from layersample import LayerSampler, LayerSamplingCallback, LayerScheduler, Projection, register
 from layersample.cli import app as cli
-from layersample.config import make_config
+from layersample.cli.plan_report import gib
+from layersample.config import make_config, read_preset
 from layersample.testing import ProjectionContract
 from layersample.training import batches, data
 from layersample.training.data import load_data
@@ -199,17 +201,38 @@ def pieces(row: list[str]) -> set[str]:
     return {*row, *(piece.strip() for cell in row for piece in re.split(r"[;:±]|^\d+\. ", cell))}
 
 
+def stored_peaks() -> dict[tuple[str, str], str]:
+    """Planned peaks in GiB, of a model and a way to train it, in the worst case."""
+    peaks = {}
+    for row in json.loads(text_of(ROOT / "benchmarks/results/plan_papers.json"))["rows"]:
+        peaks[row["model"], row["run"]] = row["worst_bytes"]
+    for row in json.loads(text_of(ROOT / "benchmarks/results/plan_cards.json"))["rows"]:
+        for way, peak in row["peak_bytes"].items():
+            known = way in ("full fine-tuning", "LoRA, rank 16")
+            peaks[row["model"], way if known else f"--preset {way}"] = peak
+    return {key: gib(peak) for key, peak in peaks.items()}
+
+
 def test_peaks_of_the_first_page_are_those_stored() -> None:
     table = next(t for t in tables_of(ROOT / "docs/index.md") if any("--preset" in c for c in t[0][3:4]))
-    stored = [
-        pieces(row)
-        for name in ("plan_cards", "plan_papers")
-        for t in tables_of(ROOT / f"benchmarks/results/{name}.md")
-        for row in t
-    ]
-    for memory, model, peak, *_ in table:
-        assert any({model, peak} <= row for row in stored), (model, peak)
+    assert len(table) >= 8
+    for memory, model, peak, way, sampler, layers, period, rate, ends in table:
+        assert peak == stored_peaks()[model, way.strip("`")], (model, way)
         assert float(peak) + 1 <= float(memory.removesuffix(" GB"))
+        if way.startswith("`--preset"):
+            options = make_config(("preset", read_preset(way.strip("`").split()[-1])))
+            assert (sampler.strip("`"), int(layers)) == (options.sampler, options.num_active), way
+            assert (int(period), float(rate)) == (options.period, options.learning_rate), way
+            assert {ends} == {options.embeddings, options.head}, way
+
+
+def test_peaks_of_the_readme_are_those_stored() -> None:
+    table = next(t for t in tables_of(ROOT / "README.md") if any("--preset" in row[0] for row in t))
+    assert len(table) >= 5
+    for way, peak, card in table:
+        named = way if ("llama-2-7b", way) in stored_peaks() else "LoRA, rank 16"
+        assert way.startswith(named) and peak == stored_peaks()["llama-2-7b", named], way
+        assert float(peak) + 1 <= float(card.removesuffix(" GB"))
 
 
 def test_most_tables_of_figures_say_where_they_come_from() -> None:

@@ -30,6 +30,16 @@ def test_the_version_has_one_source() -> None:
     assert f"## {layersample.__version__} (" in text_of(ROOT / "CHANGELOG.md")
 
 
+def test_a_project_with_a_home_names_it_everywhere() -> None:
+    """Pictures and links of the README must be absolute then: on PyPI there is nothing beside it."""
+    has_home = "urls" in PROJECT["project"]
+    pages = [text_of(ROOT / "README.md"), text_of(ROOT / "docs" / "getting-started.md")]
+    assert all(("URL-OF-THIS-REPOSITORY" not in page) == has_home for page in pages)
+    assert ("repository-code" in yaml.safe_load(text_of(ROOT / "CITATION.cff"))) == has_home
+    targets = re.findall(r"\]\(([^)\s]+)\)", pages[0])
+    assert any(not re.match(r"https?://|#", target) for target in targets) != has_home
+
+
 def test_the_changelog_sorts_what_changed() -> None:
     kinds = re.findall(r"^### (.+)$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

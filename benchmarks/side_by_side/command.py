@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from layersample.cli.display import plain
-from layersample.cli.groups import PanelGroup
+from layersample.cli.groups import PanelCommand, PanelGroup
 from layersample.errors import ConfigError
 from layersample.files import check_output
 from layersample.option_files import parse_pairs, read_yaml
@@ -145,7 +145,11 @@ def benchmark(
     _run(asked, output, jobs)
 
 
-@app.command("recipes")
+@app.command(
+    "recipes",
+    cls=PanelCommand,
+    epilog="layersample benchmark recipes --suite search-gsm --output runs/recipes",
+)
 def recipes(
     suite: Annotated[
         str | None,
@@ -158,14 +162,21 @@ def recipes(
         "runs/recipes"
     ),
 ) -> None:
-    """Search options that win, on the validation split; then confirm them on fresh seeds and the test split."""
+    """Search options that win, then confirm them.
+
+    The search uses the validation split; what it finds runs on fresh seeds and the test split.
+    """
     check_output(output)
     if suite is None and not (output / "suite.yaml").is_file():
         raise ConfigError("A search for recipes needs --suite, or an --output that holds one.")
     _run(make_suite(*_sources(suite, output)), output, jobs, with_recipes=True)
 
 
-@app.command("report")
+@app.command(
+    "report",
+    cls=PanelCommand,
+    epilog="layersample benchmark report runs/benchmark --baseline lisa",
+)
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a benchmark.")],
     baseline: Annotated[

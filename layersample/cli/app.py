@@ -82,9 +82,30 @@ def _add(name: str, command: Callable[..., None], *examples: str) -> None:
     app.command(name, cls=PanelCommand, epilog="\n".join(examples))(command)
 
 
+# Help lists them in this order: that in which a newcomer needs them.
+_add(
+    "train",
+    with_options(train, first=TRAIN_OPTIONS),
+    "layersample train",
+    "layersample train --model ./my-model --data my.jsonl --output runs/first",
+    "layersample train --output runs/first --resume",
+    "layersample train --gpus 8 --shard fsdp2 --dtype bf16-mixed",
+    "layersample train --sampler owlore --projection galore --embeddings freeze",
+)
 _add("data", data_command, "layersample data my.jsonl --model ./my-model")
-_add("env", env_command, "layersample env")
-_add("apply", apply_command, "layersample apply smollm2-135m runs/first/delta --output whole")
+_add(
+    "plan",
+    with_options(plan, role=Role.MEMORY, leave_out=("trainer_option",), first=OWN_OPTIONS),
+    "layersample plan llama-2-7b --preset lisa-7b",
+    "layersample plan ./my-model --sampler owlore --rank 128 --budget 2GiB",
+)
+_add(
+    "profile",
+    profile_command,
+    "layersample profile smollm2-135m",
+    "layersample profile ./my-model --data my.jsonl --sampler owlore",
+)
+_add("list", list_command, "layersample list", "layersample list owlore")
 _add(
     "chat",
     chat_command,
@@ -97,33 +118,14 @@ _add(
     "layersample export runs/first --delta",
     "layersample export runs/first --gguf",
 )
+_add("apply", apply_command, "layersample apply smollm2-135m runs/first/delta --output whole")
 _add(
     "llamafactory",
     llamafactory_command,
     "layersample llamafactory train run.yaml",
     "layersample llamafactory train run.yaml layersample.num_active=4",
 )
-_add("list", list_command, "layersample list", "layersample list owlore")
-_add(
-    "profile",
-    profile_command,
-    "layersample profile smollm2-135m",
-    "layersample profile ./my-model --data my.jsonl --sampler owlore",
-)
-_add(
-    "plan",
-    with_options(plan, role=Role.MEMORY, leave_out=("trainer_option",), first=OWN_OPTIONS),
-    "layersample plan llama-2-7b --preset lisa-7b",
-    "layersample plan ./my-model --sampler owlore --rank 128 --budget 2GiB",
-)
-_add(
-    "train",
-    with_options(train, first=TRAIN_OPTIONS),
-    "layersample train",
-    "layersample train --model ./my-model --data my.jsonl --output runs/first",
-    "layersample train --output runs/first --resume",
-    "layersample train --gpus 8 --shard fsdp2 --dtype bf16-mixed",
-    "layersample train --sampler owlore --projection galore --embeddings freeze",
-)
+_add("env", env_command, "layersample env")
+
 if __name__ == "__main__":
     main()

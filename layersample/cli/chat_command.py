@@ -38,7 +38,10 @@ def chat_command(
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws above 0.")] = 0,
 ) -> None:
-    """Ask the trained model a question, or talk with it; --compare shows what its base says."""
+    """Ask the trained model a question, or talk with it.
+
+    --compare shows what its base says.
+    """
     options = {"system": system, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     _run(source, question, compare or base is not None, base, raw, options)
 

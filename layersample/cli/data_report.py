@@ -30,7 +30,10 @@ def data_command(
     ] = 256,
     examples: Annotated[int, typer.Option(min=1, max=1000, help="Examples to show.")] = 1,
 ) -> None:
-    """Show the format of data, its first examples as the model sees them, their lengths, and what would be cut."""
+    """Show data as a model would see and learn it.
+
+    The format that is recognized, the first examples, their lengths, and what would be cut.
+    """
     # Seconds of imports that the other commands don't need.
     from layersample.training.answers import show_learned, template_columns
     from layersample.training.data import load_data

@@ -7,7 +7,7 @@ from layersample.cli.display import plain
 
 
 def env_command() -> None:
-    """Show the machine and the versions, to be pasted into a bug report."""
+    """Show the machine and the versions, for a bug report."""
     # Seconds of imports that the other commands don't need.
     import torch
 

@@ -39,7 +39,10 @@ def export_command(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
-    """Export what a run trained: a delta against its base, a GGUF file, or the model to the hub."""
+    """Write what a run trained, or upload it to the hub.
+
+    A delta holds only the weights that differ from the base.
+    """
     if delta and gguf:
         raise ConfigError("One thing is exported at a time: choose --delta or --gguf.")
     if not (delta or gguf or push_to_hub):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ def list_command(
         Path | None, typer.Option(help="Python file that registers samplers of your own.")
     ] = None,
 ) -> None:
-    """Show all samplers, projections and presets, or the options of one."""
+    """Show samplers, projections and presets, or options of one."""
     from layersample.registry import describe, describe_options, list_projections, list_samplers, load_plugin
 
     if plugin is not None:
@@ -42,9 +43,15 @@ def list_command(
     if cls is None:
         raise ConfigError(unknown("sampler or projection", name, known))
     first, rest = describe(cls)
-    text = f"[bold]{name}[/]: {plain(first)}\n{plain(rest)}\nSource: {plain(cls.source or 'not given')}\n"
+    text = f"[bold]{name}[/]: {plain(first)}\n{plain(_rewrapped(rest))}\nSource: {plain(cls.source or 'not given')}\n"
     console.print(text, highlight=False)
     table = Table("option", "type", "default", "meaning", box=None, header_style="bold")
     for option in describe_options(cls):
         table.add_row(option.name, plain(option.type), plain(option.default), plain(option.description))
     console.print(table if table.row_count else "It has no options of its own.")
+
+
+def _rewrapped(text: str) -> str:
+    """A docstring's paragraphs, a line each for the terminal to wrap; formulas, which are indented, as they are."""
+    blocks = re.split(r"\n{2,}", text)
+    return "\n".join(block if block.startswith(" ") else " ".join(block.split()) for block in blocks)

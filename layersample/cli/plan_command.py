@@ -54,7 +54,10 @@ def plan(
     projection_option: list[str] | None = None,
     **flags: Any,
 ) -> None:
-    """Show the peak memory of a run before it is run; no GPU and no weights are needed."""
+    """Show the peak memory of a run before it is run.
+
+    No GPU and no weights are needed.
+    """
     # Seconds of imports that the other commands don't need.
     from layersample.cli.plan_report import print_plan
     from layersample.planning.planner import plan as plan_run

@@ -47,7 +47,10 @@ def profile_command(
     output: Annotated[Path | None, typer.Option(help="Folder for profile.json, .csv and .png.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the table's spectral metrics on disk.")] = True,
 ) -> None:
-    """Show what the weights of a model say of each layer, and how likely each sampler is to train it."""
+    """Show what the weights of a model say of each layer.
+
+    Beside it: how likely each sampler is to train the layer.
+    """
     # Seconds of imports that the other commands don't need.
     from layersample.cli.profile_report import ProfileProgress, print_profile, write_profile
     from layersample.profiling.profile import profile

@@ -252,7 +252,7 @@ class BackwardStepper:
     def _end_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The loop's own step ends one of ours. It finds work only where gradients still wait for more passes.
 
-        Of several optimizers the loop steps each; one that it steps again begins another step.
+        The loop steps each of several optimizers; one that it steps again begins another step.
         """
         if self._stepping:
             return

@@ -143,7 +143,7 @@ def _worst(
     """Sets, one of which holds most.
 
     Args:
-        context: Of a draw of as many layers as there are in the largest one.
+        context: The context of a draw that takes as many layers as the largest set has.
         sizes: Parameters of each layer.
         granularity: Parts of layers differ in size more than layers do.
     """

@@ -28,7 +28,7 @@ _TEXT_ALONE = (
     "comes on top."
 )
 _TEXT_MODEL = (
-    "Of a model of text and images the text model alone is planned, as `layersample train` loads it."
+    "The model reads text and images; the text model alone is planned, as `layersample train` loads it."
 )
 
 

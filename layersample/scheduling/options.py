@@ -17,7 +17,7 @@ DEFAULT_PERIOD = 20
 """Optimizer steps between draws in the authors' code of LISA."""
 
 DEFAULT_INACTIVE_LR_SCALE = 5.0
-"""Of BREAD's experiments: what layers without state move by, relative to what Adam moves by."""
+"""What layers without state move by, relative to what Adam moves by, in BREAD's experiments."""
 
 _SETS = 8
 """Sets of layers that a run shall draw at least, where its length is known."""

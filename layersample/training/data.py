@@ -85,7 +85,7 @@ def load_data(source: str, columns: Mapping[str, str] | None = None, keep: Colle
     Args:
         source: A built-in name; a JSONL, JSON, CSV, Parquet or text file, compressed by gzip or not; several of them
             with commas; a folder of them; or a hub id.
-        columns: Of each column that formats know, its name in the data.
+        columns: The name in the data of each column that formats know.
         keep: Names that the model's chat template reads; columns of these names are given to it.
 
     Returns:

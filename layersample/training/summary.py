@@ -34,7 +34,7 @@ def summarize(
         parameters: Number of the model's parameters; tied ones once.
         examples: Numbers of examples, by what they are; ``None`` where data is read while it trains.
         conversations: Whether the data is made of messages, which the chat template renders.
-        peaks: Of each rank, the most bytes that it held, by kind.
+        peaks: The most bytes that each rank held, by kind.
     """
     steps = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_loss" in record]

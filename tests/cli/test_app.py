@@ -173,6 +173,20 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     assert result.exit_code == code
 
 
+@pytest.mark.parametrize("arguments", [[], ["benchmark"]], ids=["layersample", "benchmark"])
+def test_the_list_of_commands_is_not_cut_on_a_narrow_terminal(arguments: list[str]) -> None:
+    text = runner.invoke(cli.app, [*arguments, "--help"], env={"COLUMNS": "80"}).output
+    listed = text[text.index("Commands:") :]
+    assert "..." not in listed
+    assert arguments or text.index("  train ") < text.index("  env ")
+
+
+def test_the_text_of_a_strategy_fills_a_narrow_terminal() -> None:
+    text = runner.invoke(cli.app, ["list", "owlore"], env={"COLUMNS": "80"}).output
+    about = text[: text.index("Source:")].splitlines()
+    assert all(len(line) > 50 for line in about[:-1]), "wrapped once, by the terminal alone"
+
+
 @pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands] + ["benchmark"])
 def test_help_fits_a_narrow_terminal_and_ends_in_examples(command: str) -> None:
     text = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "80"}).output
