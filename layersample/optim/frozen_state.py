@@ -15,6 +15,7 @@ from layersample.errors import ConfigError
 from layersample.optim.host_copies import to_host, wait_for_copies
 from layersample.optim.masters import AT_REST, at_rest
 from layersample.optim.nested import map_tensors, opaque_in
+from layersample.optim.whole_state import is_of_all
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ class Drop:
     def freeze(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Remove the state, but for what makes bf16 weights exact: that is a part of the weight."""
         parameters = list(parameters)
+        if is_of_all(
+            optimizer
+        ):  # and no more the first parameter's, under which it is kept, than any other's
+            return
         if has_two_weights(optimizer):
             _settle(optimizer, [parameter for parameter in parameters if optimizer.state.get(parameter)])
         for parameter in parameters:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
+from layersample.optim.whole_state import is_of_all
 from layersample.unwrapping import optimizers_beside, optimizers_inside
 
 
@@ -68,9 +69,9 @@ class Optimizers:
         return any(state is not None and not state.sync_gradients for state in states)
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """What they hold of a parameter; without making an empty entry, as ``optimizer.state[parameter]`` would."""
+        """What they hold of a parameter; no empty entry is made, as ``optimizer.state[parameter]`` would."""
         for optimizer in self.each:
             state: dict[str, Any] | None = optimizer.state.get(parameter)
-            if state:
+            if state and not is_of_all(optimizer):
                 return state
         return {}

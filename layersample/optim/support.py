@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from layersample.errors import ConfigError
 from layersample.optim.frozen_state import has_two_weights
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.packing import PACKED, parameters_of
+from layersample.optim.whole_state import is_of_all, needs_closure
 from layersample.unwrapping import optimizers_in, optimizers_inside
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,14 @@ def check_supported(optimizers: Optimizers, *, offloads: bool, replaces: bool) -
         replaces: Whether it steps on masters or low-rank parameters in place of the user's.
 
     Raises:
-        ConfigError: If one must run a closure, has others step its parameters as well, changes weights outside of
-            its step, or is differentiated. It says what to do.
+        ConfigError: If a wrapper must run a closure, or an optimizer has others step its parameters as well, changes
+            weights outside of its step, or is differentiated. It says what to do.
     """
     for outer in optimizers.outer:
         chain = optimizers_inside(outer)
         for optimizer in chain:
-            _refuse_required_closure(optimizer)
+            if not any(optimizer is one for one in optimizers.each):
+                _refuse_required_closure(optimizer)
             if not any(optimizer is one for one, _ in optimizers.chains):
                 _refuse_chain(optimizer, chain)
         _refuse_two_weights(
@@ -72,7 +73,7 @@ def check_state(optimizer: Optimizer, known: Collection[Tensor], had_state: Coll
         kinds = sorted({"another tensor" if isinstance(k, Tensor) else repr(k) for k in strange})
         raise ConfigError(f"{_NEEDS}, but {_name(optimizer)} keeps state under {', '.join(kinds)}.")
     moved = [p for p in known if not p.requires_grad and p not in had_state and optimizer.state.get(p)]
-    if moved:
+    if moved and not is_of_all(optimizer):
         raise ConfigError(
             f"{_NEEDS}, but {_name(optimizer)} made state for {len(moved)} parameters that are frozen."
         )
@@ -120,11 +121,7 @@ def refuse_capture(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _refuse_required_closure(optimizer: Optimizer) -> None:
-    try:
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    except (TypeError, ValueError):  # a step that isn't written in Python
-        return
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(optimizer):
         raise ConfigError(
             f"{_NEEDS}, but the step of {_name(optimizer)} needs a closure, which it runs as often as it likes, on "
             "state of all parameters together. Choose another optimizer, such as AdamW."

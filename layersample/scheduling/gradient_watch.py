@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from layersample.errors import ConfigError
 from layersample.optim.optimizers import Optimizers
+from layersample.optim.whole_state import needs_closure
 from layersample.unwrapping import local_part
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ class GradientWatch:
         self._lacked: dict[str, int] = {}  # steps in a row without a gradient, over all periods
         self._told: set[str] = set()
         self._has_stepped = False
-        self._handles = [each.register_step_pre_hook(self._look) for each in optimizers.each]
+        self._handles = [
+            # An optimizer that runs its closure by itself has gradients only once it has.
+            each.register_step_post_hook(self._look)
+            if needs_closure(each)
+            else each.register_step_pre_hook(self._look)
+            for each in optimizers.each
+        ]
 
     def begin(self, active: Mapping[str, Sequence[nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
         """Begin a period; the one before ends.

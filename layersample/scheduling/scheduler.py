@@ -302,6 +302,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         self._history.end_period()
         self._round, self._began = self._round + 1, self._steps
         self._start_round()
+        self._switch.whole_states.switched()
         self._switch.place_state()
 
     def close(self, *, check: bool = True) -> None:

@@ -32,6 +32,7 @@ from layersample.optim.stand_ins import OptimizerView
 from layersample.optim.step_in_backward import BackwardStepper, how_to_step
 from layersample.optim.support import WrapperWatch, check_supported, refuse_capture
 from layersample.optim.viewed import check_unviewed, is_viewed
+from layersample.optim.whole_state import needs_closure
 from layersample.parallel.base import Engine
 from layersample.projection.branches import branches_of
 from layersample.projection.projection import Projection
@@ -45,6 +46,7 @@ from layersample.scheduling.outside_changes import OutsideChanges
 from layersample.scheduling.self_check import SelfCheck
 from layersample.scheduling.weight_changes import WeightChanges
 from layersample.scheduling.weights import ExactWeights
+from layersample.scheduling.whole_states import WholeStates
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Switch:
             offloads=options.state == "offload",
             replaces=masters or projection is not None or own_rates,
         )
+        asked = {"master_weights=False": masters, "a sampler that reads no gradients": GRADIENTS in collects}
         self._policy = create_policy(options.state)
         self.projected = find_targets(self._model, model_layers, projection)
         stepping = how_to_step(options.step_in_backward)
@@ -113,9 +116,12 @@ class Switch:
         self.lr_factors: dict[int, float] = {}
         """What the learning rates of active layers are multiplied by, by index."""
         with ExitStack() as made:  # or what is on the optimizer by then would work on with no one to end it
+            self.whole_states = WholeStates(optimizers, options, asked)
+            made.callback(self.whole_states.close)
             for each in optimizers.each:
                 # In front of all else, which needs the gradients that a closure computes.
-                made.callback(run_closures_first(each).remove)
+                if not needs_closure(each):
+                    made.callback(run_closures_first(each).remove)
                 made.callback(each.register_step_pre_hook(refuse_capture).remove)
             if stepping is not None:
                 # In front of the views: what the loop steps itself is clipped before it is projected.

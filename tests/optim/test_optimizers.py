@@ -295,7 +295,6 @@ def test_what_cannot_be_right_is_refused_when_the_scheduler_is_made() -> None:
     model = make_llama()
     refused: list[tuple[Any, str]] = [
         (Overlapping(*muon_and_adamw(model)), r"Overlapping has others do it \(Muon, SGD, AdamW\)"),
-        (torch.optim.LBFGS(model.parameters()), "the step of LBFGS needs a closure"),
         (torch.optim.SGD(model.parameters(), lr=1e-3, differentiable=True), "differentiable=False"),
     ]
     named = torch.optim.SGD(model.parameters())
