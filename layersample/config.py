@@ -24,8 +24,6 @@ from layersample.scheduling.options import (
 )
 
 if TYPE_CHECKING:  # seconds to import, and the command line reads this file first
-    from transformers import PretrainedConfig
-
     from layersample.optim.step_in_backward import StepInBackward
 
 BUILTIN_MODEL = "smollm2-135m"
@@ -127,7 +125,12 @@ class DataOptions(Options):
     )
     eval_size: int = option(32, "Held-out problems, at most.", Role.IDENTITY, Role.SUITE, ge=1, le=MOST)
     max_length: int = option(
-        256, "Tokens of an example, at most; longer ones are cut.", *_RUN, Role.SUITE, ge=8, le=MOST
+        256,
+        "Tokens of an example, at most; longer ones are cut. No more than the model's positions by default.",
+        *_RUN,
+        Role.SUITE,
+        ge=8,
+        le=MOST,
     )
 
 
@@ -327,23 +330,6 @@ class TrainConfig(
                 "step_in_backward needs gradients that are whole in the backward pass, and shard adds up those of all "
                 "ranks later: leave out one of them"
             )
-
-
-def check_length(config: TrainConfig, model: PretrainedConfig) -> None:
-    """Make sure that examples aren't longer than a model reads.
-
-    Args:
-        config: The options.
-        model: The model's configuration; without ``max_position_embeddings`` it has no limit.
-
-    Raises:
-        ConfigError: If ``max_length`` is above it.
-    """
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise ConfigError(
-            f"max_length must be at most the model's {positions} positions, but got {config.max_length}."
-        )
 
 
 def make_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:

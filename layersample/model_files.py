@@ -80,6 +80,19 @@ def check_folder(folder: Path, name: str) -> None:
         raise ConfigError(f"{path}: must hold a mapping, but holds a {type(content).__name__}.")
 
 
+def check_has_weights(folder: Path, name: str) -> None:
+    """Make sure that a model's folder holds weights, whatever they are.
+
+    Raises:
+        ConfigError: If it holds none; it says what it holds instead.
+    """
+    if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        names = sorted(path.name for path in folder.iterdir())
+        raise ConfigError(
+            f"The model {name!r} must hold weights (model.safetensors), but its folder holds {some(names)}."
+        )
+
+
 def is_path(name: str) -> bool:
     """Whether a name that is no folder is still meant as one, and not as a hub id."""
     return name.count("/") != 1 or name.startswith((".", "~", "/")) or name.endswith("/")

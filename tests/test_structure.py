@@ -28,6 +28,7 @@ ROOMS = (
         "planning",
         "profiling",
         "testing",
+        "lengths",
         "config",
         "scheduling",
     ),

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from layersample.activations.save_memory import save_memory
-from layersample.config import check_length
 from layersample.environment import environment
 from layersample.errors import ConfigError
 from layersample.layers.find import find_layers
+from layersample.lengths import fit_length
 from layersample.optim.memory_use import optimizer_tensors
 from layersample.registry import load_plugin
 from layersample.training.arguments import training_arguments
@@ -67,7 +67,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
-    check_length(config, model.config)
+    config, _ = fit_length(config, model.config)
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them

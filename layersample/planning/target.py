@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersample.activations.chunked_loss import why_not_chunked
-from layersample.config import TrainConfig, check_length
+from layersample.config import TrainConfig
 from layersample.errors import ConfigError
+from layersample.lengths import fit_length
 from layersample.planning.fake_models import fake_model
 from layersample.planning.model_kinds import ModelKind, find_kind
 from layersample.planning.shapes import load_shape
@@ -55,8 +56,10 @@ def find_target(model: ModelLike, config: TrainConfig) -> tuple[Target, TrainCon
     if str(getattr(shape, "_attn_implementation", "")).startswith("flash"):
         shape._attn_implementation = "sdpa"  # it holds as much, and runs where no GPU is
     kind = find_kind(shape, type(model) if isinstance(model, PreTrainedModel) else None)
-    check_length(config, shape)
+    config, fitted = fit_length(config, shape)
     config, notes = _with_its_loss(shape, kind, config)
+    if fitted is not None:
+        notes = (fitted, *notes)
     if kind.note is not None:
         notes = (kind.note, *notes)
     if config.trainer:

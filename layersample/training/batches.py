@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError
+from layersample.lengths import positions_of
 from layersample.training.answers import render
 from layersample.training.data import load_data
 from layersample.training.models import load_tokenizer
@@ -30,7 +31,7 @@ def make_batches(
         path: Where its tokenizer is: a folder or a hub id.
         source: As ``load_data`` takes it.
         count: Batches, at most; at least 1.
-        max_length: Tokens of an example, at most; longer ones are cut.
+        max_length: Tokens of an example, at most; longer ones are cut, at the model's positions in any case.
 
     Returns:
         Mappings of the model's arguments, each ``(batch, tokens)``, padded on the right.
@@ -47,7 +48,8 @@ def make_batches(
             "Leave --data out to profile the weights alone."
         ) from error
     texts = [_text(row, tokenizer) for row in data.select(range(min(len(data), count * _BATCH_SIZE)))]
-    rows = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    length = min(max_length, positions_of(model.config) or max_length)
+    rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
     # The end token alone, or nothing, is no calibration.
     rows = [row for row in rows if row]
     return [_pad(rows[i : i + _BATCH_SIZE], model) for i in range(0, len(rows), _BATCH_SIZE)]

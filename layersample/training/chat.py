@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from layersample.errors import ConfigError
+from layersample.lengths import positions_of
 from layersample.training.answers import give_template
 
 Message = dict[str, str]
@@ -89,7 +90,7 @@ class Chat:
         return {name: tokens[name].to(self._model.device) for name in kept}
 
     def _check_length(self, length: int) -> None:
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self._model.config)
         if positions is not None and length + self._max_tokens > positions:
             raise ConfigError(
                 f"A conversation and its answer must fit the model's {positions} positions, but it has {length} "

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from layersample.config import TrainConfig, check_length
+from layersample.config import TrainConfig
 from layersample.environment import slow_bf16_warning
 from layersample.errors import ConfigError
 from layersample.files import LOCK
 from layersample.frozen.loading import freeze_model
+from layersample.lengths import fit_length
 from layersample.planning.budget import apply_budget
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.training.answers import template_columns
 from layersample.training.arguments import training_arguments
 from layersample.training.data import load_split
-from layersample.training.models import load_model, load_tokenizer, resolve_model
+from layersample.training.models import load_config, load_model, load_tokenizer, resolve_model
 from layersample.training.ranks import Ranks, join_ranks
 from layersample.training.recording import Progress
 from layersample.training.resuming import APART_FROM, keep_steps, ranks_of
@@ -64,6 +65,9 @@ def finetune(
         progress, report = None, lambda _: None
     ranks.compare("options", config.model_dump(mode="json"))
     config = _keep_steps(ranks.together(lambda: _check(config, ranks, report)), ranks, report)
+    config, fitted = ranks.together(lambda: _fit_to_model(config), first_of_machine_first=True)
+    if fitted is not None:
+        report(fitted)
     upload = Upload(config, ranks)
     measures = create_sampler(config.sampler, config.sampler_options).measures
     with as_launched(config, measures=measures):
@@ -105,6 +109,12 @@ def _check(config: TrainConfig, ranks: Ranks, report: Report) -> TrainConfig:
         config = apply_budget(config)
         report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")
     return config
+
+
+def _fit_to_model(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """What a model's configuration tells, before its data are read or its weights; also that there is no model."""
+    shape = load_config(config.model)
+    return (config, None) if shape is None else fit_length(config, shape)
 
 
 def _keep_steps(config: TrainConfig, ranks: Ranks, report: Report) -> TrainConfig:
@@ -155,7 +165,7 @@ def _finetune(config: TrainConfig, ranks: Ranks, progress: Progress | None, repo
         report(f"{train.info.description} {len(train)} train; {held}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, tokenizer = ranks.together(lambda: load_model(config.model, dtype, report))
-    ranks.together(lambda: check_length(config, model.config))
+    ranks.together(lambda: fit_length(config, model.config))  # of a model that was fetched only now
     if config.frozen_weights is not None:
         # Before the Trainer moves it: a device that is too small for the whole model never has it whole.
         freeze_model(model, config.frozen_weights, arguments.device, config.layers)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from layersample.errors import ConfigError, some
 
@@ -51,6 +58,17 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model, load_gguf_tokenizer(file)
+
+
+def load_gguf_config(file: Path) -> PretrainedConfig:
+    """The configuration that the header of a GGUF file holds.
+
+    Raises:
+        ConfigError: If the package that reads them isn't installed.
+    """
+    _need_gguf()
+    config: PretrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    return config
 
 
 def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:

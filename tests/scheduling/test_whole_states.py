@@ -27,7 +27,7 @@ def step(model: nn.Module, optimizer: LBFGS) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
 def scheduled(model: nn.Module, optimizer: Any, **options: Any) -> LayerScheduler:

@@ -246,6 +246,9 @@ def test_a_step_in_backward_doesn_t_take_in_a_loss_that_is_no_number(
         ({"trainer": {"optim": "sgdd"}}, "training options don't go together: .*sgdd"),
         ({"schedule": "zigzag"}, "training options don't go together: .*zigzag"),
         ({"data": "no.jsonl"}, "no file 'no.jsonl'"),
+        # The model is looked at before any data are.
+        ({"data": "no.jsonl", "model": "no/such/model"}, "Unknown model 'no/such/model'"),
+        ({"data": "no.jsonl", "max_length": 129}, "128 positions, but got 129"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(
@@ -254,6 +257,31 @@ def test_bad_input_is_named_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         run(options, **change)
     assert not Path(options["output"]).exists()
+
+
+def test_a_length_that_nobody_gave_is_that_of_the_model(options: dict[str, Any]) -> None:
+    del options["max_length"]  # 256 by default, and the model has 128 positions
+    said: list[str] = []
+    finetune(make_config(("test", {**options, "steps": 1})), report=said.append)
+    assert "Examples have 128 tokens at most (max_length), the model's positions." in said
+    assert yaml.safe_load((Path(options["output"]) / "config.yaml").read_text())["max_length"] == 128
+
+
+@pytest.mark.parametrize("what", ["nothing", "no weights", "a broken GGUF file"])
+def test_a_model_that_is_none_is_told_before_data_are_read(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    model = tmp_path / "model"
+    if what == "no weights":
+        shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    elif what == "a broken GGUF file":
+        pytest.importorskip("gguf")
+        model = tmp_path / "model.gguf"
+        model.write_bytes(b"GGUF" + bytes(64))
+    monkeypatch.setattr("layersample.training.finetune.load_split", lambda *_, **__: pytest.fail("read"))
+    message = {"nothing": "Unknown model", "no weights": "must hold weights", "a broken GGUF file": "loaded"}
+    with pytest.raises(ConfigError, match=message[what]):
+        run(options, model=str(model))
 
 
 def test_one_process_uses_one_gpu(
