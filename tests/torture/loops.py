@@ -17,8 +17,10 @@ from layersample.checkpoints.seal import find_last
 from layersample.config import make_config
 from layersample.training.finetune import finetune
 from tests.helpers import make_batch, make_llama
+from tests.torture.samplers import ADAPTIVE, FIXED, least_period
 
 LOOPS = ("plain", "trainer", "train")
+_OPTIONS = "num_active period state projection granularity inactive frozen_weights switch_warmup".split()
 Result = dict[str, Any]
 
 
@@ -26,11 +28,19 @@ def draw(seed: int, index: int, loops: tuple[str, ...] = LOOPS) -> dict[str, Any
     """A random run; the same for the same numbers."""
     rng = random.Random(f"run {seed} {index}")
     period, projection = rng.randint(1, 4), rng.choice((None, None, "galore", "fira", "apollo"))
+    inactive, frozen_weights = rng.choice(
+        ((None, None), (None, None), ("sgd", None), (None, "int8"), (None, "nf4"))
+    )
+    sampler = rng.choice(list(FIXED if rng.random() < 0.5 else ADAPTIVE))
     return {
         "loop": rng.choices(loops, [{"plain": 6, "trainer": 3, "train": 1}[loop] for loop in loops])[0],
-        "sampler": rng.choice(("lisa", "cyclic", "prior", "full")),
+        "sampler": sampler,
+        "granularity": rng.choice(("layer", "layer", "block", "module", "tensor")),
+        "inactive": inactive or "freeze",
+        "frozen_weights": frozen_weights,
+        "switch_warmup": rng.choice((0, 0, 1, 3)),
         "num_active": rng.randint(1, 4),
-        "period": period,
+        "period": max(period, least_period(sampler)),
         "state": rng.choice(("drop", "keep", "offload")),
         "projection": projection,
         "options": {"rank": 4, "update_gap": rng.randint(1, 3)} if projection else {},
@@ -57,9 +67,12 @@ def run(case: dict[str, Any], folder: Path, shared: Path) -> Result:
 
 
 def _scheduler_options(case: dict[str, Any]) -> dict[str, Any]:
-    options = {key: case[key] for key in ("num_active", "period", "state", "projection")}
-    more = {"weights": "increase"} if case["sampler"] == "prior" else {}
-    return {**options, "projection_options": case["options"] or None, "sampler_options": more, "seed": 1}
+    more = {"projection_options": case["options"] or None, "sampler_options": _sampler_options(case)}
+    return {**{key: case[key] for key in _OPTIONS}, **more, "seed": 1}
+
+
+def _sampler_options(case: dict[str, Any]) -> dict[str, Any]:
+    return {**FIXED, **ADAPTIVE}[case["sampler"]]
 
 
 def _model(case: dict[str, Any]) -> Any:
@@ -80,10 +93,11 @@ def _plain(case: dict[str, Any], folder: Path) -> Result:
     checkpoints = Checkpoints(folder, kept, keep=case["keep"])
     for step in range(checkpoints.load_last(), case["steps"]):
         batch = make_batch(random.randrange(100) + int(torch.randint(100, ())))  # both generators matter
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         schedule.step()
-        scheduler.step()
+        scheduler.step(loss=loss)
         optimizer.zero_grad()
         if (step + 1) % case["save"] == 0:
             checkpoints.save(step + 1)
@@ -120,12 +134,9 @@ def _train(case: dict[str, Any], folder: Path, shared: Path) -> Result:
         "data": str(shared / "sums.jsonl"),
         "output": str(folder),
         "steps": case["steps"],
-        "period": case["period"],
         "sampler": case["sampler"],
-        "sampler_options": {"weights": "increase"} if case["sampler"] == "prior" else {},
-        "num_active": case["num_active"],
-        "state": case["state"],
-        "projection": case["projection"],
+        "sampler_options": _sampler_options(case),
+        **{key: case[key] for key in _OPTIONS},
         "projection_options": case["options"],
         "precision": "bf16" if case["bf16"] else "fp32",
         "eval_size": 2,

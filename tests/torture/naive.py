@@ -58,6 +58,9 @@ class Naive:
     galore: dict[str, Any] | None
     last_norm: float | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    moving: dict[str, float] = field(default_factory=dict)
+    signs: bool = False
 
     def __post_init__(self) -> None:
         for name, weight in self.model.named_parameters():
@@ -76,6 +79,27 @@ class Naive:
             if self.state == "drop":
                 slot.optimizer = slot.stepped = None
 
+    def move(self, names: Collection[str], rule: str, scale: float) -> None:
+        """Have these move by their gradients alone from now on, at a learning rate that is scaled so."""
+        rate = self._learning_rate()
+        self.moving, self.signs = dict.fromkeys(names, rate * -scale), rule == "signsgd"
+
+    def _learning_rate(self) -> float:
+        rate: float = self.optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+        return rate
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        for name, rate in self.moving.items():
+            slot = self.slots[name]
+            assert slot.weight.grad is not None
+            gradient = slot.weight.grad.sign() if self.signs else slot.weight.grad
+            exact = slot.weight if slot.master is None else slot.master
+            exact.add_(gradient.to(exact.dtype), alpha=rate)
+            if slot.master is not None:
+                slot.weight.copy_(slot.master)
+            slot.weight.grad = None
+
     def step(
         self,
         losses: Sequence[Callable[[], Tensor]],
@@ -86,6 +110,7 @@ class Naive:
         self.model.zero_grad()
         for loss in losses:
             loss().backward()  # type: ignore[no-untyped-call]
+            self._move()
         held = {n: s.weight.grad for n, s in self.slots.items() if n in training}
         gradients = {n: g for n, g in held.items() if g is not None}
         self._clip(gradients, clip)
@@ -113,18 +138,22 @@ class Naive:
         gradient = gradient.to(weight.dtype)
         galore = self.galore
         if galore and ".layers." in name and weight.dim() == 2 and min(weight.shape) > galore["rank"]:
-            self._update_low_rank(slot, weight, gradient, galore)
+            self._update_low_rank(name, weight, gradient, galore)
         else:
             if slot.optimizer is None:
                 slot.optimizer = self.optimizer([weight], weight_decay=self.decay)
             weight.grad = gradient
+            self._set_rate(name, slot.optimizer)
             slot.optimizer.step()
             weight.grad = None
         if slot.master is not None:
             slot.weight.copy_(slot.master)
 
-    def _update_low_rank(self, slot: Slot, weight: Tensor, gradient: Tensor, galore: dict[str, Any]) -> None:
-        learning_rate = self.optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
+    def _set_rate(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.param_groups[0]["lr"] = self._learning_rate() * self.factors.get(name, 1.0)
+
+    def _update_low_rank(self, name: str, weight: Tensor, gradient: Tensor, galore: dict[str, Any]) -> None:
+        slot, learning_rate = self.slots[name], self._learning_rate() * self.factors.get(name, 1.0)
         if not self.decoupled:
             gradient = gradient + self.decay * weight
         left = weight.shape[0] < weight.shape[1]  # the shorter side is projected
@@ -147,6 +176,7 @@ class Naive:
         assert slot.stepped is not None
         slot.stepped.zero_()
         slot.stepped.grad = slot.basis.T @ turned
+        self._set_rate(name, slot.optimizer)
         slot.optimizer.step()
         if self.decoupled:
             weight.mul_(1 - learning_rate * self.decay)

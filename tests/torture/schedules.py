@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,20 +16,16 @@ from layersample import Checkpoints, LayerScheduler, Projection, ProjectionConte
 from layersample.registry import create_projection
 from tests.helpers import make_batch, make_llama
 from tests.torture.naive import Naive, signed
+from tests.torture.samplers import ADAPTIVE, FIXED, least_period
 
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "lisa": {},
-    "cyclic": {},
-    "full": {},
-    "prior": {"weights": "increase"},
-    "owlore": {"metric": "hill"},
-}
+SAMPLERS: dict[str, dict[str, Any]] = {**FIXED, "owlore": {"metric": "hill"}, **ADAPTIVE}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2),
     "adam": partial(torch.optim.Adam, lr=1e-2),
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3),
 }
+INACTIVE_SCALE = 0.1
 GROUPS = {"embeddings": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
 
 
@@ -63,11 +59,17 @@ def draw(seed: int, index: int) -> dict[str, Any]:
             None  # the order in which norms are added up shows in the last bit of a bf16 gradient, and grows
         )
     steps = rng.randint(3, 10)
+    sampler, inactive = rng.choice(list(SAMPLERS)), rng.choice(("freeze", "freeze", "sgd", "signsgd"))
+    accumulate = 1 if inactive == "signsgd" else rng.choice((1, 1, 2, 3))
     return {
         "layers": layers,
-        "sampler": rng.choice(list(SAMPLERS)),
+        "granularity": rng.choice(("layer", "layer", "block", "module", "tensor")),
+        "inactive": inactive,
+        "scope": "all" if inactive == "freeze" else rng.choice(("all", "above")),
+        "warmup": rng.choice((0, 0, 1, 3)),
+        "sampler": sampler,
         "num_active": rng.randint(1, layers),
-        "period": rng.randint(1, 4),
+        "period": max(rng.randint(1, 4), least_period(sampler)),
         "seed": rng.randrange(1000),
         "state": rng.choice(("drop", "keep", "offload")),
         "rules": {group: rng.choice(("train", "freeze", "sample")) for group in GROUPS},
@@ -75,7 +77,7 @@ def draw(seed: int, index: int) -> dict[str, Any]:
         "decay": rng.choice((0.0, 0.1)),
         "galore": galore if not masters and rng.random() < 0.5 else None,
         "masters": masters,
-        "accumulate": rng.choice((1, 1, 2, 3)),
+        "accumulate": accumulate,
         "backward": backward,
         "clip": None if clip is None else (clip, rng.choice((0.1, 1.0))),
         "steps": steps,
@@ -111,18 +113,26 @@ class Library:
             state=case["state"],
             projection=SignedGaLore(**case["galore"]) if case["galore"] else None,
             step_in_backward=backward or False,
+            granularity=case["granularity"],
+            inactive=case["inactive"],
+            inactive_lr_scale=INACTIVE_SCALE if case["inactive"] != "freeze" else 5.0,
+            inactive_scope=case["scope"],
+            switch_warmup=case["warmup"],
             **case["rules"],
         )
         kept: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         self.checkpoints = Checkpoints(folder, kept)
 
     def step(self, step: int) -> None:
+        told = torch.zeros(())
         for batch in batches(self.case, step):
-            (self.model(**batch).loss / self.case["accumulate"]).backward()
+            loss = self.model(**batch).loss / self.case["accumulate"]
+            loss.backward()
+            told = told + loss.detach()
         if self.case["clip"] and not self.case["backward"]:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.case["clip"][1])
         self.optimizer.step()
-        self.scheduler.step()
+        self.scheduler.step(loss=told)
         self.optimizer.zero_grad()
 
 
@@ -131,16 +141,53 @@ def build(case: dict[str, Any]) -> Any:
     return make_llama(case["layers"], dtype=torch.bfloat16 if case["masters"] else torch.float64)
 
 
-def training_names(library: Library) -> set[str]:
-    """Which parameters train now, by the rules and the names of the active layers alone."""
-    rules = library.case["rules"]
-    active = {GROUPS.get(name, f"{name}.") for name in library.scheduler.active_layers}
-    names = set()
-    for name, _ in library.model.named_parameters():
-        always = any(name.startswith(part) for group, part in GROUPS.items() if rules[group] == "train")
-        if always or name.startswith(tuple(active)):
-            names.add(name)
-    return names
+@dataclass
+class Now:
+    """What each parameter does in a step, by the rules and the names of what is active.
+
+    Args:
+        training: Parameters that train.
+        moving: Those that move without state.
+        entered: Those that train since this period, and didn't in the one before.
+    """
+
+    training: set[str]
+    moving: set[str]
+    entered: set[str]
+
+
+def names_of(library: Library, active: Collection[int]) -> set[str]:
+    """Parameters of sampled units, by their indices: of whole layers by their names, of parts as they are listed."""
+    found: set[str] = set()
+    for index in active:
+        name = library.scheduler.layers[index]
+        if library.case["granularity"] == "layer" or name in GROUPS:
+            part = GROUPS.get(name, f"{name}.")
+            found |= {other for other, _ in library.model.named_parameters() if other.startswith(part)}
+        else:
+            found |= set(library.scheduler._units.sampled[index].parameters)
+    return found
+
+
+def now(library: Library, before: Collection[int] | None) -> Now:
+    """What each parameter does now.
+
+    Args:
+        library: The library's side.
+        before: Indices that were active in the period before; none in the first.
+    """
+    rules, active = library.case["rules"], library.scheduler.active
+    always = tuple(part for group, part in GROUPS.items() if rules[group] == "train")
+    training = names_of(library, active)
+    training |= {name for name, _ in library.model.named_parameters() if name.startswith(always)}
+    others: Collection[int] = (
+        [] if library.case["inactive"] == "freeze" else range(len(library.scheduler.layers))
+    )
+    if library.case["scope"] == "above":
+        others = [index for index in others if active and index > min(active)]
+    moving = names_of(library, others) - training
+    new = [] if before is None else [index for index in active if index not in before]
+    return Now(training, moving, names_of(library, new))
 
 
 def run(case: dict[str, Any]) -> str | None:
@@ -157,15 +204,21 @@ def run(case: dict[str, Any]) -> str | None:
             masters=case["masters"],
             galore=case["galore"],
         )
+        period, began, before, active = -1, 0, None, None
         for step in range(case["steps"]):
-            training = training_names(library)
-            if step % case["period"] == 0:
-                naive.freeze(training)
+            if library.scheduler.round != period:
+                period, began, before = library.scheduler.round, step, active
+                active = tuple(library.scheduler.active)
+                doing = now(library, before)
+                naive.freeze(doing.training)
+                naive.move(doing.moving, case["inactive"], INACTIVE_SCALE)
+            warm = min(1.0, (step - began + 1) / case["warmup"]) if case["warmup"] else 1.0
+            naive.factors = dict.fromkeys(doing.entered, warm)
             losses = [
                 partial(lambda batch: model(**batch).loss / case["accumulate"], batch)
                 for batch in batches(case, step)
             ]
-            naive.step(losses, training, case["clip"])
+            naive.step(losses, doing.training, case["clip"])
             library.step(step)
             if step + 1 == case["resumed_at"]:
                 library.checkpoints.save(step + 1)

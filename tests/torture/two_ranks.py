@@ -23,6 +23,7 @@ from tests.helpers import make_llama
 from tests.parallel.ranks import NUM_LAYERS, own_rows, train
 
 _STEPS, _SECONDS = 6, 240
+_OPTIONS = "num_active period seed state embeddings granularity switch_warmup".split()
 
 
 def draw(seed: int, index: int) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def draw(seed: int, index: int) -> dict[str, Any]:
     galore = {"rank": 4, "basis": "svd", "update_gap": rng.randint(1, 3)}
     return {
         "engine": rng.choice(("ddp", "fsdp", "fsdp")),
-        "sampler": rng.choice(("lisa", "cyclic", "full")),
+        "sampler": rng.choice(("lisa", "cyclic", "full", "misa", "grass")),
+        "granularity": rng.choice(("layer", "layer", "block", "tensor")),
+        "switch_warmup": rng.choice((0, 0, 2)),
         "num_active": rng.randint(1, 3),
         "period": rng.randint(1, 3),
         "seed": rng.randrange(100),
@@ -74,7 +77,7 @@ def _projection(case: dict[str, Any]) -> Projection | None:
 
 
 def _schedule(case: dict[str, Any], model: Any, optimizer: Any, **more: Any) -> LayerScheduler:
-    options = {key: case[key] for key in ("num_active", "period", "seed", "state", "embeddings")}
+    options = {key: case[key] for key in _OPTIONS}
     return LayerScheduler(
         model, optimizer, case["sampler"], projection=_projection(case), check=True, **options, **more
     )
