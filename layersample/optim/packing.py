@@ -1,7 +1,8 @@
 """An optimizer's checkpoint: state keeps its type and place, and what an older version wrote is read as well.
 
 torch casts a parameter's state to its type in loading, but leaves alone what is under other keys. So the state of
-16-bit parameters that is wider than they are is moved to a key of ours, by the parameters' numbers.
+16-bit parameters that is wider than they are is moved to a key of ours, by the parameters' numbers. Beside it are the
+weights with which a period began, where a sampler wants to know how far they move in it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from layersample.projection.low_rank import OLD_PREFIX, PREFIX
 from layersample.unwrapping import is_dtensor, unwrap_optimizer
 
 PACKED = "layersample"
+_STEP, _BEGUN = "step", "begun"  # what is under it besides the parameters' numbers
+# What checkpoints that were loaded hold of the weights with which their period began, until somebody takes it.
+_begun: WeakKeyDictionary[Optimizer, dict[int, Tensor]] = WeakKeyDictionary()
 _OLD_BASIS = f"{OLD_PREFIX}basis"
 
 
@@ -48,13 +53,38 @@ def pack(
         # Some of torch's optimizers look in loading for a step in the first state there is.
         state_dict["state"] = {
             **states,
-            PACKED: {"step": torch.tensor(0.0), **states.get(PACKED, {}), **packed},
+            PACKED: {_STEP: torch.tensor(0.0), **states.get(PACKED, {}), **packed},
         }
+
+
+def add_begun(state_dict: dict[str, Any], weights: Mapping[int, Tensor]) -> None:
+    """Put the weights with which a period began into an optimizer's checkpoint.
+
+    Args:
+        state_dict: The checkpoint, which is changed.
+        weights: Exact values in CPU memory, by the parameters' numbers.
+    """
+    if weights:
+        state = state_dict["state"]
+        held = {_STEP: torch.tensor(0.0), **state.get(PACKED, {}), _BEGUN: dict(weights)}
+        state_dict["state"] = {**state, PACKED: held}
+
+
+def take_begun(optimizer: Optimizer) -> dict[int, Tensor]:
+    """What the loaded checkpoint holds of the weights with which its period began; a second time nothing."""
+    return _begun.pop(optimizer, {})
+
+
+def forget_begun(optimizer: Optimizer) -> None:
+    """Another checkpoint is loaded: what an earlier one held isn't of it."""
+    _begun.pop(optimizer, None)
 
 
 def unpack(optimizer: Optimizer) -> None:
     """Move it back, by the parameter's number, under the names of this version."""
-    packed: dict[Any, dict[str, Any]] = optimizer.state.pop(PACKED, {})  # type: ignore[call-overload]
+    packed: dict[Any, dict[Any, Any]] = optimizer.state.pop(PACKED, {})  # type: ignore[call-overload]
+    if _BEGUN in packed:
+        _begun[optimizer] = packed[_BEGUN]
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
     for index, parameter in enumerate(parameters_of(optimizer)):
         if index in packed:
@@ -77,7 +107,10 @@ def unpacked(optimizer: Optimizer) -> Iterator[None]:
     def move_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         states = dict(state_dict["state"])
         packed = states.pop(PACKED, {})
-        state_dict["state"] = {**{key: value for key, value in packed.items() if key != "step"}, **states}
+        state_dict["state"] = {
+            **{key: value for key, value in packed.items() if key not in (_STEP, _BEGUN)},
+            **states,
+        }
 
     # It runs after that of a view.
     handle = unwrap_optimizer(optimizer).register_state_dict_post_hook(move_back)

@@ -23,7 +23,7 @@ from layersample.optim.by_identity import PLACEHOLDER, IdentityRecords, knows_pl
 from layersample.optim.host_copies import wait_for_copies
 from layersample.optim.masters import AT_REST, MASTER, REMAINDER, combine, follow, split
 from layersample.optim.own_state import end_plain, fits, fresh_state, is_ours, makes_state_when_made, widened
-from layersample.optim.packing import pack, parameters_of, unpack
+from layersample.optim.packing import forget_begun, pack, parameters_of, unpack
 from layersample.optim.slices import SlicedState, find_slices
 from layersample.optim.support import check_state
 from layersample.optim.viewed import VIEWED, check_unviewed
@@ -356,6 +356,7 @@ class OptimizerView:
 
     def _loaded(self, optimizer: Optimizer) -> None:
         self._versions.clear()
+        forget_begun(optimizer)
         unpack(optimizer)
 
 

@@ -56,11 +56,11 @@ class LayerHistory:
             self._last_active[index] = period
             self.changed.add(index)
 
-    def record_changes(self, norms: Mapping[int, float]) -> None:
-        """Note how far weights moved in a period, by layer; what isn't a number counts for nothing."""
+    def record_changes(self, norms: Mapping[int, float | None]) -> None:
+        """Note how far weights moved in a period, by layer: ``None`` isn't known; NaN counts for nothing."""
         if self._changes is not None:
             for index, norm in norms.items():
-                self._changes[index] = norm if isfinite(norm) else self._changes[index]
+                self._changes[index] = norm if norm is None or isfinite(norm) else self._changes[index]
 
     def statistics(self, period: int) -> LayerStatistics:
         """What a sampler may know of it in a period."""

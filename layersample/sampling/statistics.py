@@ -105,9 +105,10 @@ class LayerStatistics:
 
     @property
     def weight_change(self) -> Norms:
-        """Frobenius norm of what each layer's weights moved by in the last whole period in which it trained.
+        """Frobenius norm of what each layer's weights moved by in the last period in which it trained.
 
-        A period in which a run was resumed from a checkpoint leaves it alone: its beginning isn't known.
+        ``None`` where it hasn't yet, or where that period's beginning isn't known any more: sharded by FSDP2, of a
+        period in which the run was resumed. Otherwise the optimizer's checkpoint holds it.
         """
         if self.changes is None:
             raise _not_collected(WEIGHTS)

@@ -87,7 +87,7 @@ class Resumes(SetsLearningRates):
             self._switch.stepper.load_state_dict(state["backward"])
         self._switch.apply(self._active, self._round, self.sampler.full_rank(self._context()))
         if self._switch.changes is not None and self._steps != self._began:
-            self._switch.changes.forget()
+            self._switch.changes.resume(self.layers)
         self._switch.whole_states.resumed(changed=bool(changed))
         self._switch.place_state()
         self._state_is_placed = True

@@ -166,7 +166,10 @@ class Switch:
             if GRADIENTS in collects:
                 self.norms = GradientNorms(optimizers, engine, in_backward=stepping is not None)
                 made.callback(self.norms.close)
-            self.changes = WeightChanges(optimizers, engine) if WEIGHTS in collects else None
+            self.changes: WeightChanges | None = None
+            if WEIGHTS in collects:
+                self.changes = WeightChanges(optimizers, engine)
+                made.callback(self.changes.close)
             self._watch = GradientWatch(optimizers)
             made.callback(self._watch.close)
             self.check_order = self._watch.check_order  # of a loop's steps

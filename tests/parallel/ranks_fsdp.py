@@ -103,6 +103,25 @@ def check_statistics_are_those_of_one_process(folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="learns from gradients needs FSDP2"):
         LayerScheduler(wrapped, adamw(wrapped), Keeps())
+    model = sharded()
+    with pytest.raises(ConfigError, match="what a projection leaves out needs whole gradients"):
+        LayerScheduler(model, adamw(model), "gum", num_active=1, projection="galore")
+
+
+def check_changes_of_shards_are_not_known_in_a_period_that_is_resumed(folder: Path) -> None:
+    options: dict[str, Any] = {"num_active": 2, "period": 2}
+    model = sharded()
+    optimizer = adamw(model)
+    scheduler = LayerScheduler(model, optimizer, Keeps(), **options)
+    train(model, optimizer, scheduler, range(3), part=own_rows())
+    state = scheduler.state_dict()
+    assert None not in scheduler.statistics.weight_change[:2]
+    assert all(isinstance(key, int) for key in optimizer.state_dict()["state"]), "weights of shards are in it"
+    scheduler.close()
+    scheduler = LayerScheduler(model, optimizer, Keeps(), **options, state_dict=state)
+    train(model, optimizer, scheduler, range(3, 4), part=own_rows())
+    changes = scheduler.statistics.weight_change
+    assert None not in changes[:2] and changes[2:4] == (None, None)
 
 
 def check_exact(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from dataclasses import replace
@@ -299,9 +300,8 @@ def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
     state = json.loads(json.dumps(first[2].state_dict()))
     second = start(state)
     train(second, range(4, 8))
-    # The weights with which the period began that it was resumed in aren't known any more.
     assert whole[2].statistics.weight_change == (0.0, 0.0, None), "the learning rate is 0"
-    assert second[2].statistics.weight_change == (0.0, None, None)
+    assert second[2].statistics.weight_change == (0.0, None, None), "the optimizer wasn't loaded"
     assert replace(second[2].statistics, changes=whole[2].statistics.changes) == whole[2].statistics
     assert isinstance(second[2].sampler, Watching) and isinstance(whole[2].sampler, Watching)
     told = [statistics.gradients for statistics, _ in second[2].sampler.told]
@@ -310,6 +310,51 @@ def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
     for key in ("gradients", "losses", "changes", "began"):
         del state[key]
     assert start(state)[2].steps == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loads_late", [False, True], ids=["made-with-state", "loaded-later"])
+def test_changes_of_weights_are_the_same_in_a_run_that_is_resumed_within_a_period(
+    dtype: torch.dtype, loads_late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(steps: range, saved: dict[str, Any] | None = None) -> tuple[Any, bytes]:
+        model = make_llama(LAYERS, dtype=dtype)
+        groups = [{"params": [p]} for p in model.parameters()]  # numbered as checkpoints number them
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        options: dict[str, Any] = {"num_active": 1, "period": 3}
+        if saved is not None and not loads_late:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            options["state_dict"] = saved["scheduler"]
+        scheduler = LayerScheduler(model, optimizer, Watching(), **options)
+        if saved is not None and loads_late:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+        for step in steps:
+            loss = model(**make_batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss=loss)
+            optimizer.zero_grad()
+        file = io.BytesIO()
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        return scheduler.statistics, file.getvalue()
+
+    whole, _ = train(range(9))
+    _, saved = train(range(4))
+    _, again = train(
+        range(4, 5), torch.load(io.BytesIO(saved), weights_only=True)
+    )  # a checkpoint of a run that was resumed in the same period
+    found, _ = train(range(5, 9), torch.load(io.BytesIO(again), weights_only=True))
+    assert found == whole and all(change for change in whole.weight_change)
+    assert not caplog.records
+    state = torch.load(io.BytesIO(saved), weights_only=True)
+    del state["optimizer"]["state"]["layersample"]["begun"]
+    lacking, _ = train(range(4, 9), state)
+    assert lacking.weight_change == (whole.weight_change[0], None, whole.weight_change[2])
+    assert "weight_change of model.layers.1 is None for the period" in caplog.text
 
 
 def test_what_is_not_collected_or_unknown_is_said() -> None:
