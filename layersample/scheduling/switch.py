@@ -7,7 +7,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -166,10 +166,8 @@ class Switch:
             if GRADIENTS in collects:
                 self.norms = GradientNorms(optimizers, engine, in_backward=stepping is not None)
                 made.callback(self.norms.close)
-            self.changes: WeightChanges | None = None
-            if WEIGHTS in collects:
-                self.changes = WeightChanges(optimizers, engine)
-                made.callback(self.changes.close)
+            watched = closing(WeightChanges(optimizers, engine)) if WEIGHTS in collects else nullcontext()
+            self.changes = made.enter_context(watched)
             self._watch = GradientWatch(optimizers)
             made.callback(self._watch.close)
             self.check_order = self._watch.check_order  # of a loop's steps
