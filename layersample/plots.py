@@ -77,7 +77,7 @@ def plot_loss(
         _save(figure, path)
 
 
-def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str, *, unit: str = "layer") -> None:
     """Draw what was measured on each layer, and the probability each sampler gives it.
 
     Args:
@@ -85,6 +85,7 @@ def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> N
         rows: Of ``Profile.to_rows``, one a layer. A series without any value is left out, and a panel without
             any series too; the sizes of the layers are drawn where nothing else is left.
         title: Above the picture.
+        unit: What a row is of.
     """
     samplers = [key for key in rows[0] if key.startswith("probability:")]
     panels = [
@@ -111,7 +112,7 @@ def plot_profile(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> N
             if len(keys) > 1 or name == "probability":
                 axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.97), ncols=4, fontsize=9)
         all_axes[-1].set_ylim(bottom=0)
-        all_axes[-1].set_xlabel("layer")
+        all_axes[-1].set_xlabel(unit)
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels()
         figure.suptitle(title, fontsize=12)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from layersample.choices import Granularity
 from layersample.cli.consoles import console
 from layersample.cli.display import plain
 from layersample.cli.quiet import quiet_libraries
@@ -23,6 +24,9 @@ def profile_command(
         list[str] | None, typer.Option(help="NAME or NAME:key=value,key=value; may be repeated.")
     ] = None,
     num_active: Annotated[int, typer.Option(min=1, max=10**9, help="Layers that train at a time (γ).")] = 2,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What is measured and sampled as one: whole layers, or parts of them.")
+    ] = "layer",
     data: Annotated[
         str | None, typer.Option(help="Calibration data, as train takes it; needed for outliers.")
     ] = None,
@@ -79,6 +83,7 @@ def profile_command(
             loaded,
             samplers=chosen,
             num_active=num_active,
+            granularity=granularity,
             batches=calibration,
             threshold=threshold,
             adapter=adapter,

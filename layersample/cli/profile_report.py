@@ -59,9 +59,9 @@ def print_profile(console: Console, profile: Profile) -> None:
     rows = profile.to_rows()
     prefix = _common_prefix([row["layer"] for row in rows])
     if prefix:  # said once, so that the table fits a terminal of 80 columns
-        console.print(f"Layers: {plain(prefix)}*\n", highlight=False)
+        console.print(f"{profile.granularity.title()}s: {plain(prefix)}*\n", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", no_wrap=True)
+    table.add_column(profile.granularity, no_wrap=True)
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     for title in ("size", *(title for _, title, _ in columns)):
         table.add_column(title, justify="right", no_wrap=True)
@@ -85,13 +85,14 @@ def print_profile(console: Console, profile: Profile) -> None:
         console.print(f"({number}) {plain(sampler)}", highlight=False)
     if profile.samplers:
         console.print(
-            "For each sampler, in percent: the layer's probability, and its chance to be among the "
+            f"For each sampler, in percent: the {profile.granularity}'s probability, and its chance to be among the "
             f"{profile.num_active} that train.",
             highlight=False,
         )
     if any(row["outlier_percent"] is not None for row in rows):
         console.print(
-            f"Outliers: weights above {profile.threshold:g} times the layer's mean.", highlight=False
+            f"Outliers: weights above {profile.threshold:g} times the {profile.granularity}'s mean.",
+            highlight=False,
         )
     for note in profile.notes:
         console.print(f"[yellow]Note:[/] {plain(note)}", highlight=False)
@@ -115,6 +116,7 @@ def write_profile(folder: Path, profile: Profile, model: str) -> list[str]:
     content = {
         "model": model,
         "num_active": profile.num_active,
+        "granularity": profile.granularity,
         "threshold": profile.threshold,
         "samplers": list(profile.samplers),
         "layers": rows,
@@ -128,7 +130,9 @@ def write_profile(folder: Path, profile: Profile, model: str) -> list[str]:
     try:
         write_json(folder / "profile.json", content)
         write_text(folder / "profile.csv", table.getvalue())
-        plot_profile(folder / "profile.png", rows, f"{Path(model).name}: {len(rows)} layers")
+        unit = profile.granularity
+        title = f"{Path(model).name}: {len(rows)} {unit}s"
+        plot_profile(folder / "profile.png", rows, title, unit=unit)
     except OSError as error:
         raise ConfigError(f"The output folder must be writable, but: {error}.") from error
     return ["profile.json", "profile.csv", "profile.png"]

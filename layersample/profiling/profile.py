@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from layersample.choices import Granularity
 from layersample.errors import ConfigError, some
 from layersample.layers.costs import layer_costs
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.rules import Units
 from layersample.layers.unchanged import unchanged
-from layersample.metrics import layer_metrics, lora_norms, outlier_ratios
+from layersample.layers.units import split_layers
+from layersample.metrics import layer_metrics, lora_norms, outlier_ratios, weight_matrices
 from layersample.metrics.model import estimate_seconds
 from layersample.registry import create_sampler
 from layersample.sampling.calibration import Batches
@@ -36,10 +38,10 @@ _THRESHOLD = 5.0  # M of the outliers, where no sampler counts them
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What was measured on one layer; ``None`` where there is no value, for a reason in the notes.
+    """What was measured on one layer, or part of one; ``None`` where there is no value, for a reason in the notes.
 
     Args:
-        name: Path of the layer in the model.
+        name: Its path in the model.
         num_parameters: Its parameters, a tied weight once.
         alpha: Mean power-law exponent α of its matrices.
         hill: Mean PL_Alpha_Hill of its matrices.
@@ -73,6 +75,7 @@ class Profile:
         num_active: Layers that train at a time.
         threshold: M of the outliers.
         notes: Why values are missing, and what a sampler warned of.
+        granularity: What :attr:`layers` are: whole layers, or parts of them.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -80,6 +83,7 @@ class Profile:
     num_active: int
     threshold: float
     notes: tuple[str, ...]
+    granularity: Granularity = "layer"
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One flat row a layer, of JSON types, with the same keys in all of them.
@@ -108,6 +112,7 @@ def profile(
     *,
     samplers: Sequence[SamplerChoice] = (),
     num_active: int = 2,
+    granularity: Granularity = "layer",
     batches: Batches | None = None,
     threshold: float | None = None,
     adapter: str | Path | nn.Module | None = None,
@@ -124,6 +129,8 @@ def profile(
         samplers: Names of samplers, or pairs of a name and its options. They see the model as at the start
             of a run, with seed 0.
         num_active: Layers that train at a time (γ), between 1 and the number of layers.
+        granularity: What is measured and sampled as one, as :class:`layersample.LayerScheduler` has it: ``"layer"``,
+            ``"block"``, ``"module"`` or ``"tensor"``. All that is said of layers then holds for these.
         batches: Calibration batches, for outliers and for samplers that measure with data: mappings of the
             model's arguments, in an iterable that can be read more than once, or a function that gives one.
         threshold: M of the outliers, above 0; by default that of the first of the samplers that counts them, or 5.
@@ -142,11 +149,16 @@ def profile(
         LISA, arXiv 2403.17919 (LoRA norms).
     """
     model = unwrap(model)
+    if granularity not in get_args(Granularity):
+        raise ConfigError(
+            f"granularity must be one of {', '.join(get_args(Granularity))}, but got {granularity!r}."
+        )
     found = find_layers(model, layers)
+    found = replace(found, layers=split_layers(model, found, granularity))
     count = len(found.layers)
     if not 1 <= num_active <= count:
         raise ConfigError(
-            f"num_active must be between 1 and the {count} layers, but got num_active={num_active}."
+            f"num_active must be between 1 and the {count} {granularity}s, but got num_active={num_active}."
         )
     if threshold is not None and not (math.isfinite(threshold) and threshold > 0):
         raise ConfigError(f"threshold must be finite and above 0, but got {threshold}.")
@@ -185,7 +197,7 @@ def profile(
         )
         for index, layer in enumerate(found.layers)
     )
-    return Profile(profiles, tuple(made), num_active, threshold, tuple(dict.fromkeys(notes)))
+    return Profile(profiles, tuple(made), num_active, threshold, tuple(dict.fromkeys(notes)), granularity)
 
 
 def _create_all(choices: Sequence[SamplerChoice]) -> dict[str, LayerSampler]:
@@ -258,6 +270,10 @@ def _outliers(
         notes.append("No outliers: they need calibration data, and none was given.")
         return {}
     given = batches() if callable(batches) else batches
+    owners = {matrix.layer for matrix in weight_matrices(model, layers)}
+    if without := [layer.name for layer in layers.layers if owners and layer.name not in owners]:
+        notes.append(f"No outliers of {some(without)}: there is no weight matrix in it.")
+        layers = replace(layers, layers=tuple(layer for layer in layers.layers if layer.name in owners))
     try:
         ratios = outlier_ratios(model, _counted(given, report), layers, (threshold,))
     except Exception as error:  # whatever the model's forward says to these batches

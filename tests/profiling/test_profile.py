@@ -243,6 +243,51 @@ def test_what_a_sampler_measured_is_shown() -> None:
     assert "score" in text and f"{scores[0]:.3g}" in text
 
 
+@pytest.mark.parametrize(("granularity", "count"), [("block", 8), ("module", 28), ("tensor", 36)])
+def test_parts_of_layers_are_measured_and_sampled_as_a_run_has_them(
+    granularity: Any, count: int, tmp_path: Path
+) -> None:
+    model = make_llama()
+    samplers: list[Any] = ["lisa", ("owlore", {"metric": "hill"}), ("spectrum", {"choose": "top"})]
+    found = profile(
+        model, samplers=samplers, granularity=granularity, num_active=3, batches=[make_batch()], cache=False
+    )
+    scheduler = LayerScheduler(
+        model, torch.optim.SGD(model.parameters()), "lisa", granularity=granularity, num_active=3
+    )
+    rows = found.to_rows()
+    assert tuple(row["layer"] for row in rows) == scheduler.layers and len(rows) == count
+    assert [row["inclusion:lisa"] for row in rows] == pytest.approx(scheduler.inclusion_probabilities)
+    scheduler.close()
+    sizes = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+    assert sum(row["parameters"] for row in rows) == sizes
+    matrices = {
+        m.name: m.values["hill"] for m in layer_metrics(model, metrics=("hill",), cache=False).matrices
+    }
+    own = {row["layer"]: [v for n, v in matrices.items() if n.startswith(row["layer"])] for row in rows}
+    for row in rows:
+        values = own[row["layer"]]
+        if granularity != "block":  # a block is named by a part of it
+            assert row["hill"] == (pytest.approx(values[0]) if values else None)
+        assert (row["outlier_percent"] is None) == (row["hill"] is None)
+    taken = [row["inclusion:spectrum:choose=top"] for row in rows]
+    assert sum(taken) == 3 and set(taken) == {0.0, 1.0}
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_profile(console, found)
+    text = console.export_text()
+    assert f"{granularity.title()}s: model.layers.*" in text and f"the {granularity}'s probability" in text
+    write_profile(tmp_path, found, "tiny")
+    assert json.loads((tmp_path / "profile.json").read_text())["granularity"] == granularity
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match=f"between 1 and the {count} {granularity}s"):
+        profile(model, granularity=granularity, num_active=count + 1)
+
+
+def test_a_granularity_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="granularity must be one of layer, block, module, tensor"):
+        profile(make_llama(), granularity="matrix")  # type: ignore[arg-type]
+
+
 def test_batches_that_the_model_can_t_run_are_noted() -> None:
     found = profile(make_llama(), batches=[{"pixel_values": torch.zeros(1)}], cache=False)
     assert found.layers[0].outlier_percent is None and found.notes[0].startswith("No outliers: ")
