@@ -57,6 +57,8 @@ def main() -> None:
     logging.getLogger("layersample.progress").setLevel(
         "INFO"
     )  # what a measurement reads and how long it takes
+    # At its import it warns of a faster product that isn't installed, in runs too that hold nothing in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel("ERROR")
     try:
         app()
     except ConfigError as error:

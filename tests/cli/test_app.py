@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_main_prints_one_message_and_exits_with_2(
         cli.main()
     assert exit.value.code == 2
     assert "Error: Unknown sampler or projection 'liza'" in capsys.readouterr().err
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(
