@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layersample import ConfigError, LayerScheduler, StepInBackward
+from layersample import ConfigError, LayerScheduler, StepInBackward, find_layers
+from layersample.choices import Granularity, Inactive, InactiveScope
+from layersample.layers.units import split_layers
 from layersample.optim.inactive import moving_units
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext
 from layersample.versions import checkpoint_activations
@@ -68,14 +70,22 @@ def train(
     return model, optimizer, scheduler
 
 
-def train_naively(rule: str, scope: str, *, passes: int = 1, scale: float = 5.0) -> nn.Module:
+def train_naively(
+    rule: str,
+    scope: str,
+    *,
+    passes: int = 1,
+    scale: float = 5.0,
+    unit_of: Callable[[str], int | None] = layer_of,
+    sets: Sequence[tuple[int, ...]] = SETS,
+) -> nn.Module:
     """The same by hooks that know all: everything requires a gradient, and nothing is left out of the backward."""
     model = make_llama(4, dtype=torch.float64)
     optimizer = make_optimizer(model)
     now: dict[str, Any] = {"active": (), "step": 0}
 
     def hook(name: str, parameter: Tensor) -> None:
-        layer, active = layer_of(name), now["active"]
+        layer, active = unit_of(name), now["active"]
         if layer is None or layer in active:
             return
         assert parameter.grad is not None
@@ -87,9 +97,9 @@ def train_naively(rule: str, scope: str, *, passes: int = 1, scale: float = 5.0)
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(partial(hook, name))  # type: ignore[no-untyped-call]
     for step in range(STEPS):
-        now["step"], now["active"] = step, SETS[step // PERIOD % len(SETS)]
+        now["step"], now["active"] = step, sets[step // PERIOD % len(sets)]
         for name, parameter in model.named_parameters():
-            if layer_of(name) is not None and layer_of(name) not in now["active"]:
+            if unit_of(name) is not None and unit_of(name) not in now["active"]:
                 optimizer.state.pop(parameter, None)
         for group, rate in zip(optimizer.param_groups, LRS, strict=True):
             group["lr"] = rate / (1 + step)
@@ -114,6 +124,33 @@ def test_it_equals_a_loop_with_plain_hooks(rule: str, scope: str) -> None:
     frozen, _, _ = train()
     moved = model.get_parameter("model.layers.3.mlp.up_proj.weight")
     assert not torch.equal(moved, frozen.get_parameter("model.layers.3.mlp.up_proj.weight"))
+
+
+@pytest.mark.parametrize("scope", ["all", "above"])
+@pytest.mark.parametrize("rule", ["sgd", "signsgd"])
+@pytest.mark.parametrize(
+    ("granularity", "count", "sets"),
+    [
+        ("block", 8, ((3,), (2, 5), (0,))),
+        ("module", 28, ((10,), (4, 15), (1, 2))),
+        ("tensor", 36, ((20,), (3, 8), (0,))),
+    ],
+)
+def test_parts_of_layers_equal_a_loop_with_plain_hooks(
+    granularity: Granularity,
+    count: int,
+    sets: tuple[tuple[int, ...], ...],
+    rule: Inactive,
+    scope: InactiveScope,
+) -> None:
+    model, _, scheduler = train(
+        sampler=Given(*sets), granularity=granularity, inactive=rule, inactive_scope=scope
+    )
+    assert len(scheduler.layers) == count
+    plain = make_llama(4)
+    units = split_layers(plain, find_layers(plain), granularity)
+    places = {name: index for index, unit in enumerate(units) for name in unit.parameters}
+    assert_close(model, train_naively(rule, scope, unit_of=places.get, sets=sets))
 
 
 def test_its_learning_rate_is_relative() -> None:
