@@ -1,10 +1,12 @@
-"""Warnings that are said once about one object, however often what they are about is looked at."""
+"""Warnings that are said once about one object, and one of another library's that would mislead."""
 
 from __future__ import annotations
 
 import logging
 from weakref import WeakKeyDictionary
 
+# Where bitsandbytes warns that a faster product in 4 bits, of the package kernels, isn't there for this CPU.
+_BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 _SAID: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
@@ -22,3 +24,16 @@ def warn_once(logger: logging.Logger, about: object, message: str, *args: object
     if text not in said:
         said.add(text)
         logger.warning(message, *args)
+
+
+def hide_missing_kernel() -> None:
+    """Don't let bitsandbytes warn of a CPU kernel that isn't installed, whenever it is imported after this.
+
+    peft imports it wherever it is installed, and transformers imports peft for any training, so the warning would
+    stand over every run. The kernel is one for inference in 4 bits; nothing of ours calls it.
+    """
+    logging.getLogger(_BITSANDBYTES).addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")

@@ -43,6 +43,9 @@ def main() -> None:
 
 def warm_up() -> None:
     """Import what every run needs, so that none has other code than the one before; no device may be chosen here."""
+    from layersample.notices import hide_missing_kernel
+
+    hide_missing_kernel()
     import datasets
     import peft  # noqa: F401
     import trl  # noqa: F401

@@ -28,6 +28,7 @@ from layersample.cli.profile_command import profile_command
 from layersample.cli.train_command import OWN_OPTIONS as TRAIN_OPTIONS
 from layersample.cli.train_command import train
 from layersample.errors import ConfigError, SharedError
+from layersample.notices import hide_missing_kernel
 from layersample.options import Role
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
@@ -57,8 +58,7 @@ def main() -> None:
     logging.getLogger("layersample.progress").setLevel(
         "INFO"
     )  # what a measurement reads and how long it takes
-    # At its import it warns of a faster product that isn't installed, in runs too that hold nothing in 4 bits.
-    logging.getLogger("bitsandbytes").setLevel("ERROR")
+    hide_missing_kernel()
     try:
         app()
     except ConfigError as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layersample.errors import ConfigError
+from layersample.notices import hide_missing_kernel
 from layersample.registry import Registry
 from layersample.unwrapping import is_fake
 
@@ -164,15 +165,10 @@ def _by_kernel(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _bitsandbytes() -> ModuleType:
-    """The package, whose import registers its kernels; without its warning of a kernel that isn't used here."""
-    import logging
+    """The package, whose import registers its kernels; without a warning that would mislead."""
+    hide_missing_kernel()
+    import bitsandbytes
 
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before, logger.disabled = logger.disabled, True
-    try:
-        import bitsandbytes
-    finally:
-        logger.disabled = before
     module: ModuleType = bitsandbytes
     return module
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from layersample.choices import ClipBy
 from layersample.errors import ConfigError
 from layersample.optim.by_identity import PLACEHOLDER, knows_places
+from layersample.optim.norms import norm_of
 from layersample.optim.one_at_a_time import check_one_at_a_time, clips_itself, refuse_scaler
 from layersample.optim.optimizers import Optimizers
 from layersample.option_files import Options, make_options
@@ -234,12 +235,11 @@ class BackwardStepper:
     def _clip(self, parameter: Tensor) -> None:
         gradient, limit = parameter.grad, self._options.max_norm
         assert gradient is not None
-        # Of 16 bits in fp32; of fp64 as it is, which torch doesn't narrow.
-        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         values = whole = gradient
         if gradient.is_sparse:  # of an embedding: rows that occur twice add up, in the norm as in the step
+            wide = torch.promote_types(gradient.dtype, torch.float32)
             values, whole = gradient._values(), gradient.to(wide).coalesce().values()
-        norm = torch.linalg.vector_norm(whole, dtype=wide)
+        norm = norm_of(whole)
         self._squares.append(norm.square())
         if limit is None:
             return

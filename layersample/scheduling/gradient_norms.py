@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from layersample.optim.norms import norm_of
 from layersample.optim.optimizers import Optimizers
 from layersample.parallel.base import Engine
 from layersample.sampling.statistics import GradientRecord
@@ -145,9 +146,7 @@ class GradientNorms:
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         # Of accumulated batches the last one's is left: then the gradient is whole.
-        self._squares[parameter] = torch.linalg.vector_norm(
-            parameter.grad, dtype=_wide([parameter.grad])
-        ).square()
+        self._squares[parameter] = norm_of(parameter.grad).square()
 
     def _end_backward(self) -> None:
         own = {i: [self._squares[p] for p in ps if p in self._squares] for i, ps in self._active.items()}

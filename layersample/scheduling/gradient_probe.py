@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layersample.errors import ConfigError
 from layersample.layers.unchanged import unchanged
+from layersample.optim.norms import norm_of
 from layersample.sampling.pace import PROGRESS, Say, paced
 
 
@@ -102,7 +103,6 @@ def _run_turn(
 def _take(into: dict[int, Tensor], index: int, parameter: Tensor) -> None:
     assert parameter.grad is not None
     gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    square = torch.linalg.vector_norm(gradient, dtype=wide).square()
+    square = norm_of(gradient).square()
     into[index] = into[index] + square.to(into[index].device) if index in into else square
     parameter.grad = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from layersample.errors import ConfigError
 from layersample.frozen.formats import FORMATS, NF4, FrozenFormat, by_table, list_formats, register_format
+from layersample.notices import hide_missing_kernel
 
 SHAPES = ((48, 64), (7, 13), (1, 1), (130, 300))
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -102,6 +104,16 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: Any) -> None:
     with pytest.raises(ConfigError, match=r'pip install "layersample\[quantized\]"'):
         NF4().check()
     FORMATS.create("int8").check()
+
+
+def test_a_kernel_that_nothing_calls_is_not_missed(caplog: Any) -> None:
+    hide_missing_kernel()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning(
+        "Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'"
+    )
+    logger.warning("Something else that is amiss.")
+    assert caplog.messages == ["Something else that is amiss."]
 
 
 def test_a_format_of_ones_own(monkeypatch: Any) -> None:
