@@ -36,7 +36,22 @@ def loading(name: str, instead: str = "Choose another folder or hub id.") -> Ite
     except (
         Exception
     ) as error:  # OSError, KeyError, SafetensorError, ImportError, …: as the model's kind has it
+        method = quantized_by(Path(name))
+        if method is not None:
+            instead = (
+                f"It came quantized ({method}), so that its matrices can't train: load the original model."
+            )
         raise ConfigError(f"The model {name!r} could not be loaded: {reason(error)} {instead}") from error
+
+
+def quantized_by(folder: Path) -> str | None:
+    """How a model in a folder was quantized, as its configuration says; None where it wasn't, or is no folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    given = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(given.get("quant_method")) if isinstance(given, dict) else None
 
 
 def reason(error: Exception, limit: int = 300) -> str:

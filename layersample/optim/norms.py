@@ -24,7 +24,13 @@ def norm_of(gradient: Tensor) -> Tensor:
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)
     in_blocks = gradient.device.type == "cpu" and wide != gradient.dtype and gradient.numel() > _BLOCK
-    if not in_blocks or gradient.is_sparse or is_dtensor(gradient) or not gradient.is_contiguous():
-        return torch.linalg.vector_norm(gradient, dtype=wide)
-    parts = [torch.linalg.vector_norm(block, dtype=wide) for block in gradient.view(-1).split(_BLOCK)]
-    return torch.linalg.vector_norm(torch.stack(parts))
+    whole = gradient.is_sparse or is_dtensor(gradient) or not gradient.is_contiguous()
+    norm: Tensor
+    if whole or not in_blocks:
+        norm = torch.linalg.vector_norm(gradient, dtype=wide)
+    else:
+        blocks = torch.split(gradient.view(-1), _BLOCK)
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(b, dtype=wide) for b in blocks])
+        )
+    return norm

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from layersample.activations.gradient_checkpointing import TruncatedCheckpointing
 from layersample.errors import ConfigError
-from layersample.frozen.quantized import refuse_quantized
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
 from layersample.layers.modules import is_inside
@@ -83,7 +82,6 @@ class Switch:
     ) -> None:
         self._engine, self._model, self._optimizers = engine, engine.model, optimizers
         self._layers, self._units = model_layers, units
-        refuse_quantized(self._model, model_layers)
         check_optimizer(self._model, optimizers.param_groups, units)
         masters = options.master_weights and any(p.dtype == torch.bfloat16 for p in self._model.parameters())
         own_rates = options.switch_warmup > 0 or options.lr_correction is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def test_a_model_that_comes_quantized_is_refused(module: Any, said: str, form: s
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     with pytest.raises(ConfigError, match=rf"came quantized \({said}\).*Load the original model"):
         LayerScheduler(model, optimizer, "lisa", frozen_weights=form)
+
+
+def test_a_model_that_froze_all_of_itself_is_not_asked_to_unfreeze() -> None:
+    model: Any = make_llama(3).requires_grad_(False)  # as HQQ leaves it
+    for layer in model.model.layers:
+        layer.mlp.up_proj = nn.Module()
+        layer.mlp.up_proj.W_q = nn.Parameter(torch.zeros(16, 2, dtype=torch.uint8), requires_grad=False)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ConfigError, match=r"came quantized \(Module, uint8\).*Load the original model"):
+        LayerScheduler(model, optimizer, "lisa")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq"])
+def test_a_quantized_folder_that_needs_a_package_is_refused_by_its_method(folder: Path, method: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    given = {"quant_method": method, "bits": 4, "group_size": 8, "desc_act": False}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": given}))
+    with pytest.raises(ConfigError, match=rf"came quantized \({method}\), .*: load the original model"):
+        load_frozen(folder, device="cpu")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
