@@ -55,6 +55,8 @@ def find_target(model: ModelLike, config: TrainConfig) -> tuple[Target, TrainCon
         shape = copy.deepcopy(model.config if isinstance(model, PreTrainedModel) else model)
     if str(getattr(shape, "_attn_implementation", "")).startswith("flash"):
         shape._attn_implementation = "sdpa"  # it holds as much, and runs where no GPU is
+    if shape.is_encoder_decoder and getattr(shape, "decoder_start_token_id", None) is None:
+        shape.decoder_start_token_id = 0  # any token: a model without one can't shift its labels
     kind = find_kind(shape, type(model) if isinstance(model, PreTrainedModel) else None)
     config, fitted = fit_length(config, shape)
     config, notes = _with_its_loss(shape, kind, config)

@@ -49,8 +49,7 @@ T5 = {
     "d_kv": 8,
     "d_ff": 64,
     "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
+    "num_heads": 4,  # and no decoder_start_token_id
 }
 DEEPSEEK = {
     **{

@@ -114,6 +114,7 @@ def _trainer(case: dict[str, Any], folder: Path) -> Result:
         save_total_limit=case["keep"],
         per_device_train_batch_size=2,
         learning_rate=1e-3,
+        logging_steps=1,  # where samplers are told the loss
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
