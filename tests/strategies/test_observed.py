@@ -206,31 +206,33 @@ def test_spectrum_is_the_authors_ratio() -> None:
 
 
 class Planted(nn.Module):
-    """Four layers, of which only the third moves the output: the others are multiplied by almost nothing."""
+    """Four layers, of which one alone moves the output: the others are multiplied by almost nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, planted: int, generator: torch.Generator) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.config = SimpleNamespace(num_hidden_layers=4)
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.wanted = nn.Buffer(torch.randn(8, 8))
+        self.factors = [1.0 if index == planted else 1e-3 for index in range(4)]
+        self.wanted = nn.Buffer(torch.randn(8, 8, generator=generator))
 
     def forward(self, inputs: Tensor) -> SimpleNamespace:
-        factors = (1e-3, 1e-3, 1.0, 1e-3)
-        hidden = sum(factor * layer(inputs) for factor, layer in zip(factors, self.layers, strict=True))
+        hidden = sum(factor * layer(inputs) for factor, layer in zip(self.factors, self.layers, strict=True))
         return SimpleNamespace(loss=(hidden - inputs @ self.wanted).square().mean())
 
 
-@pytest.mark.parametrize(("name", "options"), [("grass", {}), ("bandit", {"per": "period"}), ("bandit", {})])
-def test_a_layer_that_carries_all_the_decrease_gets_most_draws(name: str, options: dict[str, Any]) -> None:
-    for seed in range(3):
-        model = Planted()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+@pytest.mark.parametrize("name", ["grass", "bandit"])
+def test_a_layer_that_carries_all_the_decrease_gets_most_draws(name: str) -> None:
+    """With the sampler's defaults, whichever layer it is; of 2048 examples a step the loss hardly scatters."""
+    planted_in = []
+    for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
+        planted = int(torch.randint(4, (), generator=generator))
+        planted_in.append(planted)
+        torch.manual_seed(seed)
+        model = Planted(planted, generator)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         drawn: list[int] = []
-        with LayerScheduler(
-            model, optimizer, name, num_active=1, period=4, seed=seed, sampler_options=options
-        ) as scheduler:
+        with LayerScheduler(model, optimizer, name, num_active=1, period=4, seed=seed) as scheduler:
             while scheduler.round < 100:
                 if len(drawn) == scheduler.round:
                     drawn.extend(scheduler.active)
@@ -239,4 +241,5 @@ def test_a_layer_that_carries_all_the_decrease_gets_most_draws(name: str, option
                 optimizer.step()
                 scheduler.step(loss=loss)
                 optimizer.zero_grad()
-        assert drawn[50:].count(2) >= 25, (seed, drawn)
+        assert drawn[50:].count(planted) >= 25, (seed, planted, drawn)
+    assert set(planted_in) == set(range(4)), "it is in each place at least once"
