@@ -87,7 +87,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     trainable, total = summary["trainable_parameters"], summary["parameters"]
     rows = [
         ("held-out loss", f"{loss['before']:.4f} → {loss['after']:.4f}"),
-        ("layers trained", f"{summary['layers_trained']} of {len(summary['layers'])}"),
+        (f"{summary['granularity']}s trained", f"{summary['layers_trained']} of {len(summary['layers'])}"),
         (
             "trainable parameters",
             f"{trainable['mean'] / 1e6:.1f}M at a time of {total / 1e6:.1f}M ({trainable['mean'] / total:.1%})",
@@ -106,6 +106,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     ):
         if peak[kind]:
             rows.insert(-2, (title, _bytes(peak[kind])))
+    if moving := summary.get("moving_parameters"):
+        text = f"{moving['mean'] / 1e6:.1f}M at a time ({moving['mean'] / total:.1%})"
+        rows.insert(3, ("moving without state", text))
     if saved := summary.get("held_out_loss_as_saved"):
         rows[0] = ("held-out loss, as trained", rows[0][1])
         rows.insert(1, ("held-out loss, as saved", f"{saved['before']:.4f} → {saved['after']:.4f}"))

@@ -34,7 +34,7 @@ def default_period(steps: int | None = None) -> int:
     return DEFAULT_PERIOD if steps is None else max(1, min(DEFAULT_PERIOD, steps // _SETS))
 
 
-def describe_reach(steps: int, period: int, num_active: int, num_layers: int) -> str:
+def describe_reach(steps: int, period: int, num_active: int, num_layers: int, unit: str = "layer") -> str:
     """Say which layers a run can't reach for want of periods, and what would; empty if it can reach all.
 
     Args:
@@ -42,6 +42,7 @@ def describe_reach(steps: int, period: int, num_active: int, num_layers: int) ->
         period: Optimizer steps between draws.
         num_active: Layers of a draw.
         num_layers: Layers to draw from.
+        unit: What these are: layers, or parts of them.
     """
     most = ceil(steps / period) * num_active
     if most >= num_layers:
@@ -50,7 +51,7 @@ def describe_reach(steps: int, period: int, num_active: int, num_layers: int) ->
     advice = (
         f"period={wanted} could reach them all" if wanted else "more steps or a larger num_active reach more"
     )
-    return f"{steps} steps of period {period} train at most {most} of {num_layers} layers; {advice}."
+    return f"{steps} steps of period {period} train at most {most} of {num_layers} {unit}s; {advice}."
 
 
 def _as_text(value: Any) -> Any:

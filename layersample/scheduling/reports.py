@@ -9,8 +9,9 @@ from layersample.layers.rules import Units
 from layersample.optim.optimizers import Optimizers
 from layersample.option_files import make_options
 from layersample.sampling.history import LayerHistory
+from layersample.sampling.sampler import LayerSampler
 from layersample.sampling.statistics import LayerStatistics
-from layersample.scheduling.options import StepCount, describe_reach
+from layersample.scheduling.options import SchedulerOptions, StepCount, describe_reach
 from layersample.scheduling.switch import Switch
 
 
@@ -27,6 +28,8 @@ class Reports:
     _inclusion: Sequence[float] | None
     num_active: int
     period: int
+    options: SchedulerOptions
+    sampler: LayerSampler
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -117,8 +120,14 @@ class Reports:
     def reach(self, steps: int) -> str:
         """What a run of some steps leaves untrained for want of periods, in a sentence; empty if nothing.
 
+        Empty too where the sampler may end a period early, so that their number isn't known.
+
         Args:
             steps: Optimizer steps still to do.
         """
         steps = make_options(StepCount, [("", {"steps": steps})], "argument").steps
-        return describe_reach(steps, self.period, self.num_active, len(self._units.sampled))
+        if self.sampler.watches_steps:
+            return ""
+        at_a_time = max(self.num_active, len(self._active))  # GUM trains all of them, and draws some
+        unit = self.options.granularity
+        return describe_reach(steps, self.period, at_a_time, len(self._units.sampled), unit)

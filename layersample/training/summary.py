@@ -39,6 +39,7 @@ def summarize(
     steps = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_loss" in record]
     trainable = [record["trainable_parameters"] for record in steps]
+    moving = [record["moving_parameters"] for record in steps if "moving_parameters" in record]
     rounds = [record for record in steps if "inclusion_probabilities" in record]
     last_round = {index: record["round"] for record in steps for index in record["active"]}
     as_saved = [record["held_out_loss_as_saved"] for record in records if "held_out_loss_as_saved" in record]
@@ -56,6 +57,7 @@ def summarize(
         "conversations": conversations,
         "parameters": parameters,
         "trainable_parameters": {"mean": sum(trainable) / len(trainable), "max": max(trainable)},
+        **({"moving_parameters": {"mean": sum(moving) / len(moving)}} if moving else {}),
         "granularity": config.granularity,
         "layers": list(layers),
         "layers_trained": len(last_round),

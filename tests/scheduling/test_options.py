@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 
 from layersample import LayerSamplingCallback, LayerScheduler, TrainConfig
 from layersample.integrations.transformers import CallbackOptions
@@ -60,6 +61,25 @@ def test_what_a_run_can_not_reach_is_said() -> None:
         "15 steps of period 20 train at most 2 of 30 layers; period=1 could reach them all."
     )
     assert describe_reach(10, 5, 2, 30).endswith("more steps or a larger num_active reach more.")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "says"),
+    [
+        ("lisa", {}, "4 steps of period 3 train at most 2 of 4 layers; period=1 could reach them all."),
+        ("lisa", {"granularity": "module"}, "train at most 2 of 28 modules"),
+        ("gum", {"projection": "galore", "projection_options": {"rank": 4}}, ""),  # all train at a low rank
+        ("misa", {}, ""),  # it ends the first periods after a step
+    ],
+)
+def test_a_scheduler_says_what_its_sampler_can_not_reach(
+    sampler: str, options: dict[str, Any], says: str
+) -> None:
+    model = make_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with LayerScheduler(model, optimizer, sampler, num_active=1, period=3, **options) as scheduler:
+        found = scheduler.reach(4)
+        assert says in found and bool(found) == bool(says)
     assert describe_reach(75, 5, 2, 30) == ""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from layersample import ConfigError
+from layersample.cli.display import print_summary
 from layersample.config import make_config
 from layersample.training.arguments import training_arguments
 from layersample.training.finetune import finetune
@@ -72,6 +76,19 @@ def test_there_is_a_line_a_step_however_seldom_the_trainer_logs(
     run(options, overwrite=True)
     each = [line for line in records(Path(options["output"])) if "loss" in line]
     assert [line["loss"] for line in lines] == [line["loss"] for line in each]
+
+
+def test_what_moves_without_state_is_told_apart_from_what_trains(options: dict[str, Any]) -> None:
+    frozen = run(options, num_active=1)
+    assert "moving_parameters" not in frozen
+    moving = run(options, num_active=1, inactive="sgd", overwrite=True)
+    assert moving["trainable_parameters"] == frozen["trainable_parameters"]
+    assert (
+        moving["moving_parameters"]["mean"] + moving["trainable_parameters"]["mean"] == moving["parameters"]
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_summary(console, moving)
+    assert re.search(r"moving without state +0\.0M at a time \(", console.export_text())
 
 
 def test_a_run_that_is_resumed_at_its_end_only_finishes(options: dict[str, Any]) -> None:
