@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, create_sampler, register
+from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, register
+
+from .wrapping import create_inner
 
 
 @register("mixture")
@@ -46,7 +48,7 @@ class Mixture(LayerSampler):
             raise ValueError(f"shares must be finite and at least 0, not all of them 0, but got {shares}.")
         self._chances = [share / sum(shares) for share in shares]
         options = self.options or [{}] * len(self.samplers)
-        self.inner = [create_sampler(*pair) for pair in zip(self.samplers, options, strict=True)]
+        self.inner = [create_inner(*pair) for pair in zip(self.samplers, options, strict=True)]
         self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))

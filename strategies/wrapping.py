@@ -6,7 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, create_sampler
+from layersample import (
+    ConfigError,
+    LayerSampler,
+    LayerStatistics,
+    Measurement,
+    SamplingContext,
+    create_sampler,
+)
+
+
+def create_inner(name: str, options: Mapping[str, Any] | None) -> LayerSampler:
+    """A sampler that chooses for another one.
+
+    Raises:
+        ConfigError: If there is none of the name, or it does more than choose.
+    """
+    inner = create_sampler(name, options)
+    if inner.needs_projection:
+        raise ConfigError(
+            f"What another sampler wraps or mixes must choose layers alone, but {name!r} also says what they get of a "
+            "projection: give it to the scheduler itself."
+        )
+    return inner
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,7 +50,7 @@ class WrappedSampler(LayerSampler):
     inner: LayerSampler = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.inner = create_sampler(self.sampler, self.sampler_options)
+        self.inner = create_inner(self.sampler, self.sampler_options)
         self.fixed_size = self.inner.fixed_size
         self.keeps_budget = self.passes_budget and self.inner.keeps_budget
         self.collects = self.collects | self.inner.collects

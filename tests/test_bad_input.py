@@ -271,7 +271,7 @@ MODELS = [
     ("type", "'m' could not be loaded: .*vocab_size"),
     ("kind", "'m' could not be loaded: .*nonsense"),
     ("pickle", "a pickle that isn't opened, because it holds more than tensors"),
-    ("no weights", "'m' could not be loaded: .*no file named"),
+    ("no weights", "model 'm' must hold weights .*, but its folder holds"),
     ("empty", "must be a folder with config.json or a .gguf file, but it holds none"),
     ("adapter", "must be a whole model, but the folder holds an adapter. Merge it"),
     ("gguf", "'m' could not be loaded: "),

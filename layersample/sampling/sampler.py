@@ -314,6 +314,18 @@ def find_inclusion(sampler: LayerSampler, context: SamplingContext) -> Sequence[
     return values
 
 
+def ask_to_end(sampler: LayerSampler, statistics: LayerStatistics, context: SamplingContext) -> bool:
+    """Ask a sampler whether the period must end now.
+
+    Raises:
+        ConfigError: If it answers neither yes nor no.
+    """
+    wanted: object = sampler.wants_new_period(statistics, context)
+    if isinstance(wanted, bool) or hasattr(wanted, "dtype"):  # NumPy and torch have truth values of their own
+        return bool(wanted)
+    raise ConfigError(f"wants_new_period must return True or False, but returned {wanted!r}.")
+
+
 def check_collects(sampler: LayerSampler) -> frozenset[str]:
     """What a sampler wants collected.
 

@@ -36,6 +36,7 @@ from layersample.sampling.sampler import (
     LayerSampler,
     Measurement,
     SamplingContext,
+    ask_to_end,
     check_collects,
     draw,
     find_inclusion,
@@ -288,7 +289,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             due = self._steps - self._began >= self.period
             if trained and not due and self.sampler.watches_steps:
                 with naming(self.sampler, self._sampler_name, self._round):
-                    wanted = self.sampler.wants_new_period(self.statistics, self._context(self._active))
+                    wanted = ask_to_end(self.sampler, self.statistics, self._context(self._active))
                 due = self._engine.agree(wanted, f"whether period {self._round} ends at step {self._steps}")
             if due:
                 self._end_round(observed=trained)

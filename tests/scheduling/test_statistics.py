@@ -272,6 +272,15 @@ def test_a_sampler_may_end_a_period_early() -> None:
     assert patient.asked == [1, 2, 4, 5, 7], "where the period ends anyway, nobody asks"
 
 
+def test_a_sampler_must_say_whether_a_period_ends() -> None:
+    class Vague(Watching):
+        def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> Any:
+            return "no"
+
+    with pytest.raises(ConfigError, match="must return True or False, but returned 'no'"):
+        run(Vague(every_step=True), 2)
+
+
 def test_statistics_are_resumed_in_the_middle_of_a_period() -> None:
     def start(state: Any = None) -> tuple[nn.Module, torch.optim.Optimizer, LayerScheduler]:
         model = make_llama(LAYERS)

@@ -136,3 +136,16 @@ def test_wrappers_of_wrappers_are_resumed_to_the_bit() -> None:
     train(second, range(5, 12))
     assert second[2].state_dict() == whole[2].state_dict()
     assert all(map(torch.equal, second[0].parameters(), whole[0].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("warmup", {"sampler": "gum"}),
+        ("mixture", {"samplers": ["lisa", "gum"]}),
+        ("max_wait", {"sampler": "freeze_converged", "sampler_options": {"sampler": "gum"}}),
+    ],
+)
+def test_a_sampler_that_does_more_than_choose_is_not_wrapped(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must choose layers alone, but 'gum' also says"):
+        create_sampler(name, options)
