@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from layersample import LayerSampler, LayerStatistics, Measurement, SamplingContext, register
-
-from .wrapping import create_inner
+from layersample_strategies.wrapping import create_inner
 
 
 @register("mixture")
