@@ -82,15 +82,17 @@ def step(
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize(
-    ("case", "form", "dtype", "switches"),
-    [("masters", form, torch.bfloat16, 50) for form in ("int8", "nf4")]
-    + [(case, "nf4", torch.bfloat16, 10) for case in CASES]
-    + [("masters", "nf4", torch.float32, 10)],
+    ("case", "dtype"),
+    [(case, torch.bfloat16) for case in CASES]
+    + [(case, torch.float32) for case in CASES if case != "no-masters"],  # fp32 has none anyway
 )
 def test_exact_weights_are_those_of_a_run_that_keeps_them_beside(
-    case: str, form: str, dtype: torch.dtype, switches: int
+    case: str, dtype: torch.dtype, form: str
 ) -> None:
+    # The others' 50 take a minute: they are equal to the bit as well.
+    switches = 50 if (case, dtype) == ("masters", torch.bfloat16) else 8
     options, sets = CASES[case], random_sets(switches, first=CASES[case].get("embeddings") == "sample")
     reference, model = make_llama(LAYERS, dtype=dtype), make_llama(LAYERS, dtype=dtype)
     start = weights_of(model)
@@ -99,7 +101,7 @@ def test_exact_weights_are_those_of_a_run_that_keeps_them_beside(
     names = scheduler.frozen.names
     with scheduler:
         other_optimizer, other = make_run(reference, sets, **options)
-        for number in range(switches):
+        for number in range(len(sets)):
             step(model, optimizer, scheduler, number)
             step(reference, other_optimizer, other, number, rounded(reference, names, form))
         assert scheduler.active == other.active
