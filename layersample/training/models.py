@@ -106,9 +106,7 @@ def load_config(name: str) -> PretrainedConfig | None:
     if name in BUILTIN_MODELS and not is_cached(name):
         return None
     path = Path(resolve_model(name))
-    gguf = find_gguf(path)
-    if path.is_dir() and gguf is None:
-        check_has_weights(path, name)
+    gguf = _find_weights(path, name)
     with loading(name, _INSTEAD):
         config: PretrainedConfig = (
             AutoConfig.from_pretrained(str(path)) if gguf is None else load_gguf_config(gguf)
@@ -130,8 +128,9 @@ def load_model(
         ConfigError: If it can't be had; the message says why and what to do.
     """
     path = resolve_model(name, report)
+    gguf = _find_weights(Path(path), name)
     with loading(name, _INSTEAD):
-        if gguf := find_gguf(Path(path)):
+        if gguf:
             return load_gguf(gguf, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Shapes that don't fit are named by us: transformers points to a table in its log.
@@ -142,6 +141,14 @@ def load_model(
     _report_missing(check_weights(loaded, name), name, report)
     whole: PreTrainedModel = model
     return whole, tokenizer
+
+
+def _find_weights(path: Path, name: str) -> Path | None:
+    """A model's GGUF file; ``None`` of a folder with other weights, which must hold some, and of a hub id."""
+    gguf = find_gguf(path)
+    if path.is_dir() and gguf is None:
+        check_has_weights(path, name)
+    return gguf
 
 
 def load_tokenizer(name: str, report: Report = logger.info) -> PreTrainedTokenizerBase:
@@ -172,8 +179,9 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         ConfigError: If it can't be had; the message says why and what to do.
     """
     path = resolve_model(name, report)
+    gguf = _find_weights(Path(path), name)
     with loading(name, _INSTEAD):
-        if gguf := find_gguf(Path(path)):
+        if gguf:
             in_file, _ = load_gguf(gguf, torch.float32)
             in_file.eval()
             return in_file
