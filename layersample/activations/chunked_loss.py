@@ -133,6 +133,8 @@ class ChunkedLoss:
                     return _goes_around(self._model)
                 return f"{name} does more with its logits ({type(error).__name__}: {error})"
         finally:
+            # torch 2.8 keeps what autocast has cast without gradients, and the caller's forward would train none.
+            torch.clear_autocast_cache()
             torch.set_rng_state(state)
             for module, training in modes.items():
                 module.training = training

@@ -13,8 +13,8 @@ from layersample.files import check_output_file, whole_file
 
 CONVERTER = "convert_hf_to_gguf.py"
 _INSTALL = (
-    f"git clone https://github.com/ggml-org/llama.cpp && pip install ./llama.cpp/gguf-py, then give "
-    f"--converter llama.cpp/{CONVERTER}, or put its folder on PATH"
+    f"git clone https://github.com/ggml-org/llama.cpp && pip install ./llama.cpp/gguf-py sentencepiece, then "
+    f"give --converter llama.cpp/{CONVERTER}, or put its folder on PATH"
 )
 _MAGIC = b"GGUF"
 

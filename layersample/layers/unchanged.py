@@ -38,6 +38,8 @@ def unchanged(
         yield
         ended_well = True
     finally:
+        # torch 2.8 keeps what autocast has cast without gradients, and the caller's forward would train none.
+        torch.clear_autocast_cache()
         if not (ended_well and only_after_errors):
             for module in before:
                 module.restore()

@@ -86,6 +86,7 @@ def test_a_gradient_that_would_be_lost_is_refused_by_name(way: str, active: int)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl")  # torch 2.8, at the import of its wrapper
 def test_a_wrapper_of_torch_is_refused_as_well() -> None:
     model = Net("")
     for index in range(3):
