@@ -49,6 +49,23 @@ def too_old(distribution: str, minimum: str, what: str) -> ConfigError:
     )
 
 
+def cannot_import(error: ImportError, distribution: str, minimum: str, what: str) -> ConfigError:
+    """The error that a package can't be imported: it is too old, or lacks a package of others.
+
+    Args:
+        error: What the import raised.
+        distribution: The package's name for pip.
+        minimum: The oldest version that has what is used.
+        what: What is used.
+    """
+    package = what.partition(".")[0]
+    if error.name is None or error.name.partition(".")[0] == package:
+        return too_old(distribution, minimum, what)
+    return ConfigError(
+        f"{distribution} is installed, but what it needs isn't, or can't be imported: {error}. Install that first."
+    )
+
+
 def make_callback(options: object, place: str) -> LayerSamplingCallback:
     """A callback with the options of a trainer's own file.
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer
 
 from layersample.errors import ConfigError
-from layersample.integrations.front_door import is_on, make_callback, need, refuse_beside, too_old
+from layersample.integrations.front_door import cannot_import, is_on, make_callback, need, refuse_beside
 from layersample.integrations.transformers import LayerSamplingCallback
 
 OPTIONS = "layersample"
@@ -37,7 +37,7 @@ def train(config: Mapping[str, Any]) -> None:
     try:
         from llamafactory.train.tuner import run_exp
     except ImportError as error:
-        raise too_old("llamafactory", _MINIMUM, f"llamafactory.train.tuner.run_exp ({error})") from error
+        raise cannot_import(error, "llamafactory", _MINIMUM, "llamafactory.train.tuner.run_exp") from error
     with attaching(callback):
         run_exp(theirs, callbacks=[callback])
 

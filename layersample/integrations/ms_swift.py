@@ -6,11 +6,11 @@ from typing import Any
 
 from layersample.errors import ConfigError
 from layersample.integrations.front_door import (
+    cannot_import,
     make_callback,
     need,
     refuse_beside,
     refuse_projecting,
-    too_old,
 )
 
 _MINIMUM = "4.0"
@@ -35,7 +35,7 @@ def register(name: str = "layersample", **options: Any) -> None:
     try:
         from swift.callbacks import TrainerCallback, callbacks_map
     except ImportError as error:
-        raise too_old("ms-swift", _MINIMUM, "swift.callbacks.callbacks_map") from error
+        raise cannot_import(error, "ms-swift", _MINIMUM, "swift.callbacks.callbacks_map") from error
 
     class LayerSampling(TrainerCallback):  # type: ignore[misc]  # of no known type without ms-swift
         """Waits until its trainer is set up."""

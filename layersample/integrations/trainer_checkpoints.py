@@ -61,9 +61,11 @@ class ProtectedCheckpoints:
         self._trainer.accelerator.wait_for_everyone()
         saved, pushes = self._save_into(scratch, model, trial)
         self._trainer.accelerator.wait_for_everyone()  # every rank saves its own random state
-        best = state.best_model_checkpoint
-        if best is not None and Path(best) == saved / name:
-            state.best_model_checkpoint = str(place / name)
+        # ms-swift notes the last one too, and goes on to link to it.
+        for noted in ("best_model_checkpoint", "last_model_checkpoint"):
+            checkpoint = getattr(state, noted, None)
+            if checkpoint is not None and Path(checkpoint) == saved / name:
+                setattr(state, noted, str(place / name))
         if args.should_save:
             state.save_to_json(str(saved / name / TRAINER_STATE_NAME))
             self._put_in_place(saved / name, place / name, scratch)

@@ -258,11 +258,39 @@ def test_llamafactory_must_be_there_and_new_enough(package: Callable[..., None],
         run(str(tmp_path / "nowhere.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import torchaudio_of_nobody",
+            "needs isn't, or can't be imported: No module named 'torchaudio_of_nobody'",
+        ),
+        (
+            "seen = []",
+            "0.9.0 or later, but the one that is installed has no llamafactory.train.tuner.run_exp",
+        ),
+    ],
+    ids=["lacks another", "too old"],
+)
+def test_llamafactory_that_can_not_be_imported(
+    package: Callable[..., None], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text("stage: sft\n")
+    package("llamafactory.train.tuner", text, "llamafactory", "0.9.5")
+    with pytest.raises(ConfigError, match=message):
+        run(str(tmp_path / "run.yaml"))
+
+
 # ms-swift
 
 
 class SwiftTrainer(Trainer):
-    """As SwiftMixin.__init__ of swift/trainers/mixin.py: callbacks are made of it before it is set up."""
+    """As SwiftMixin of swift/trainers/mixin.py: callbacks are made of it before it is set up."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        place = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        self.state.last_model_checkpoint = str(place)  # type: ignore[attr-defined]
+        super()._save_checkpoint(*args, **kwargs)
 
     def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
         from swift.callbacks.mapping import callbacks_map
@@ -290,6 +318,18 @@ def test_ms_swift_attaches_once_its_trainer_is_set_up(package: Callable[..., Non
         sum(type(each).__name__ == "LayerSamplingCallback" for each in trainer.callback_handler.callbacks)
         == 1
     )
+
+
+def test_ms_swift_finds_its_last_checkpoint(package: Callable[..., None], tmp_path: Path) -> None:
+    install_swift(package)
+    from layersample.integrations.ms_swift import register
+
+    register(**OPTIONS)
+    more = {"callbacks": ["layersample"], "save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(tmp_path, SwiftTrainer, **more)
+    trainer.train()
+    assert Path(trainer.state.last_model_checkpoint) == tmp_path / "checkpoint-4"
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
 
 
 @pytest.mark.parametrize(
