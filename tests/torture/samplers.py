@@ -18,7 +18,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "bandit": {"rate": 1.0},
     "blockllm": {"patience": 2},
     "freeze_converged": {"grace": 1, "threshold": 0.9},
-    "max_wait": {"periods": 25, "sampler": "bandit"},
+    "max_wait": {"periods": 40, "sampler": "bandit"},
 }
 """Those that choose by gradients and losses of the run."""
 
