@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from layersample.cli.consoles import console
 from layersample.environment import environment
 from layersample.files import write_json, write_text
 
@@ -63,7 +63,6 @@ def store(
     table = Table(*headings, box=None)
     for row in rows:
         table.add_row(*row)
-    console = Console()
     console.print(table)
     for note in notes:
         console.print("-", note, highlight=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from layersample.cli.consoles import console, errors
 from layersample.cli.display import plain
 from layersample.cli.groups import PanelCommand, PanelGroup
 from layersample.errors import ConfigError
@@ -47,7 +47,6 @@ app = typer.Typer(
     "layersample benchmark --methods lisa,owlore,lora --steps 60 --seeds 3\n"
     "layersample benchmark report runs/benchmark",
 )
-console = Console()
 
 
 @app.callback()
@@ -215,7 +214,7 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
         run(suite, output, jobs=jobs, command=command, progress=progress)
     except KeyboardInterrupt as error:
         progress.end()
-        Console(stderr=True).print(
+        errors.print(
             f"Interrupted. The same command goes on; layersample benchmark report {output} shows what is done.",
             soft_wrap=True,
         )

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-console = Console()
-errors = Console(stderr=True)
+# No ":name:" of a path or an option is an emoji.
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
+from layersample.cli.consoles import console, errors
 from layersample.cli.display import print_config
 from layersample.config import TrainConfig
 
@@ -23,3 +25,10 @@ def test_options_that_are_off_are_not_shown_unless_that_is_said() -> None:
     assert shown["sampler"] == "lisa" and "frozen_weights" not in shown
     assert _printed(frozen_weights="int8")["frozen_weights"] == "int8"
     assert _printed(loss_chunk=None)["loss_chunk"] == "None"
+
+
+def test_a_path_with_colons_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print("written to runs/:cat:/model")
+    errors.print("no such file: runs/:cat:/model")
+    shown = capsys.readouterr()
+    assert "runs/:cat:/model" in shown.out and "runs/:cat:/model" in shown.err
