@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from layersample.training.data import load_data
 from layersample.training.models import load_model
@@ -37,6 +37,13 @@ def pairs(options: argparse.Namespace) -> Dataset:
             for row, other in zip(data, data.select([*range(1, len(data)), 0]), strict=True)
         ]
     )
+
+
+def show_steps(trainer: Trainer) -> None:
+    """Print the loss and the active layers of each step that was logged."""
+    for record in trainer.state.log_history:
+        if "loss" in record:
+            print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
 
 
 def batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import model_and_tokenizer, pairs, parse
+from common import model_and_tokenizer, pairs, parse, show_steps
 from trl import DPOConfig, DPOTrainer
 
 from layersample import LayerSamplingCallback
@@ -28,6 +28,4 @@ trainer = DPOTrainer(
 # Without a reference model of its own, DPO takes the weights as they are when the trainer is made.
 LayerSamplingCallback("lisa", num_active=2, period=5).attach(trainer)
 trainer.train()
-for record in trainer.state.log_history:
-    if "loss" in record:
-        print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
+show_steps(trainer)

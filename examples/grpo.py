@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import model_and_tokenizer, parse
+from common import model_and_tokenizer, parse, show_steps
 from trl import GRPOConfig, GRPOTrainer
 
 from layersample import LayerSamplingCallback
@@ -42,6 +42,4 @@ trainer = GRPOTrainer(
 )
 LayerSamplingCallback("lisa", num_active=2, period=5).attach(trainer)
 trainer.train()
-for record in trainer.state.log_history:
-    if "loss" in record:
-        print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
+show_steps(trainer)

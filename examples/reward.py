@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from common import model_and_tokenizer, pairs, parse
+from common import pairs, parse, show_steps
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from layersample import LayerSamplingCallback
-from layersample.training.models import fetch_folder
+from layersample.training.models import fetch_folder, load_tokenizer
 
 options = parse(__doc__)
-_, tokenizer = model_and_tokenizer(options)
 trainer = RewardTrainer(
     model=AutoModelForSequenceClassification.from_pretrained(
         fetch_folder(options.model, print), num_labels=1
     ),
-    processing_class=tokenizer,
+    processing_class=load_tokenizer(options.model, print),
     args=RewardConfig(
         output_dir=options.output,
         max_steps=options.steps,
@@ -32,6 +31,4 @@ trainer = RewardTrainer(
 # The head is new, so it trains all the time; that is the default.
 LayerSamplingCallback("lisa", num_active=2, period=5, head="train").attach(trainer)
 trainer.train()
-for record in trainer.state.log_history:
-    if "loss" in record:
-        print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
+show_steps(trainer)

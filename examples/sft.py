@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import model_and_tokenizer, parse
+from common import model_and_tokenizer, parse, show_steps
 from trl import SFTConfig, SFTTrainer
 
 from layersample import LayerSamplingCallback
@@ -28,6 +28,4 @@ trainer = SFTTrainer(
 )
 LayerSamplingCallback("cyclic", num_active=2, period=5, embeddings="sample", state="offload").attach(trainer)
 trainer.train()
-for record in trainer.state.log_history:
-    if "loss" in record:
-        print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
+show_steps(trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import batches, model_and_tokenizer, parse
+from common import batches, model_and_tokenizer, parse, show_steps
 from transformers import Trainer, TrainingArguments
 
 from layersample import LayerSamplingCallback
@@ -25,6 +25,4 @@ trainer = Trainer(
     callbacks=[LayerSamplingCallback("lisa", num_active=2, period=5)],
 )
 trainer.train()
-for record in trainer.state.log_history:
-    if "loss" in record:
-        print(f"step {record['step']}: loss {record['loss']:.3f}, layers {record['active_layers']}")
+show_steps(trainer)
