@@ -23,14 +23,9 @@ def norm_of(gradient: Tensor) -> Tensor:
         The norm, a scalar.
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    in_blocks = gradient.device.type == "cpu" and wide != gradient.dtype and gradient.numel() > _BLOCK
-    whole = gradient.is_sparse or is_dtensor(gradient) or not gradient.is_contiguous()
-    norm: Tensor
-    if whole or not in_blocks:
-        norm = torch.linalg.vector_norm(gradient, dtype=wide)
-    else:
-        blocks = torch.split(gradient.view(-1), _BLOCK)
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(b, dtype=wide) for b in blocks])
-        )
-    return norm
+    widened_on_cpu = gradient.device.type == "cpu" and wide != gradient.dtype and gradient.numel() > _BLOCK
+    if not widened_on_cpu or gradient.is_sparse or is_dtensor(gradient) or not gradient.is_contiguous():
+        whole: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+        return whole
+    blocks = [torch.linalg.vector_norm(block, dtype=wide) for block in gradient.view(-1).split(_BLOCK)]
+    return torch.linalg.vector_norm(torch.stack(blocks))
