@@ -25,7 +25,11 @@ def norm_of(gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     widened_on_cpu = gradient.device.type == "cpu" and wide != gradient.dtype and gradient.numel() > _BLOCK
     if not widened_on_cpu or gradient.is_sparse or is_dtensor(gradient) or not gradient.is_contiguous():
-        whole: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-        return whole
-    blocks = [torch.linalg.vector_norm(block, dtype=wide) for block in gradient.view(-1).split(_BLOCK)]
-    return torch.linalg.vector_norm(torch.stack(blocks))
+        return _norm(gradient, wide)
+    blocks = gradient.view(-1).split(_BLOCK)  # type: ignore[no-untyped-call]
+    return _norm(torch.stack([_norm(block, wide) for block in blocks]), wide)
+
+
+def _norm(values: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
+    return norm
