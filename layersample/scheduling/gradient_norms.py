@@ -161,14 +161,12 @@ def _squares(gradients: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
     flat = [gradient for own in gradients.values() for gradient in own]
     if not flat:
         return {}
-    norms = torch._foreach_norm(flat, 2, dtype=_wide(flat))
-    parts = iter([norm.to(norms[0].device).square() for norm in norms])
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in flat) else torch.float32
+    # A CPU has no kernel for all of them: torch would go through them one by one too, and copy those of 16 bits.
+    on_cpu = all(gradient.device.type == "cpu" for gradient in flat)
+    norms = [norm_of(each) for each in flat] if on_cpu else torch._foreach_norm(flat, 2, dtype=wide)
+    parts = iter([norm.to(norms[0].device, wide).square() for norm in norms])
     return {index: torch.stack([next(parts) for _ in own]).sum() for index, own in gradients.items()}
-
-
-def _wide(gradients: Sequence[Tensor]) -> torch.dtype:
-    """16 bits are squared and added up in 32; fp64 stays as it is."""
-    return torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
 
 
 def _at_the_end(function: Callable[[], None]) -> None:
