@@ -18,8 +18,10 @@ from tests.helpers import write_sums, write_tiny_model
 # rich takes the width of a console once, and pytest-xdist sets one for its processes; tests set their own.
 os.environ.pop("COLUMNS", None)
 
-# Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine.
+# Tiny models gain nothing from more threads, and threads that spin slow everyone on a shared machine; so do those of
+# processes that a test starts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

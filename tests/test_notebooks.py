@@ -36,9 +36,8 @@ def run(path: Path, folder: Path, settings: dict[str, Any], *, times: int) -> li
 
 @pytest.fixture
 def _kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernel imports what this process does, and one thread is enough for a tiny model."""
+    """The kernel imports what this process does."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
