@@ -139,7 +139,12 @@ def _label(axes: Axes, wanted: Sequence[tuple[str, float, float, str]]) -> None:
 
 
 def all_curves(analysis: Analysis) -> str:
-    """The held-out loss of every method along the run; the page names a line that is pointed at."""
+    """The held-out loss of every method along the run; the page names a line that is pointed at.
+
+    Nothing, where it was measured at the end alone.
+    """
+    if not any(map(_has_curve, analysis.finished)):
+        return ""
     by_time = analysis.suite.matches_time
 
     def draw(axes: Axes) -> None:
@@ -163,7 +168,9 @@ def all_curves(analysis: Analysis) -> str:
 
 
 def curve(row: Row, baseline: Row | None, color: str = BETTER) -> str:
-    """A method's held-out loss along the run, beside the baseline's."""
+    """A method's held-out loss along the run, beside the baseline's; nothing, where it was measured once."""
+    if not _has_curve(row):
+        return ""
 
     def draw(axes: Axes) -> None:
         if baseline is not None and baseline is not row:
@@ -173,6 +180,10 @@ def curve(row: Row, baseline: Row | None, color: str = BETTER) -> str:
         axes.legend(frameon=False, fontsize=10, labelcolor=INK)
 
     return _svg(draw, (_SMALL, 2.5), f"Held-out loss of {row.name}")
+
+
+def _has_curve(row: Row) -> bool:
+    return len(row.curve) > 1
 
 
 def layers(row: Row) -> str:

@@ -60,13 +60,14 @@ def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     command = folder / "command.txt"
     commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
     pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
+    stored = {f"{name}.svg": _alone(svg) for name, svg in pictures.items() if svg}
     shown = {**view(analysis, lines, commands, pictures), "searches": [tried(x) for x in read_tried(folder)]}
     files = {
         "report.html": _template("report.html.jinja", autoescape=True).render(shown),
         "report.md": _template("report.md.jinja", autoescape=False).render(
-            {**shown, "pictures": [f"{name}.svg" for name in pictures]}
+            {**shown, "pictures": list(stored)}
         ),
-        **{f"{name}.svg": _alone(svg) for name, svg in pictures.items()},
+        **stored,
         "table.csv": as_csv(numbers := table(analysis)),
         "table.json": json.dumps(numbers, indent=1) + "\n",
     }

@@ -82,13 +82,15 @@ def share_right(
     """
     problems = list(rows)
     right = right_answers(task, problems)
-    prompts = [row["prompt"] for row in problems]
+    # Prompts of like length go through the model together, so that little is padded.
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt"]))
+    prompts = [problems[i]["prompt"] for i in order]
     given: Sequence[str | None]
     if task.read_answer is None:
         given = _choose(model, tokenizer, task.choices, prompts)
     else:
         given = [task.read_answer(text) for text in _generate(model, tokenizer, prompts, max_new_tokens)]
-    hits: int = sum(g is not None and g == r for g, r in zip(given, right, strict=True))
+    hits: int = sum(g is not None and g == right[i] for g, i in zip(given, order, strict=True))
     return hits / len(problems)
 
 

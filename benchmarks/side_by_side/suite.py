@@ -76,6 +76,11 @@ class Suite(Options):
     """All that decides what a benchmark measures."""
 
     model: str = Field(BUILTIN_MODEL, description="Built-in name, local folder or hub id.")
+    attention: Literal["sdpa", "eager"] | None = Field(
+        None,
+        description="Attention of every run; default: transformers' choice. In bf16 on a CPU `eager` has the "
+        "cheaper backward pass below some 200 tokens.",
+    )
     task: str = Field("gsm_symbolic", description="Built-in task, or data as train takes it.")
     answer_marker: str | None = Field(None, description="Text that the answer follows, in data of your own.")
     other_text: str = Field("book", description="Text that isn't trained on, to see what is forgotten.")
@@ -138,7 +143,7 @@ class Suite(Options):
     lm_eval_tasks: Path | None = Field(None, description="Folder with task files of your own for it.")
     lm_eval_limit: int | None = Field(None, ge=1, le=10**9, description="Examples of such a task, at most.")
     evaluations: int = Field(
-        3, ge=1, le=10**9, description="Held-out losses along a run, after the first one."
+        3, ge=0, le=10**9, description="Held-out losses along a run, after the first one; 0: the last alone."
     )
     trace_every: int = Field(10, ge=0, le=10**9, description="Steps between traces of memory; 0: never.")
     confidence: float = Field(
@@ -191,6 +196,9 @@ class Suite(Options):
         """What decides the numbers of all methods."""
         left_out = MAY_CHANGE | (_MATCHING if self.match == "steps" else set())
         left_out |= set() if self.lm_eval else _HARNESS
+        left_out |= (
+            {"attention"} if self.attention is None else set()
+        )  # runs may be stored from before it was a key
         return self.model_dump(mode="json", exclude=left_out)
 
     def rates(self, entry: MethodEntry) -> list[float]:

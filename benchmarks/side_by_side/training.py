@@ -67,6 +67,8 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
+    if suite.attention is not None:
+        model.set_attn_implementation(suite.attention)
     config, _ = fit_length(config, model.config)
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
@@ -180,9 +182,9 @@ def _train(
             return mean_loss(trainer, "held_out")
 
     as_trained = None if as_saved is None else partial(mean_loss, trainer, "held_out")
-    curve = LossCurve(held_out, job.steps, suite.evaluations if final else 1, as_trained)
+    curve = LossCurve(held_out, job.steps, (final and suite.evaluations) or 1, as_trained)
     trainer.add_callback(curve)
-    if final:
+    if final and suite.evaluations:
         curve.measure(0)
     with saved():
         before = mean_loss(trainer, "other") if final else None

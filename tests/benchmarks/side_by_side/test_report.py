@@ -252,6 +252,21 @@ def test_one_seed_is_not_tested(tmp_path: Path, made_up: Callable[..., dict[str,
     assert rows[0][1:6] == ["0.100", signed(-0.9), "–", "–", "not tested"]
 
 
+def test_a_loss_that_was_measured_once_has_no_curve(
+    tmp_path: Path, made_up: Callable[..., dict[str, Any]]
+) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=2, learning_rates=[1e-3], steps=6, evaluations=0)
+    results = Results(tmp_path, suite).open()
+    for entry in suite.entries:
+        for job in suite.final_jobs(entry, 1e-3):
+            results.add(job, {**made_up(job, 1.0), "loss": {"steps": [6], "held_out": [1.0]}})
+    files = write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "differences.svg" in files and "curves.svg" not in files
+    assert "along the run" not in page and "curves.svg" not in (tmp_path / "report.md").read_text()
+    assert [row[1] for row in Page(page).tables["quality"][1:]] == ["1.000 ± 0.000"] * 2
+
+
 def test_a_report_of_an_unfinished_benchmark(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
     suite = Suite(methods=["full", "lisa"], learning_rates=[1e-3, 1e-2])
     results = Results(tmp_path, suite).open()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersample import ConfigError
+from layersample_benchmarks.side_by_side import scoring
 from layersample_benchmarks.side_by_side.scoring import choice_likelihoods, mean_loss, share_right
 from layersample_benchmarks.side_by_side.tasks import Task, get_task
 
@@ -27,9 +28,11 @@ class Parrot(torch.nn.Module):
         self.device = torch.device("cpu")
         self.ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         self.sides: list[torch.Tensor] = []
+        self.lengths: list[int] = []
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         self.sides.append(attention_mask[:, -1])
+        self.lengths.append(input_ids.shape[1])
         return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
 
 
@@ -41,6 +44,16 @@ def test_answers_are_read_from_what_is_generated(tokenizer: Any) -> None:
     assert all(side.all() for side in model.sides), "padded on the left"
     assert tokenizer.padding_side == before
     assert share_right(Parrot(tokenizer, "no idea"), tokenizer, get_task("gsm_symbolic"), rows, 10) == 0
+
+
+def test_prompts_of_like_length_go_through_the_model_together(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_BATCH", 2)
+    rows = [{"prompt": "x" * n, "completion": f"#### {n}"} for n in (9, 3, 8, 2)]
+    model = Parrot(tokenizer, "#### 8")
+    assert share_right(model, tokenizer, get_task("gsm_symbolic"), rows, 10) == 0.25
+    assert model.lengths == [3, 9]
 
 
 def test_a_real_model_generates_no_more_than_it_may(tiny_model: Path, tokenizer: Any) -> None:

@@ -145,6 +145,8 @@ def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
 
     assert of() == of(seeds=[0, 1, 2, 3]) == of(baseline="lisa") == of(methods=["lisa", "lora"])
     assert of() == of(learning_rates=[1.0]) == of(search_extensions=0), "each run says its own rate"
+    assert of() == of(attention=None), "runs that were stored before it was a key are still good"
+    assert len({of(), of(attention="sdpa"), of(attention="eager")}) == 3
     assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1])}) == 4
 
 

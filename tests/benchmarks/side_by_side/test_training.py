@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from layersample import ConfigError, create_sampler, list_samplers
 from layersample_benchmarks.methods.catalog import default_methods, get_method
@@ -50,6 +51,26 @@ def test_every_method_runs_and_is_measured(name: str, make_tiny: Callable[..., S
     assert measured["coverage"] > 0 and measured["staleness"] >= 0
     assert [span[0] for span in measured["active"]][0] == 1 and measured["active"][-1][1] == 4
     assert measured["environment"]["versions"]["torch"]
+
+
+def test_the_loss_at_the_end_alone_is_the_last_of_several(make_tiny: Callable[..., Suite]) -> None:
+    along, alone = (run(make_tiny(["lisa"], evaluations=count))["loss"] for count in (2, 0))
+    assert alone["steps"] == [4] and alone["held_out"] == along["held_out"][-1:]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_run_has_the_attention_of_the_suite(
+    attention: str, make_tiny: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *given, **more: calls.append(1) or fused(*given, **more),
+    )
+    losses = [run(make_tiny([name], attention=attention))["training_loss"][0] for name in ("lisa", "lora")]
+    assert bool(calls) == (attention == "sdpa")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
