@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layersample.errors import ConfigError
-from layersample.frozen.quantized import refuse_quantized
+from layersample.frozen.quantized import refuse_quantized, save_plainly
 from layersample.frozen.weights import FrozenWeights
 from layersample.layers.find import find_layers
 from layersample.model_files import loading
@@ -75,6 +75,7 @@ def freeze_model(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     refuse_quantized(model, found)
+    save_plainly(model)
     frozen = FrozenWeights(model, found, frozen_weights, stays=True)
     frozen.freeze((), torch.device(device))
     model.to(device)

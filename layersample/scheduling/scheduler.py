@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from layersample.choices import Granularity, Inactive, InactiveScope, Rule, StatePolicyName
 from layersample.frozen.formats import FrozenFormat
-from layersample.frozen.quantized import refuse_quantized
+from layersample.frozen.quantized import refuse_quantized, save_plainly
 from layersample.layers.costs import count_elements, layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.groups import GROUPS, GroupName
@@ -183,6 +183,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         self.period = options.period or default_period()
         self.model_layers = find_layers(self._model, layers)
         refuse_quantized(self._model, self.model_layers)  # before it is asked to unfreeze what can't train
+        save_plainly(self._model)
         rules: dict[GroupName, Rule] = {name: getattr(options, name) for name in GROUPS}
         everything = self.sampler.trains_everything
         units = arrange(

@@ -1,14 +1,12 @@
-"""Models that are loaded rounded, come quantized, or don't fit the host; metrics that see through."""
+"""Models that are loaded rounded, or don't fit the host; metrics that see through."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from layersample import ConfigError, LayerScheduler, load_frozen, metrics
@@ -71,77 +69,6 @@ def test_what_masters_hold_beyond_counts_and_nothing_has_happened(
         LayerScheduler(model, optimizer, "lisa", frozen_weights="nf4")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     LayerScheduler(model, optimizer, "lisa", frozen_weights="nf4", master_weights=False).close()
-
-
-class _Packed(nn.Module):
-    """As GPTQ and AWQ keep a matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("qweight", torch.zeros(16, 2, dtype=torch.int32))
-        self.register_buffer("scales", torch.ones(16))
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(1, 1, bias=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (lambda: _Packed(), "_Packed"),
-        (lambda: _linear(torch.zeros(16, 8, dtype=torch.uint8)), "Linear, uint8"),
-        (lambda: _linear(torch.zeros(16, 8, dtype=torch.int8)), "Linear, int8"),
-        (lambda: _linear(torch.zeros(16, 16).to(torch.float8_e4m3fn)), "Linear, float8_e4m3fn"),
-    ],
-)
-@pytest.mark.parametrize("form", [None, "nf4"])
-def test_a_model_that_comes_quantized_is_refused(module: Any, said: str, form: str | None) -> None:
-    model: Any = make_llama(3)
-    for layer in model.model.layers:
-        layer.mlp.up_proj = module()
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ConfigError, match=rf"came quantized \({said}\).*Load the original model"):
-        LayerScheduler(model, optimizer, "lisa", frozen_weights=form)
-
-
-def test_a_model_that_froze_all_of_itself_is_not_asked_to_unfreeze() -> None:
-    model: Any = make_llama(3).requires_grad_(False)  # as HQQ leaves it
-    for layer in model.model.layers:
-        layer.mlp.up_proj = nn.Module()
-        layer.mlp.up_proj.W_q = nn.Parameter(torch.zeros(16, 2, dtype=torch.uint8), requires_grad=False)
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ConfigError, match=r"came quantized \(Module, uint8\).*Load the original model"):
-        LayerScheduler(model, optimizer, "lisa")
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq"])
-def test_a_quantized_folder_that_needs_a_package_is_refused_by_its_method(folder: Path, method: str) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    given = {"quant_method": method, "bits": 4, "group_size": 8, "desc_act": False}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": given}))
-    with pytest.raises(ConfigError, match=rf"came quantized \({method}\), .*: load the original model"):
-        load_frozen(folder, device="cpu")
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_bitsandbytes_own_layers_are_refused_but_for_adapters() -> None:
-    from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
-    from peft import LoraConfig, get_peft_model
-
-    model: Any = make_llama(3)
-    for layer in model.model.layers:
-        quantized = Linear4bit(16, 32, bias=False, quant_type="nf4")  # type: ignore[no-untyped-call]
-        quantized.load_state_dict(layer.mlp.up_proj.state_dict())
-        layer.mlp.up_proj = quantized.to("cpu")
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ConfigError, match="came quantized"):
-        LayerScheduler(model, optimizer, "lisa")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    LayerScheduler(adapted, torch.optim.AdamW(trained), "lisa").close()
 
 
 def test_metrics_see_exact_weights() -> None:
