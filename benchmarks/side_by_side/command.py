@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layersample.cli.consoles import console, errors
-from layersample.cli.display import plain
+from layersample.cli.consoles import console, errors, plain
 from layersample.cli.groups import PanelCommand, PanelGroup
 from layersample.errors import ConfigError
 from layersample.files import check_output

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
-from layersample.cli.display import make_bar, plain
+from layersample.cli.consoles import plain
+from layersample.cli.display import make_bar
 
 from .jobs import Job
 

@@ -5,33 +5,79 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 
-from layersample.cli.chat_command import chat_command
-from layersample.cli.consoles import errors
-from layersample.cli.data_report import data_command
-from layersample.cli.display import plain
-from layersample.cli.env_command import env_command
-from layersample.cli.export_command import apply_command, export_command
-from layersample.cli.flags import with_options
-from layersample.cli.groups import Commands, PanelCommand
+from layersample.cli.consoles import errors, plain
+from layersample.cli.groups import Commands
 from layersample.cli.launch import is_first, is_rank, tell_launcher
-from layersample.cli.list_command import list_command
-from layersample.cli.llamafactory_command import llamafactory_command
-from layersample.cli.plan_command import OWN_OPTIONS, plan
-from layersample.cli.profile_command import profile_command
-from layersample.cli.train_command import OWN_OPTIONS as TRAIN_OPTIONS
-from layersample.cli.train_command import train
 from layersample.errors import ConfigError, SharedError
 from layersample.notices import hide_missing_kernel
-from layersample.options import Role
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
+# Where each command's function is, and examples for the end of its help. Help lists them in this order: that in which
+# a newcomer needs them.
+OWN: dict[str, tuple[str, ...]] = {
+    "train": (
+        "train_command:train",
+        "layersample train",
+        "layersample train --model ./my-model --data my.jsonl --output runs/first",
+        "layersample train --output runs/first --resume",
+        "layersample train --gpus 8 --shard fsdp2 --dtype bf16-mixed",
+        "layersample train --sampler owlore --projection galore --embeddings freeze",
+    ),
+    "data": (
+        "data_report:data_command",
+        "layersample data my.jsonl --model ./my-model",
+    ),
+    "plan": (
+        "plan_command:plan",
+        "layersample plan llama-2-7b --preset lisa-7b",
+        "layersample plan ./my-model --sampler owlore --rank 128 --budget 2GiB",
+    ),
+    "profile": (
+        "profile_command:profile_command",
+        "layersample profile smollm2-135m",
+        "layersample profile ./my-model --data my.jsonl --sampler owlore",
+    ),
+    "list": (
+        "list_command:list_command",
+        "layersample list",
+        "layersample list owlore",
+    ),
+    "chat": (
+        "chat_command:chat_command",
+        'layersample chat runs/first "What is 12 times 12?" --compare',
+        "layersample chat runs/first",
+    ),
+    "export": (
+        "export_command:export_command",
+        "layersample export runs/first --delta",
+        "layersample export runs/first --gguf",
+    ),
+    "apply": (
+        "export_command:apply_command",
+        "layersample apply smollm2-135m runs/first/delta --output whole",
+    ),
+    "llamafactory": (
+        "llamafactory_command:llamafactory_command",
+        "layersample llamafactory train run.yaml",
+        "layersample llamafactory train run.yaml layersample.num_active=4",
+    ),
+    "env": (
+        "env_command:env_command",
+        "layersample env",
+    ),
+}
+
+
+class _Layersample(Commands):
+    own = OWN
+
+
+app = typer.Typer(cls=_Layersample, no_args_is_help=True, rich_markup_mode=None)
 
 
 def _show_version(value: bool) -> None:
@@ -79,55 +125,6 @@ def _leave(code: str | int | None) -> None:
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
 
-
-def _add(name: str, command: Callable[..., None], *examples: str) -> None:
-    app.command(name, cls=PanelCommand, epilog="\n".join(examples))(command)
-
-
-# Help lists them in this order: that in which a newcomer needs them.
-_add(
-    "train",
-    with_options(train, first=TRAIN_OPTIONS),
-    "layersample train",
-    "layersample train --model ./my-model --data my.jsonl --output runs/first",
-    "layersample train --output runs/first --resume",
-    "layersample train --gpus 8 --shard fsdp2 --dtype bf16-mixed",
-    "layersample train --sampler owlore --projection galore --embeddings freeze",
-)
-_add("data", data_command, "layersample data my.jsonl --model ./my-model")
-_add(
-    "plan",
-    with_options(plan, role=Role.MEMORY, leave_out=("trainer_option",), first=OWN_OPTIONS),
-    "layersample plan llama-2-7b --preset lisa-7b",
-    "layersample plan ./my-model --sampler owlore --rank 128 --budget 2GiB",
-)
-_add(
-    "profile",
-    profile_command,
-    "layersample profile smollm2-135m",
-    "layersample profile ./my-model --data my.jsonl --sampler owlore",
-)
-_add("list", list_command, "layersample list", "layersample list owlore")
-_add(
-    "chat",
-    chat_command,
-    'layersample chat runs/first "What is 12 times 12?" --compare',
-    "layersample chat runs/first",
-)
-_add(
-    "export",
-    export_command,
-    "layersample export runs/first --delta",
-    "layersample export runs/first --gguf",
-)
-_add("apply", apply_command, "layersample apply smollm2-135m runs/first/delta --output whole")
-_add(
-    "llamafactory",
-    llamafactory_command,
-    "layersample llamafactory train run.yaml",
-    "layersample llamafactory train run.yaml layersample.num_active=4",
-)
-_add("env", env_command, "layersample env")
 
 if __name__ == "__main__":
     main()

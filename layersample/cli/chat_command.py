@@ -10,8 +10,7 @@ import typer
 from rich.columns import Columns
 from rich.panel import Panel
 
-from layersample.cli.consoles import console, errors
-from layersample.cli.display import plain
+from layersample.cli.consoles import console, errors, plain
 from layersample.cli.quiet import quiet_libraries
 from layersample.errors import ConfigError
 

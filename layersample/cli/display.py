@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from layersample.cli.consoles import plain
 from layersample.config import TrainConfig
 from layersample.options import Role, names_with
 
@@ -136,8 +136,3 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def plain(text: object) -> str:
-    """Text that rich shows as it is, brackets and all."""
-    return escape(str(text))

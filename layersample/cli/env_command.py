@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from layersample.cli.consoles import console
-from layersample.cli.display import plain
+from layersample.cli.consoles import console, plain
 
 
 def env_command() -> None:

@@ -32,18 +32,16 @@ _SHORT = {"batch_size": "--batch", "max_length": "--length", "precision": "--dty
 
 
 def with_options(
-    function: Callable[..., None],
     *,
     role: Role | None = None,
     leave_out: Collection[str] = (),
     first: Sequence[inspect.Parameter] = (),
-) -> Callable[..., None]:
-    """Give a command one flag for each option of a run; typer reads them from the signature.
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that gives a command one flag for each option of a run; typer reads them from the signature.
 
     A flag that isn't given is ``None``, so that it doesn't win over a file.
 
     Args:
-        function: The command.
         role: Take only the options that play this role.
         leave_out: What gets no flag, though.
         first: Parameters of the command's own.
@@ -65,9 +63,13 @@ def with_options(
                 text = f"{field.description}{_default(field)}"
                 panel = (section.__doc__ or "").strip(".")
                 parameters.append(_flag(name, _flag_type(field.annotation), text, panel))
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in parameters}
+        return function
+
+    return decorate
 
 
 def own_option(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:

@@ -1,12 +1,13 @@
-"""How commands are found and how their help looks: packages add commands, and help fits any terminal."""
+"""How commands are found and how their help looks: each is imported when it is run, and help fits any terminal."""
 
 from __future__ import annotations
 
 import ast
 import re
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, ClassVar
 
+import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
 
@@ -57,31 +58,51 @@ class PanelGroup(_Panels, TyperGroup):
 class Commands(TyperGroup):
     """The commands of layersample and those of installed packages, which are imported when they are run."""
 
+    own: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Of each of our own: its module in ``layersample.cli`` and its function, ``module:function``; then examples."""
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands."""
-        return [*super().list_commands(ctx), *(entry.name for entry in installed(COMMANDS))]
+        return [*self.own, *(entry.name for entry in installed(COMMANDS))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name."""
-        own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
-        return next((_Installed(entry) for entry in installed(COMMANDS) if entry.name == cmd_name), None)
+        if cmd_name in self.own:
+            place, *examples = self.own[cmd_name]
+            return _NotImported(EntryPoint(cmd_name, f"layersample.cli.{place}", COMMANDS), examples)
+        return next((_NotImported(entry) for entry in installed(COMMANDS) if entry.name == cmd_name), None)
 
 
-class _Installed(TyperCommand):
-    """A package's command, which stands for itself in the list of commands until it is run."""
+class _NotImported(TyperCommand):
+    """A command that stands for itself in the list of commands until it is run.
 
-    def __init__(self, entry: EntryPoint) -> None:
+    Args:
+        entry: A function of ours, or a package's typer application.
+        examples: Of a function: lines for the end of its help.
+    """
+
+    def __init__(self, entry: EntryPoint, examples: list[str] | None = None) -> None:
         super().__init__(entry.name, help=_first_line(entry))
-        self._entry = entry
+        self._entry, self._examples = entry, examples
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        return get_command(self._entry.load()).make_context(*args, **kwargs)
+        loaded = self._entry.load()
+        if self._examples is not None:
+            function, loaded = loaded, typer.Typer(add_completion=False, rich_markup_mode=None)
+            loaded.command(self._entry.name, cls=PanelCommand, epilog="\n".join(self._examples))(function)
+        return get_command(loaded).make_context(*args, **kwargs)
 
 
 def _first_line(entry: EntryPoint) -> str:
-    """What a module says of itself, read without running it: that may take the seconds that torch takes."""
+    """What a function, or else its module, says of itself, read without running it: that may take torch's seconds."""
     path = find_file(entry.module)
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path is not None else None
-    return (text or "").partition("\n")[0]
+    if path is None:
+        return ""
+    try:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # a package's fault, which its own command shows when it is run
+        return ""
+    functions = (
+        node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == entry.attr
+    )
+    return (ast.get_docstring(next(functions, module)) or "").partition("\n")[0]

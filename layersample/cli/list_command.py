@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from layersample.cli.consoles import console
-from layersample.cli.display import plain
+from layersample.cli.consoles import console, plain
 from layersample.errors import ConfigError, unknown
 from layersample.plugins import settings_files
 

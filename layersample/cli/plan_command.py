@@ -9,14 +9,14 @@ from typing import Any
 
 import typer
 
-from layersample.cli.consoles import console, errors
-from layersample.cli.display import plain
-from layersample.cli.flags import own_option
+from layersample.cli.consoles import console, errors, plain
+from layersample.cli.flags import own_option, with_options
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import gather_settings
 from layersample.files import check_output_file
+from layersample.options import Role
 
-OWN_OPTIONS = (
+_OWN_OPTIONS = (
     own_option(
         "model",
         str,
@@ -39,6 +39,7 @@ OWN_OPTIONS = (
 )
 
 
+@with_options(role=Role.MEMORY, leave_out=("trainer_option",), first=_OWN_OPTIONS)
 def plan(
     *,
     model: str,

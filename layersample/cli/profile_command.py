@@ -9,8 +9,7 @@ import typer
 import yaml
 
 from layersample.choices import Granularity
-from layersample.cli.consoles import console
-from layersample.cli.display import plain
+from layersample.cli.consoles import console, plain
 from layersample.cli.quiet import quiet_libraries
 from layersample.cli.settings import parse_sampler
 from layersample.errors import ConfigError

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from layersample.cli.display import plain
+from layersample.cli.consoles import plain
 from layersample.environment import environment
 from layersample.errors import ConfigError
 from layersample.files import write_json, write_text

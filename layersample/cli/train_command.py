@@ -9,9 +9,8 @@ from typing import Any
 
 import typer
 
-from layersample.cli.consoles import console, errors
-from layersample.cli.display import plain
-from layersample.cli.flags import own_option
+from layersample.cli.consoles import console, errors, plain
+from layersample.cli.flags import own_option, with_options
 from layersample.cli.launch import (
     check_count,
     how_to_resume,
@@ -27,7 +26,7 @@ from layersample.config import TrainConfig
 from layersample.errors import NEEDS_TRAIN, ConfigError
 
 _PANEL = "Several GPUs"  # as the section of the configuration is called
-OWN_OPTIONS = (
+_OWN_OPTIONS = (
     own_option(
         "gpus",
         int | None,
@@ -47,6 +46,7 @@ OWN_OPTIONS = (
 )
 
 
+@with_options(first=_OWN_OPTIONS)
 def train(
     *,
     config: Path | None = None,

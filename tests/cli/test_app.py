@@ -192,7 +192,7 @@ def test_the_text_of_a_strategy_fills_a_narrow_terminal() -> None:
     assert all(len(line) > 50 for line in about[:-1]), "wrapped once, by the terminal alone"
 
 
-@pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands] + ["benchmark"])
+@pytest.mark.parametrize("command", [*cli.OWN, "benchmark"])
 def test_help_fits_a_narrow_terminal_and_ends_in_examples(command: str) -> None:
     text = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "80"}).output
     assert max(map(len, text.splitlines())) <= 80
