@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -43,6 +44,20 @@ def test_lists_every_sampler_with_a_line_and_its_source() -> None:
         r"full\s+Train every",
     ):
         assert re.search(words, output)
+
+
+def test_the_collector_is_as_it_was_after_a_list() -> None:
+    assert gc.isenabled()
+    invoke("list")
+    with pytest.raises(ConfigError):
+        invoke("list", "liza")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        invoke("list")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_lists_the_options_of_one() -> None:
