@@ -362,7 +362,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             self._set_learning_rates()
 
     def _measure(self) -> None:
-        if not self._engine.must_measure(self.sampler):
+        if not (self._engine.must_measure(self.sampler) and self.sampler.measures):
             return
         measurement = Measurement(
             model=self._model,
