@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from layersample.frozen.matrix import Rounded
+from layersample.frozen.matrix import Rounded, storage_of
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def dequantized(module: nn.Module, weights: Mapping[str, Rounded]) -> Iterator[N
         weights: Its frozen weights, by its own names for them.
     """
     whole = {own: rounded.whole() for own, rounded in weights.items()}
-    packing = _Packing({_storage(whole[own]): rounded for own, rounded in weights.items()})
+    packing = _Packing({storage_of(whole[own]): rounded for own, rounded in weights.items()})
     module.__dict__.update(whole)  # in front of the parameters, which Python asks for only in __getattr__
     try:
         if torch.is_grad_enabled():
@@ -47,7 +47,7 @@ class _Packing:
         self._around = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(self, tensor: Tensor) -> Any:
-        rounded = self._rounded.get(_storage(tensor)) if type(tensor) is not nn.Parameter else None
+        rounded = self._rounded.get(storage_of(tensor)) if type(tensor) is not nn.Parameter else None
         if rounded is not None and tensor.dtype == rounded.dtype:
             return _View(rounded, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if self._around is not None:
@@ -93,8 +93,3 @@ def _unpack(packed: Any) -> Tensor:
         return unpacked
     tensor: Tensor = packed
     return tensor
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, some
 from layersample.frozen.exact import MappedFile
 from layersample.frozen.formats import FrozenFormat
 from layersample.optim.host_copies import to_host
@@ -95,6 +95,7 @@ class FrozenMatrix:
         self._exact: Tensor | None = None
         self._file = file
         self._device = torch.device("cpu")
+        self._emptied: tuple[nn.Parameter, Tensor] | None = None  # and what its storage is since
         self.rounded: Rounded | None = None
         """What the device holds; None while the weight is whole there."""
 
@@ -124,10 +125,11 @@ class FrozenMatrix:
         """The exact values, not a copy: in the host's memory while the weight is frozen.
 
         Raises:
-            ConfigError: If they are in a file that has changed.
+            ConfigError: If they are in a file that has changed; or as :meth:`check`.
         """
         if self.rounded is None or self._exact is None:
             return self.parameter.detach()
+        self.check()
         if self._file is not None:
             self._file.check()
         return self._exact
@@ -167,14 +169,45 @@ class FrozenMatrix:
     def _empty(self, parameter: nn.Parameter) -> None:
         stub = torch.full((1,), float("nan"), dtype=parameter.dtype, device=self._device)
         parameter.data = stub.expand(parameter.shape)
+        self._emptied = parameter, stub
         setattr(parameter, FROZEN, self)
+
+    def undo(self) -> str | None:
+        """Undo what somebody has done to the parameter since it was emptied; its exact values stay what they were.
+
+        Returns:
+            What was done, if anything.
+        """
+        if self._emptied is None:
+            return None
+        old, stub = self._emptied
+        now = self.module._parameters.get(self.own)
+        if now is old and storage_of(now) == storage_of(stub):
+            return None
+        # A copy of the model has made it as large as it was.
+        copied = now is old and bool(now.detach().isnan().all())
+        self.module._parameters[self.own] = old
+        self._empty(old)
+        if copied:
+            return None
+        return "written to" if now is old else "taken out of its module" if now is None else "replaced"
+
+    def check(self) -> None:
+        """Make sure that nobody has written to the parameter or replaced it since it was emptied.
+
+        Raises:
+            ConfigError: If somebody has; it was undone then.
+        """
+        if (done := self.undo()) is not None:
+            raise ConfigError(left_alone({self.name: done}))
 
     @torch.no_grad()
     def activate(self) -> None:
         """Give the parameter its exact values back, on its device; they may be written to."""
         if self.rounded is None:
             return
-        parameter, exact = self.parameter, self.exact()
+        exact = self.exact()
+        parameter = self.parameter
         if self._device.type != "cpu":
             parameter.data = exact.to(self._device, non_blocking=True)
         else:
@@ -182,24 +215,29 @@ class FrozenMatrix:
         if self.is_mapped:
             self._exact = self._file = None
         setattr(parameter, FROZEN, None)
-        self.rounded = None
+        self.rounded = self._emptied = None
 
     def show(self, exact: bool) -> None:
         """Have the parameter show its exact values, in the host's memory and not to be written to; or nothing."""
         if self.rounded is None:
             return
         if exact:
-            self.parameter.data = self.exact()
-        else:
+            self.parameter.data, self._emptied = self.exact(), None
+        elif self._emptied is None:
             self._empty(self.parameter)
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow a module to another device.
 
         Raises:
-            ConfigError: If its type changes.
+            ConfigError: If its type changes, or it would have no values any more.
         """
         assert self.rounded is not None
+        if device.type == "meta":
+            raise ConfigError(
+                f"A model with frozen_weights must stay on a device that holds values, but {self.name} was to go to "
+                "the meta device: close() the scheduler before."
+            )
         if dtype != self.rounded.dtype:
             raise ConfigError(
                 f"A model with frozen_weights must keep its type, which is {self.rounded.dtype} for {self.name}, but "
@@ -232,3 +270,22 @@ class FrozenMatrix:
         self.freeze()
         if same is not None:
             self._exact, self._file = same
+
+
+def left_alone(done: dict[str, str]) -> str:
+    """What to say of frozen weights that somebody else has changed.
+
+    Args:
+        done: What was done, by name of the parameter.
+    """
+    return (
+        f"Frozen weights must be left alone while frozen_weights holds them rounded, but "
+        f"{some((f'{name} was {what}' for name, what in done.items()), 3)}. Their exact values are elsewhere, so this "
+        "was undone: give them others by model.load_state_dict(..., strict=False), or close() the scheduler before."
+    )
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What two tensors have in common that share their memory, without a look at it: also those of a plan have it."""
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -15,7 +15,7 @@ from layersample.frozen.exact import Mappings, check_host
 from layersample.frozen.formats import FORMATS
 from layersample.frozen.forward import FrozenModule
 from layersample.frozen.holdable import find_holdable, is_conv1d
-from layersample.frozen.matrix import FrozenMatrix
+from layersample.frozen.matrix import FrozenMatrix, left_alone
 from layersample.layers.find import ModelLayers
 from layersample.optim.host_copies import wait_for_copies
 from layersample.unwrapping import FROZEN_WEIGHTS, is_fake
@@ -137,9 +137,11 @@ class FrozenWeights:
             training: Names of the parameters that train.
 
         Raises:
-            ConfigError: If exact values are in a file that has changed.
+            ConfigError: If exact values are in a file that has changed, or somebody has written to what is rounded.
         """
         self._show(False)
+        if done := self._undo():
+            raise ConfigError(left_alone(done))
         for name, matrix in self._matrices.items():
             if name in training:
                 matrix.activate()
@@ -182,6 +184,8 @@ class FrozenWeights:
     def close(self) -> None:
         """Leave the model as it was found: whole, or rounded if it was loaded so. Safe to call twice."""
         self._show(False)
+        if done := self._undo():
+            logger.warning("%s", left_alone(done))  # a scheduler that nothing refers to any more can't raise
         if self._stays:
             self.freeze(())
             return
@@ -192,6 +196,10 @@ class FrozenWeights:
         self._modules.clear()
         self._look.remove()
         vars(self._model).pop(FROZEN_WEIGHTS, None)
+
+    def _undo(self) -> dict[str, str]:
+        undone = ((name, matrix.undo()) for name, matrix in self._matrices.items())
+        return {name: done for name, done in undone if done is not None}
 
     def _show(self, exact: bool) -> None:
         for module in self._modules.values():
