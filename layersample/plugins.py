@@ -36,7 +36,9 @@ def load_group(group: str) -> dict[str, Any]:
     for entry in installed(group):
         try:
             loaded[entry.name] = entry.load()
-        except (Exception, SystemExit) as error:  # whatever a package of someone else's raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a package of someone else's raises
             package = entry.dist.name if entry.dist is not None else entry.value
             logger.warning(
                 "The package %s is left out, because loading its entry point %s raised %s: %s",

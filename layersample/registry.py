@@ -228,12 +228,14 @@ def load_plugin(path: str | Path) -> ModuleType:
     before = [(names, dict(names.classes)) for names in registries]
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if all were well
+    except BaseException as error:  # as sys.exit(0), which would end the command as if all were well
         # What it registered up to there must not stay: it would take the names when the mended file comes.
         del sys.modules[name]
         for names, classes in before:
             names.classes.clear()
             names.classes.update(classes)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         file = str(module.__file__)  # absolute, as in the traceback
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = (getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None) or (

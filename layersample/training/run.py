@@ -40,6 +40,7 @@ from layersample.training.resuming import note_ranks
 from layersample.training.streaming import StreamedRows, tokenize_stream
 from layersample.training.summary import summarize, write_pictures
 from layersample.training.trainer import CheckedTrainer, Interrupted, stop_on_signal
+from layersample.training.trainer_options import naming_options
 
 Report = Callable[[str], None]
 
@@ -100,15 +101,16 @@ class Run:
         train_data: Any = self.train_data
         if isinstance(train_data, StreamedRows):
             train_data = tokenize_stream(train_data, tokenizer, arguments, config.train_on, config.run_seed)
-        self.trainer = CheckedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_data,
-            eval_dataset=self.held_out_data,
-            processing_class=tokenizer,
-            callbacks=[self.recorder],
-            train_on=config.train_on,
-        )
+        with naming_options(config.trainer or {}):
+            self.trainer = CheckedTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=train_data,
+                eval_dataset=self.held_out_data,
+                processing_class=tokenizer,
+                callbacks=[self.recorder],
+                train_on=config.train_on,
+            )
         self.gave_template = tokenizer.chat_template is not None and not had_template
         self.own_loss = self.trainer.chunk_loss(
             config.chunk_positions or 0, strict=config.loss_chunk != "auto"

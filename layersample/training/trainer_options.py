@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, get_type_hints
 
 import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl import SFTConfig
@@ -61,7 +63,16 @@ _NOT_OURS_TO_CHANGE = {
     "parallelism_config": "layers can't be switched under it: choose --shard fsdp2",
 }
 
-_AT_LEAST_1 = {"per_device_eval_batch_size", "dataset_num_proc", "eval_steps", "save_total_limit"}
+_AT_LEAST_1 = {
+    "per_device_eval_batch_size",
+    "dataset_num_proc",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
+    "eval_steps",
+    "pad_to_multiple_of",
+    "save_total_limit",
+}
+_AT_MOST_1 = {"label_smoothing_factor"}
 _MAY_BE_NEGATIVE = {"local_rank", "past_index"}
 
 
@@ -115,6 +126,8 @@ def _check_value(name: str, value: Any) -> Any:
             raise ConfigError(
                 f"trainer: {name} must be at least {least} and fit in 64 bits, but got {short(value)}."
             )
+        if name in _AT_MOST_1 and read > 1:
+            raise ConfigError(f"trainer: {name} must be between 0 and 1, but got {short(value)}.")
     return value if read == value and type(value) is not str else read
 
 
@@ -145,6 +158,7 @@ def make_arguments(arguments: Mapping[str, Any]) -> SFTConfig:
             for callback in get_reporting_integration_callbacks(made.report_to):
                 callback()
         _try_optimizer_and_schedule(made)
+        _try_loader(made)
         if made.torch_compile and made.torch_compile_backend not in torch._dynamo.list_backends(None):
             raise ValueError(f"torch_compile_backend {made.torch_compile_backend!r} is none of torch's.")
     except Exception as error:
@@ -165,6 +179,40 @@ def _try_optimizer_and_schedule(made: SFTConfig) -> None:
         num_training_steps=10,
         scheduler_specific_kwargs=dict(made.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
     )
+
+
+def _try_loader(made: SFTConfig) -> None:
+    """Make a loader as the Trainer will; its workers start only when it is read."""
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        num_workers=made.dataloader_num_workers,
+        prefetch_factor=made.dataloader_prefetch_factor,
+        persistent_workers=made.dataloader_persistent_workers,
+    )
+
+
+@contextmanager
+def naming_options(given: Mapping[str, Any]) -> Iterator[None]:
+    """Name the user's options of SFTConfig where a Trainer can't be made with them: some need its model or tokenizer.
+
+    Args:
+        given: They. Where there are none, an error is a fault of our own and stays what it is.
+
+    Raises:
+        ConfigError: In place of what the Trainer's constructor raises.
+    """
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the Trainer's own code, which raises what it likes
+        if not given:
+            raise
+        options = ", ".join(f"{name}={short(value)}" for name, value in given.items())
+        raise ConfigError(
+            f"trainer: the Trainer must be able to train this model on this data with {options}, but: {reason(error)} "
+            "Leave out what it can't do."
+        ) from error
 
 
 def own_loss(arguments: TrainingArguments) -> str | None:
