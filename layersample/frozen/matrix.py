@@ -205,6 +205,9 @@ class FrozenMatrix:
     def activate(self) -> None:
         """Give the parameter its exact values back, on its device; they may be written to."""
         if self.rounded is None:
+            if self.is_mapped:  # it trains before it was ever frozen: what it becomes is in no file
+                self.parameter.data = self.parameter.detach().clone()
+                self._file = None
             return
         exact = self.exact()
         parameter = self.parameter

@@ -40,6 +40,28 @@ def test_a_model_is_loaded_rounded_trained_and_saved_exactly(folder: Path, tmp_p
         assert torch.equal(parameter, before[name]) == (".layers.0." in name or ".layers.2." in name)
 
 
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_what_trains_first_is_not_lost_with_its_file(master_weights: bool, folder: Path) -> None:
+    """It was never frozen before, so that nothing has taken it out of the file."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options: dict[str, Any] = {"num_active": 1, "period": 1, "master_weights": master_weights}
+    scheduler = LayerScheduler(model, optimizer, Given((1,), (2,)), frozen_weights="int8", **options)
+    model(**make_batch()).loss.backward()
+    optimizer.step()
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if ".layers.1." in n}
+    scheduler.step()
+    assert scheduler.frozen is not None and scheduler.frozen.host_bytes > 0
+    assert not scheduler.frozen.mapped.intersection(trained)
+    file = (folder / "model.safetensors").rename(folder / "away")
+    kept = scheduler.trained_state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in trained.items())
+    with pytest.raises(ConfigError, match="is there no more"):
+        model.state_dict()
+    file.rename(folder / "model.safetensors")
+    scheduler.close()
+
+
 def test_another_type_than_the_files_is_kept_in_memory(folder: Path) -> None:
     frozen = find_frozen_weights(load_frozen(folder, device="cpu", dtype=torch.float32))
     assert frozen is not None and not frozen.mapped and frozen.host_bytes > 0
