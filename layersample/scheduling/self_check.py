@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layersample.choices import StatePolicyName
+from layersample.optim.frozen_state import has_two_weights
 from layersample.optim.masters import AT_REST, combine
 from layersample.optim.nested import tensors_in
 from layersample.optim.optimizers import Optimizers
@@ -41,7 +42,8 @@ class SelfCheck:
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step at a learning rate of 0 (the first one of a warm-up) moves nothing, and rightly so. Nor does one
         # whose gradients are zero (a constant reward) or not there (BERT's pooler, LayerDrop).
-        if all(float(group["lr"]) == 0 for group in optimizer.param_groups):
+        # Adafactor's is None where it finds its own.
+        if all(group["lr"] is not None and float(group["lr"]) == 0 for group in optimizer.param_groups):
             return
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
@@ -53,6 +55,11 @@ class SelfCheck:
         self._pushed.clear()
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._digests = {name: self._digest(parameter) for name, parameter in parameters.items()}
+
+    def settle(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note the bits of frozen parameters anew, where dropping state gave them the weights of evaluation."""
+        if any(has_two_weights(each) for each in self._optimizers.each):
+            self._digests |= {name: self._digest(p) for name, p in parameters.items() if not p.requires_grad}
 
     def end(
         self,

@@ -283,6 +283,8 @@ class Switch:
             self._policy.activate(each, training)
         for watch in self._watches:
             watch.switched()
+        if self._self_check is not None:
+            self._self_check.settle(dict(self._model.named_parameters()))
 
     def forget_state(self, *, of_branches: bool = False) -> None:
         """Drop all state but exact weights: of another projection, or another branch, it has other shapes."""

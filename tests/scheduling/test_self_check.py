@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
+from layersample import LayerScheduler
 from layersample.optim.optimizers import Optimizers
 from layersample.scheduling.self_check import SelfCheck, SelfCheckError
+from tests.helpers import make_batch, make_llama
 
 
 def prepare(
@@ -62,6 +65,49 @@ def test_what_got_no_gradient_or_one_of_zeros_may_stay_where_it_is(gradient: flo
 def test_a_learning_rate_of_zero_moves_nothing_and_rightly() -> None:
     _, _, check, parameters = prepare(lr=0.0)
     check.end(parameters, ACTIVE)
+
+
+def adafactor(parameters: Any) -> Any:
+    """Its learning rate is None: it finds its own."""
+    return Adafactor(parameters)
+
+
+def schedule_free(parameters: Any) -> Any:
+    """It trains on other weights than it is evaluated with, which a layer is frozen with."""
+    optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(parameters, lr=1e-2)
+    optimizer.train()
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [adafactor, schedule_free])
+def test_a_good_run_of_an_optimizer_that_is_unlike_others_passes(make: Any) -> None:
+    model = make_llama()
+    optimizer = make(model.parameters())
+    with LayerScheduler(model, optimizer, "cyclic", num_active=1, period=2, check=True) as scheduler:
+        for step in range(8):
+            model(**make_batch(step)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def test_a_change_of_a_frozen_layer_is_seen_under_a_schedule_free_optimizer_too() -> None:
+    model = make_llama()
+    optimizer = schedule_free(model.parameters())
+    scheduler = LayerScheduler(model, optimizer, "cyclic", num_active=1, period=2, check=True)
+    frozen: Any = None
+    with pytest.raises(SelfCheckError, match="was frozen in this period"):
+        for step in range(4):
+            model(**make_batch(step)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if step == 1:
+                frozen = model.model.layers[0].mlp.up_proj.weight
+                assert not frozen.requires_grad
+                with torch.no_grad():
+                    frozen[0, 0] += 1
+    scheduler.close(check=False)
 
 
 def test_a_gradient_on_a_frozen_parameter_is_seen() -> None:
