@@ -46,7 +46,7 @@ def make_run(folder: str, layers: tuple[int, ...], *, collects: bool) -> TimedRu
 
 def main(
     model: Annotated[str, typer.Option(help="Built-in name or folder of the model.")] = BUILTIN_MODEL,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each, of which the first isn't counted.")] = 21,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each, of which the first isn't counted.")] = 61,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     layers: Annotated[str, typer.Option(help="The layers that train, by number.")] = "9,20",
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
