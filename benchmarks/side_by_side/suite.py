@@ -196,9 +196,8 @@ class Suite(Options):
         """What decides the numbers of all methods."""
         left_out = MAY_CHANGE | (_MATCHING if self.match == "steps" else set())
         left_out |= set() if self.lm_eval else _HARNESS
-        left_out |= (
-            {"attention"} if self.attention is None else set()
-        )  # runs may be stored from before it was a key
+        if self.attention is None:  # runs may be stored from before it was a key
+            left_out |= {"attention"}
         return self.model_dump(mode="json", exclude=left_out)
 
     def rates(self, entry: MethodEntry) -> list[float]:

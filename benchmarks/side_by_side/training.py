@@ -176,15 +176,16 @@ def _train(
         trainer.train()
         return {"loss": None, "right": None, "other_loss": None}
     saved, final = as_saved or nullcontext, job.stage == "final"
+    along = suite.evaluations if final else 0
 
     def held_out() -> float:
         with saved():
             return mean_loss(trainer, "held_out")
 
     as_trained = None if as_saved is None else partial(mean_loss, trainer, "held_out")
-    curve = LossCurve(held_out, job.steps, (final and suite.evaluations) or 1, as_trained)
+    curve = LossCurve(held_out, job.steps, max(along, 1), as_trained)
     trainer.add_callback(curve)
-    if final and suite.evaluations:
+    if along:
         curve.measure(0)
     with saved():
         before = mean_loss(trainer, "other") if final else None
