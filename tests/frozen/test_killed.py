@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.training.test_finetune import kill, resume, same_weights, start, wait_for_step
+from tests.typed_runs import kill, resume, same_weights, start, wait_for_step
 
 
 @pytest.mark.slow
