@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,39 @@ _BATCH = 16
 _TOKENS = 512  # of a batch whose loss is measured
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """How good a model is on held-out examples.
+
+    Args:
+        loss: In nats a token.
+        right: The share whose likeliest choice is the right one; ``None`` where choices aren't scored with the loss.
+    """
+
+    loss: float
+    right: float | None
+
+
 def mean_loss(trainer: Trainer, name: str) -> float:
-    """The loss on one of the trainer's evaluation sets, in nats a token.
+    """The loss on one of the trainer's evaluation sets, in nats a token, as :func:`score_held_out` has it."""
+    return score_held_out(trainer, name).loss
+
+
+def score_held_out(trainer: Trainer, name: str, choices: Sequence[int] = ()) -> HeldOut:
+    """The loss on one of the trainer's evaluation sets and, where completions are choices, the share of right ones.
 
     The mean over all tokens that count, where the Trainer's own would be a mean of the batches' means. Examples of the
     same length go through the model together, so that nothing is padded, and through its head only where a token of
-    one of them counts.
+    one of them counts. That is where the choices are as well, so they cost no pass of their own.
 
     Args:
         trainer: Its model and its evaluation sets.
         name: Name of the set.
+        choices: The tokens to choose from, one a choice. An example that counts none of them first leaves the share
+            unknown.
     """
     total, tokens = 0.0, 0
+    hits: list[bool | None] = []
     model: Any = trainer.model
     was_training = model.training
     model.eval()
@@ -38,11 +60,33 @@ def mean_loss(trainer: Trainer, name: str) -> float:
             counted = (targets != -100).any(0).nonzero().flatten()
             logits = model(ids, logits_to_keep=counted, use_cache=False).logits
             # logits: (examples, tokens that count in one of them, vocabulary)
-            wanted = targets[:, counted].flatten()
-            total += float(F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum"))
+            wanted = targets[:, counted]
+            total += float(F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum"))
             tokens += int((wanted != -100).sum())
+            if choices:
+                hits += _hits(logits, wanted, choices)
     model.train(was_training)
-    return total / tokens
+    known = [hit for hit in hits if hit is not None]
+    return HeldOut(total / tokens, sum(known) / len(known) if known and len(known) == len(hits) else None)
+
+
+def _hits(logits: torch.Tensor, wanted: torch.Tensor, choices: Sequence[int]) -> list[bool | None]:
+    """Whether the likeliest choice is the first token that counts; ``None`` where that is no choice.
+
+    Args:
+        logits: (examples, tokens, vocabulary).
+        wanted: (examples, tokens), -100 where a token doesn't count.
+        choices: Token ids.
+    """
+    if not wanted.shape[1]:
+        return [None] * len(wanted)
+    first = (wanted != -100).int().argmax(1)  # of the True ones; 0 where there is none
+    examples = torch.arange(len(wanted), device=wanted.device)
+    right = wanted[examples, first].tolist()
+    likeliest = logits[examples, first][:, list(choices)].argmax(-1).tolist()
+    return [
+        choices[i] == token if token in choices else None for i, token in zip(likeliest, right, strict=True)
+    ]
 
 
 def _equally_long(trainer: Trainer, name: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -116,18 +160,31 @@ def _choose(
     model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], prompts: list[str]
 ) -> list[str]:
     """The likeliest choice behind each prompt, as lm-evaluation-harness takes it: by the sum over its tokens."""
-    first = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
-    if any(len(ids) > 1 for ids in first):
+    tokens = choice_tokens(tokenizer, choices)
+    if not tokens:
         scores = choice_likelihoods(model, tokenizer, choices, prompts)
         return [choices[max(range(len(choices)), key=row.__getitem__)] for row in scores]
-    if len({ids[0] for ids in first}) < len(first):
-        raise ConfigError(f"The choices must begin with different tokens, but {', '.join(choices)} don't.")
     chosen: list[str] = []
     for inputs in _batches(model, tokenizer, prompts):
         # Of single tokens, the likeliest has the highest logit.  (problems, choices)
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1, [ids[0] for ids in first]]
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, tokens]
         chosen += [choices[i] for i in logits.argmax(-1).tolist()]
     return chosen
+
+
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[int]:
+    """The token of each choice; none where one of them is longer, and the choices must be scored as texts.
+
+    Raises:
+        ConfigError: If two choices are the same token.
+    """
+    ids = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    if any(len(of_one) != 1 for of_one in ids):
+        return []
+    tokens = [of_one[0] for of_one in ids]
+    if len(set(tokens)) < len(tokens):
+        raise ConfigError(f"The choices must begin with different tokens, but {', '.join(choices)} don't.")
+    return tokens
 
 
 def choice_likelihoods(

@@ -38,9 +38,9 @@ from ..methods.method import Prepared
 from .clock import PHASES, PhaseClock
 from .jobs import Job
 from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
-from .scoring import mean_loss, share_right
+from .scoring import HeldOut, choice_tokens, mean_loss, score_held_out, share_right
 from .suite import Suite
-from .tasks import get_task, split
+from .tasks import Task, get_task, split
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -177,10 +177,15 @@ def _train(
         return {"loss": None, "right": None, "other_loss": None}
     saved, final = as_saved or nullcontext, job.stage == "final"
     along = suite.evaluations if final else 0
+    task = get_task(suite.task, suite.answer_marker)
+    asked = final and task.has_answers and bool(trainer.problems)
+    choices = _choices_of_all(trainer, tokenizer, task) if asked else []
+    scored: list[HeldOut] = []
 
     def held_out() -> float:
         with saved():
-            return mean_loss(trainer, "held_out")
+            scored.append(score_held_out(trainer, "held_out", choices))
+        return scored[-1].loss
 
     as_trained = None if as_saved is None else partial(mean_loss, trainer, "held_out")
     curve = LossCurve(held_out, job.steps, max(along, 1), as_trained)
@@ -190,10 +195,9 @@ def _train(
     with saved():
         before = mean_loss(trainer, "other") if final else None
     trainer.train()
-    task = get_task(suite.task, suite.answer_marker)
-    right = None
+    right = scored[-1].right
     with saved():
-        if final and task.has_answers and trainer.problems:
+        if asked and right is None:
             right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
         after = mean_loss(trainer, "other") if final else None
     return {
@@ -205,6 +209,13 @@ def _train(
         "right": right,
         "other_loss": {"before": before, "after": after} if final else None,
     }
+
+
+def _choices_of_all(trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """The tokens to choose from where all that is held out is a problem, so that one pass scores both; or none."""
+    evaluation: Any = trainer.eval_dataset
+    everything = len(trainer.problems) == len(evaluation["held_out"])
+    return choice_tokens(tokenizer, task.choices) if task.choices and everything else []
 
 
 def _score_by_harness(

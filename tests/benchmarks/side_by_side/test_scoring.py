@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side import scoring
-from layersample_benchmarks.side_by_side.scoring import choice_likelihoods, mean_loss, share_right
+from layersample_benchmarks.side_by_side.scoring import (
+    choice_likelihoods,
+    choice_tokens,
+    mean_loss,
+    score_held_out,
+    share_right,
+)
 from layersample_benchmarks.side_by_side.tasks import Task, get_task
 
 
@@ -108,6 +114,45 @@ def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Pa
     naive = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     assert math.isclose(mean_loss(trainer, "held_out"), float(naive), rel_tol=1e-6)
     assert model.training, "left as it was"
+
+
+def test_choices_are_scored_in_the_pass_of_the_loss_as_by_themselves(
+    tiny_model: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    task = Task("t", "t", choices=("n", "y"))
+    prompts = ["Is it so?", "Is it", "Not so?", "Is it no", "a?"]
+    rows = [{"prompt": p, "completion": "ny"[i % 2]} for i, p in enumerate(prompts)]
+    examples = [
+        (tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in rows
+    ]
+    end = tokenizer.eos_token_id
+    batches = [  # one example each: what follows a choice counts too, and comes before it in none
+        {
+            "input_ids": torch.tensor([[*before, *after, end]]),
+            "labels": torch.tensor([[*[-100] * len(before), *after, end]]),
+            "attention_mask": torch.ones(1, len(before) + len(after) + 1, dtype=torch.long),
+        }
+        for before, after in examples
+    ]
+    trainer: Any = SimpleNamespace(
+        model=model, get_eval_dataloader=lambda name: batches, _prepare_inputs=lambda given: given
+    )
+    tokens = choice_tokens(tokenizer, task.choices)
+    scored = score_held_out(trainer, "held_out", tokens)
+    alone = share_right(model, tokenizer, task, rows, 1)
+    assert scored.right == alone
+    assert 0 < alone < 1, "or it shows nothing"
+    assert scored.loss == mean_loss(trainer, "held_out")
+    assert score_held_out(trainer, "held_out").right is None, "nobody asked"
+    batches[0]["labels"][:, :-1] = -100  # its choice was cut off
+    assert score_held_out(trainer, "held_out", tokens).right is None
+
+
+def test_choices_that_are_no_single_tokens(tokenizer: Any) -> None:
+    assert choice_tokens(tokenizer, ("n", "yes")) == []
+    with pytest.raises(ConfigError, match="must begin with different tokens"):
+        choice_tokens(tokenizer, ("n", "n"))
 
 
 def test_choices_of_several_tokens_are_scored_as_the_harness_scores_them(
