@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import TaskID
+from rich.progress import Task, TaskID
 
 from layersample.cli.consoles import plain
 from layersample.cli.display import make_bar
@@ -36,7 +36,7 @@ class LiveBenchmark:
         """Show the bar of all runs."""
         if done:
             self._console.print(f"{done} of {runs} runs are there already.", highlight=False)
-        self._started = self._now()
+        self._started, self._ended = self._now(), 0  # a search before them isn't among them
         self._runs = self._bar.add_task("all runs", total=runs, completed=done, status="")
         self._bar.start()
 
@@ -67,7 +67,7 @@ class LiveBenchmark:
         """Which run of how many has ended, and how long the others will take: what bars show on a terminal."""
         if self._runs is None or not self._bar.disable:
             return ""
-        task = self._bar.tasks[self._runs]
+        task = self._all_runs
         left = int((task.total or 0) - task.completed)
         seconds = left * (self._now() - self._started) / self._ended
         when = f", about {_duration(seconds)} left" if left else ""
@@ -76,7 +76,12 @@ class LiveBenchmark:
     def more(self, runs: int) -> None:
         """Make room for them in the bar of all runs."""
         if self._runs is not None:
-            self._bar.update(self._runs, total=(self._bar.tasks[self._runs].total or 0) + runs)
+            self._bar.update(self._runs, total=(self._all_runs.total or 0) + runs)
+
+    @property
+    def _all_runs(self) -> Task:
+        """The bar of all runs, by its id: those of ended runs are gone from among the bars."""
+        return next(task for task in self._bar.tasks if task.id == self._runs)
 
     def end(self) -> None:
         """Leave the terminal as it was."""

@@ -199,6 +199,25 @@ def test_a_line_a_run_where_no_terminal_is() -> None:
     ]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_runs_of_a_search_before_the_others(terminal: bool) -> None:
+    """Their bars come and go before that of all runs is there, and their time is none of the others'."""
+    seconds = iter([5000.0, 5060.0])
+    screen = Console(force_terminal=terminal, file=io.StringIO(), width=100)
+    live = LiveBenchmark(screen, now=lambda: next(seconds))
+    tried = Job("recipe-1", "rung", 1000, 1e-3, 4)
+    live.step(tried, 1, 4, 1.25)
+    live.end_run(tried, {"error": "none"})
+    live.begin(2, 0)
+    live.more(1)
+    live.end_run(Job("lisa", "final", 0, 1e-3, 4), {"error": "none"})
+    live.end()
+    [every] = live._bar.tasks
+    assert (every.description, every.completed, every.total) == ("all runs", 1, 3)
+    if not terminal:
+        assert "1 of 3, about 2 min left: final/lisa" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_commented_example_of_a_suite_is_written(given: list[Any], tmp_path: Path) -> None:
     """With every key there is; what it says is the default can be taken as it is."""
     path = tmp_path / "my.yaml"
