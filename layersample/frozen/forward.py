@@ -73,6 +73,8 @@ class FrozenModule:
         if self._shows_exact:
             with _on_device(module, frozen, None if inputs is None else inputs.device):
                 return type(module).forward(module, *args, **kwargs)
+        for matrix in frozen.values():
+            matrix.check_used()
         if is_linear(module) or is_conv1d(module):
             rounded, bias = frozen["weight"].rounded, module.bias
             assert inputs is not None and rounded is not None and not isinstance(bias, nn.Module)

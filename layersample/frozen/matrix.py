@@ -13,6 +13,8 @@ from layersample.frozen.formats import FrozenFormat
 from layersample.optim.host_copies import to_host
 from layersample.unwrapping import FROZEN
 
+_ELSEWHERE = "do it within scheduler.exact_weights(), or close() the scheduler before."
+
 
 class Rounded:
     """A weight as its codes: immutable, so that what backward has saved of it stays what it was.
@@ -200,6 +202,35 @@ class FrozenMatrix:
         """
         if (done := self.undo()) is not None:
             raise ConfigError(left_alone({self.name: done}))
+
+    def check_used(self) -> None:
+        """Make sure, in a forward, that its codes are what the caller wants used.
+
+        Raises:
+            ConfigError: If other values were put in the weight's place, which are left to whoever takes them away
+                again; if a transform of torch.func is at work, which would take the codes for constants.
+        """
+        if self._emptied is None:
+            return
+        old, stub = self._emptied
+        now = self.module._parameters.get(self.own)
+        if torch.compiler.is_compiling() and now is old:
+            return  # a graph holds for the weight that it was traced with, and can't look at its memory
+        if torch._C._are_functorch_transforms_active():
+            raise ConfigError(
+                f"torch.func's transforms (grad, vmap and the like) need a model's exact weights, but frozen_weights "
+                f"holds {self.name} rounded: {_ELSEWHERE}"
+            )
+        if now is old:
+            if storage_of(old) != storage_of(stub):
+                self.check()
+        elif now is None or now.requires_grad or storage_of(now) != storage_of(stub):
+            # A view of the emptied weight itself, as detach() gives one, has no other values.
+            raise ConfigError(
+                f"A frozen weight must be the model's own in a forward while frozen_weights holds it rounded, but "
+                f"another value was put in the place of {self.name} (by functional_call, a parametrization or the "
+                f"like), which would be ignored: leave that weight out, {_ELSEWHERE}"
+            )
 
     @torch.no_grad()
     def activate(self) -> None:
