@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import tempfile
 import time
@@ -179,7 +180,7 @@ def _train(
     along = suite.evaluations if final else 0
     task = get_task(suite.task, suite.answer_marker)
     asked = final and task.has_answers and bool(trainer.problems)
-    choices = _choices_of_all(trainer, tokenizer, task) if asked else []
+    choices, apart = _choices_in_held_out(trainer, tokenizer, task) if asked else ([], trainer.problems)
     scored: list[HeldOut] = []
 
     def held_out() -> float:
@@ -195,10 +196,11 @@ def _train(
     with saved():
         before = mean_loss(trainer, "other") if final else None
     trainer.train()
-    right = scored[-1].right
+    right = scored[-1].right if asked else None
     with saved():
-        if asked and right is None:
-            right = share_right(trainer.model, tokenizer, task, trainer.problems, suite.answer_tokens)
+        if asked and apart:
+            share = share_right(trainer.model, tokenizer, task, apart, suite.answer_tokens)
+            right = share if right is None else right + (share - right) * len(apart) / len(trainer.problems)
         after = mean_loss(trainer, "other") if final else None
     return {
         "loss": {
@@ -211,11 +213,24 @@ def _train(
     }
 
 
-def _choices_of_all(trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
-    """The tokens to choose from where all that is held out is a problem, so that one pass scores both; or none."""
+def _choices_in_held_out(
+    trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The tokens to choose from, where the pass of the held-out loss scores them, and the problems that it leaves.
+
+    It does where all that is held out is a problem, but for those that are too long to leave room for a choice.
+    """
+    problems = trainer.problems
+    if not task.choices:
+        return [], problems
+    arguments: Any = trainer.args
     evaluation: Any = trainer.eval_dataset
-    everything = len(trainer.problems) == len(evaluation["held_out"])
-    return choice_tokens(tokenizer, task.choices) if task.choices and everything else []
+    room = arguments.max_length or math.inf
+    too_long = [row for row in problems if len(tokenizer(row["prompt"])["input_ids"]) >= room]
+    tokens = choice_tokens(tokenizer, task.choices)
+    if not tokens or len(evaluation["held_out"]) + len(too_long) != len(problems):
+        return [], problems
+    return tokens, too_long
 
 
 def _score_by_harness(

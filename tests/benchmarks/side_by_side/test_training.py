@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from layersample import ConfigError, create_sampler, list_samplers
 from layersample_benchmarks.methods.catalog import default_methods, get_method
+from layersample_benchmarks.side_by_side import training
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.jobs import Job, Stage
 from layersample_benchmarks.side_by_side.suite import Suite
+from layersample_benchmarks.side_by_side.tasks import Task
 from layersample_benchmarks.side_by_side.training import run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:BAdam expect", "ignore:.*deprecated")
@@ -57,6 +60,27 @@ def test_every_method_runs_and_is_measured(name: str, make_tiny: Callable[..., S
 def test_the_loss_at_the_end_alone_is_the_last_of_several(make_tiny: Callable[..., Suite]) -> None:
     along, alone = (run(make_tiny(["lisa"], evaluations=count))["loss"] for count in (2, 0))
     assert alone["steps"] == [4] and alone["held_out"] == along["held_out"][-1:]
+
+
+def test_choices_are_scored_with_the_loss_but_for_those_that_do_not_fit(
+    make_tiny: Callable[..., Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all of them by themselves, where some are so long that the held-out set has lost them."""
+    rows = [{"prompt": f"{'x' * (3 + 17 * (i % 3 == 0))}{i}?", "completion": "ny"[i % 2]} for i in range(40)]
+    data = tmp_path / "choices.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task("choices", str(data), choices=("n", "y"))
+    monkeypatch.setattr(training, "get_task", lambda *_: task)
+    asked = Mock(wraps=training.share_right)
+    monkeypatch.setattr(training, "share_right", asked)
+    suite = make_tiny(["lisa"], task=str(data), test_size=10, answers=10)
+    together = run(suite)["right"]
+    [apart] = [call.args[3] for call in asked.call_args_list]
+    assert 0 < len(apart) < 10 and all(len(row["prompt"]) > 16 for row in apart)
+    monkeypatch.setattr(training, "choice_tokens", lambda *_: [])
+    assert run(suite)["right"] == pytest.approx(together)
+    assert len(asked.call_args.args[3]) == 10
+    assert 0 < together < 1, "or it shows nothing"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
