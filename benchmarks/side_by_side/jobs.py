@@ -52,5 +52,5 @@ class Job:
         if self.stage == "search":
             return f"search/{self.row}/rate-{self.learning_rate:g}"
         if self.stage == "rung":
-            return f"rung/{self.row}/steps-{self.steps}"
+            return f"rung/{self.row}/steps-{self.steps}/seed-{self.seed}"
         return f"{self.stage}/{self.row}/{_PARTS[self.stage]}-{self.seed}"

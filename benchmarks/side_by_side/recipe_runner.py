@@ -71,10 +71,11 @@ def check_recipes(suite: Suite) -> None:
         raise ConfigError("recipes must hold at least one search, but the suite has none.")
     make_study(0)
     for name, space in suite.recipes.items():
-        if space.seed in suite.seeds:
+        both = sorted(set(space.seeds_of(space.rungs - 1)) & set(suite.seeds))
+        if both:
             raise ConfigError(
-                f"recipes: the seed of {name} must be none of the suite's, on which the choice is confirmed, but "
-                f"{space.seed} is one of them."
+                f"recipes: the seeds of {name} must be none of the suite's, on which the choice is confirmed, but "
+                f"{both[0]} is one of them."
             )
         row = MethodEntry(name=name, method=space.method or name, options=space.options)
         suite.model_copy(update={"methods": [row], "baseline": name, "match": "steps"}).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -9,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from layersample.option_files import Options
 
 RATE = "learning_rate"
+VARIANT = "variant"  # options that go together, as a sampler and its own options
 
 
 class Range(Options):
@@ -49,12 +51,15 @@ class RecipeSpace(Options):
     Args:
         method: A sampler, SAMPLER+PROJECTION, or a baseline; the search's name by default.
         options: Options of ``layersample train`` that all tries have.
-        space: For each option that is searched (or ``learning_rate``), its values, or a range of numbers.
+        space: For each option that is searched (or ``learning_rate``), its values, or a range of numbers. The values
+            of ``variant`` are mappings of options that go together.
         tries: Recipes that are tried.
         keep: One in so many goes on to the next rung.
         rungs: Lengths of a run; the last is the suite's steps, and each other one shorter by ``keep``.
         waves: Parts in which the tries are made: later ones follow what earlier ones found.
-        seed: Seed of data order and draws of the tries; none of the suite's, which are for the confirmation.
+        seed: Seed of data order and draws of the tries.
+        seeds: Runs of each recipe on the last rung, with seeds from ``seed`` on; its loss there is their mean. All of
+            them are none of the suite's, which are for the confirmation.
     """
 
     method: str = ""
@@ -65,6 +70,7 @@ class RecipeSpace(Options):
     rungs: int = Field(3, ge=1, le=10)
     waves: int = Field(2, ge=1, le=1000)
     seed: int = Field(1000, ge=0, lt=2**32)
+    seeds: int = Field(3, ge=1, le=1000)
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> RecipeSpace:
@@ -72,9 +78,24 @@ class RecipeSpace(Options):
             raise ValueError(f"space must hold {RATE}, since a recipe is no better than its rate")
         if empty := [name for name, values in self.space.items() if not values]:
             raise ValueError(f"space must hold values for {empty[0]}, but it has none")
-        if both := sorted(self.options.keys() & self.space.keys()):
-            raise ValueError(f"{both[0]} must be in options or in space, but it is in both")
+        variants = self.space.get(VARIANT, [])
+        if isinstance(variants, Range) or not all(isinstance(variant, dict) for variant in variants):
+            raise ValueError(f"the values of {VARIANT} must be mappings of options, as {{sampler: cyclic}}")
+        varied = {option for variant in variants for option in variant}
+        if both := sorted(self.options.keys() & {*self.space, *varied} | self.space.keys() & varied):
+            raise ValueError(
+                f"{both[0]} must be in options, in space or in a {VARIANT}, but it is in two of them"
+            )
         return self
+
+    def options_of(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a try, without its learning rate."""
+        plain = {option: value for option, value in chosen.items() if option not in (RATE, VARIANT)}
+        return {**self.options, **plain, **chosen.get(VARIANT, {})}
+
+    def seeds_of(self, rung: int) -> range:
+        """Seeds of a rung's runs: one tells good recipes from bad ones, but not the best from the next best."""
+        return range(self.seed, self.seed + (self.seeds if rung == self.rungs - 1 else 1))
 
     def steps(self, rung: int, whole: int) -> int:
         """Optimizer steps of a run on a rung, from 0 on, of a run that has ``whole`` in the end."""

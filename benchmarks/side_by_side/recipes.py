@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ class Try:
         number: Its place among the tries.
         chosen: Its value of each option of the space.
         entry: The row that it is.
-        losses: Loss on the validation split at the end of each rung that it came to.
+        losses: Loss on the validation split at the end of each rung that it came to, the mean over the rung's seeds.
         error: Why it came no further.
     """
 
@@ -59,9 +61,9 @@ class Try:
 class RecipeSearch:
     """One search, in a folder of its own; stopped at any time, it goes on.
 
-    Each try is a run of its own on each rung, with its schedule over that rung's steps. What Optuna asks for
-    follows from the seed and from what the tries measured, so a search that goes on asks for the same again and finds
-    it stored.
+    Each try is a run of its own on each rung, and several on the last, with its schedule over that rung's steps. What
+    Optuna asks for follows from the seed and from what the tries measured, so a search that goes on asks for the same
+    again and finds it stored.
 
     Args:
         name: Its name, and the row's that it ends as.
@@ -144,7 +146,7 @@ class RecipeSearch:
             else:
                 chosen[key] = _from_range(trial, key, values)
         rate = float(f"{chosen[RATE]:.3g}")
-        options = {**self._space.options, **{k: v for k, v in chosen.items() if k != RATE}}
+        options = self._space.options_of(chosen)
         # Named by what it is, so that a stored run is never taken for that of another recipe.
         digest = hashlib.sha256(json.dumps([options, rate], sort_keys=True).encode()).hexdigest()[:8]
         entry = MethodEntry(
@@ -183,26 +185,31 @@ class RecipeSearch:
             matching = Matching(suite, results)
             with closing(Pool(results, self._threads, self._jobs, self._progress)) as pool:
                 matching.run(pool)
-                jobs = {}
-                for one in unique:
-                    if (given := matching.given(one.entry)) is not None:
-                        steps = self._space.steps(rung, given.steps)
-                        rate = (one.entry.learning_rates or [0.0])[0]
-                        jobs[one.entry.name] = Job(
-                            one.entry.name, "rung", self._space.seed, rate, steps, given.options
-                        )
-                pool.run(jobs.values())
+                jobs = {one.entry.name: self._jobs_of(one, rung, matching) for one in unique}
+                pool.run(chain.from_iterable(jobs.values()))
             for one in tries:
-                self._read(one, jobs.get(one.entry.name), results, matching)
+                self._read(one, [results.get(job) for job in jobs[one.entry.name]], matching)
 
-    def _read(self, one: Try, job: Job | None, results: Results, matching: Matching) -> None:
-        line = None if job is None else results.get(job)
-        if line is None:
+    def _jobs_of(self, one: Try, rung: int, matching: Matching) -> list[Job]:
+        """A try's runs on a rung; none where it can't be matched."""
+        given = matching.given(one.entry)
+        if given is None:
+            return []
+        steps, rate = self._space.steps(rung, given.steps), (one.entry.learning_rates or [0.0])[0]
+        return [
+            Job(one.entry.name, "rung", seed, rate, steps, given.options)
+            for seed in self._space.seeds_of(rung)
+        ]
+
+    def _read(self, one: Try, lines: Sequence[Mapping[str, Any] | None], matching: Matching) -> None:
+        runs = [line for line in lines if line is not None]
+        failed = next((line["error"] for line in runs if "error" in line), None)
+        if not runs:
             one.error = matching.why_not(one.entry)
-        elif "error" in line:
-            one.error = str(line["error"])
+        elif failed is not None:
+            one.error = str(failed)
         else:
-            one.losses.append(float(line["loss"]["held_out"][-1]))
+            one.losses.append(statistics.fmean(line["loss"]["held_out"][-1] for line in runs))
 
     def _suite_of(self, tries: Iterable[Try]) -> Suite:
         """The suite with tries for rows, beside the one that they are matched to."""

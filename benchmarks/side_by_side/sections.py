@@ -173,15 +173,19 @@ def tried(search: Mapping[str, Any]) -> dict[str, Any]:
         "keep": search["space"]["keep"],
         "tries": [
             {
-                "chosen": [
-                    f"{x:.3g}" if isinstance(x, float) else str(x) for x in map(one["chosen"].get, keys)
-                ],
+                "chosen": [_choice(value) for value in map(one["chosen"].get, keys)],
                 "losses": "; ".join(f"{loss:.4f}" for loss in one["losses"]) or DASH,
                 "error": one["error"] or "",
             }
             for one in search["tries"]
         ],
     }
+
+
+def _choice(value: Any) -> str:
+    if isinstance(value, Mapping):  # options that go together
+        return ", ".join(f"{option} {_choice(its)}" for option, its in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def harness(analysis: Analysis) -> dict[str, Any]:
