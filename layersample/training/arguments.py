@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError
+from layersample.training.idle_options import check_best, refuse_idle
 from layersample.training.trainer_options import check_trainer_options, make_arguments
 
 
@@ -27,9 +28,10 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         checkpoints: Folder of the checkpoints.
 
     Raises:
-        ConfigError: If an option of ``trainer`` is unknown, or they don't go together.
+        ConfigError: If an option of ``trainer`` is unknown, has no effect, or they don't go together.
     """
     given = check_trainer_options(config.trainer or {})
+    check_best(given, config.save_steps)
     arguments: dict[str, Any] = {
         "max_steps": config.steps if config.epochs is None else -1,
         "num_train_epochs": config.epochs or 1,
@@ -60,6 +62,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "ddp_find_unused_parameters": False,
     }
     made = make_arguments({**arguments, **given, "output_dir": str(checkpoints)})
+    refuse_idle(given, made, steps=config.steps if config.epochs is None else None, stream=config.stream)
     if made.save_only_model:
         raise ConfigError(
             "trainer: save_only_model must be off, because a checkpoint of the model alone resumes no run: "

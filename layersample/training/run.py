@@ -181,8 +181,10 @@ class Run:
             saved = find_last(Path(str(self.trainer.args.output_dir)))
             assert saved is not None
             raise Interrupted(stop.stopped, saved)
-        # The Trainer may have evaluated the last step.
-        if not any("held_out_loss" in record for record in self.recorder.records[-2:]):
+        # The Trainer may have evaluated the last step; but what it has loaded since is the best one's model.
+        state = self.trainer.state
+        loaded = self.trainer.args.load_best_model_at_end and state.best_global_step != state.global_step
+        if loaded or not any("held_out_loss" in record for record in self.recorder.records[-2:]):
             self.trainer.evaluate()
 
     def save_model(self) -> None:

@@ -31,6 +31,7 @@ SAME_THING: dict[str, str] = {
     "auto_find_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
     "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
     "learning_rate": "learning_rate",
     "lr_scheduler_type": "schedule",
     "warmup_steps": "warmup",
@@ -50,7 +51,14 @@ SAME_THING: dict[str, str] = {
     "assistant_only_loss": "train_on",
     "completion_only_loss": "train_on",
     "dataset_text_field": "columns",
+    "push_to_hub": "push_to_hub",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "private",
 }
+
+_ONE_LOSS = "an evaluation measures the loss of the labels alone"
+_UPLOAD = "the model is uploaded once, at the end of the run: --push-to-hub"
+_SCRIPTS = "layersample train trains and evaluates in any case"
 
 # What a run of `layersample train` is built on.
 _NOT_OURS_TO_CHANGE = {
@@ -60,6 +68,21 @@ _NOT_OURS_TO_CHANGE = {
     "deepspeed": "layers can't be switched under DeepSpeed: --shard fsdp2 shards as ZeRO-3 does",
     "fsdp": "shards are asked for by --shard fsdp2, or by the configuration file of accelerate launch",
     "fsdp_config": "shards are asked for by --shard fsdp2, or by the configuration file of accelerate launch",
+    "trust_remote_code": "layersample train runs no code that comes with a model",
+    "use_cache": "training keeps no cache, and the saved model's configuration stays as it came",
+    "enable_jit_checkpoint": "a run saves a checkpoint at SIGTERM by itself",
+    "hub_strategy": _UPLOAD,
+    "hub_always_push": _UPLOAD,
+    "hub_revision": _UPLOAD,
+    "do_train": _SCRIPTS,
+    "do_eval": _SCRIPTS,
+    "do_predict": _SCRIPTS,
+    "label_names": _ONE_LOSS,
+    "include_for_metrics": _ONE_LOSS,
+    "batch_eval_metrics": _ONE_LOSS,
+    "prediction_loss_only": _ONE_LOSS,
+    "eval_do_concat_batches": _ONE_LOSS,
+    "eval_use_gather_object": _ONE_LOSS,
     "parallelism_config": "layers can't be switched under it: choose --shard fsdp2",
 }
 
@@ -98,6 +121,11 @@ def check_trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"trainer: {name} must be left out, but got {short(value)}: layersample's own option for it is "
                 f"{ours} (--{ours.replace('_', '-')})."
+            )
+        if name == "hub_token":  # never shown, and never written into the run's folder
+            raise ConfigError(
+                "trainer: hub_token must be left out, because a run writes its options into its folder: log in with "
+                "hf auth login, or set HF_TOKEN."
             )
         if why := _NOT_OURS_TO_CHANGE.get(name):
             raise ConfigError(f"trainer: {name} must be left out, but got {short(value)}: {why}.")
