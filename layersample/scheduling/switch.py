@@ -18,7 +18,6 @@ from layersample.activations.gradient_checkpointing import TruncatedCheckpointin
 from layersample.errors import ConfigError
 from layersample.frozen.weights import hold_frozen
 from layersample.layers.find import ModelLayers
-from layersample.layers.modules import is_inside
 from layersample.layers.rules import Units, check_optimizer, warn_of_shared
 from layersample.optim.closures import run_closures_first
 from layersample.optim.frozen_state import create_policy
@@ -155,10 +154,7 @@ class Switch:
             if options.check:
                 self._self_check = SelfCheck(optimizers, options.state)
                 made.callback(self._self_check.close)
-            # A tower that trains is one more stack, with an input that requires no gradient.
-            always = [name for unit in units.always for name in unit.parameters]
-            towers = sum(any(is_inside(name, tower) for name in always) for tower in model_layers.towers)
-            self._checkpointing = TruncatedCheckpointing(self._model, model_layers.num_stacks + towers)
+            self._checkpointing = TruncatedCheckpointing(self._model)
             made.callback(self._checkpointing.close)
             self.norms: GradientNorms | None = None
             if GRADIENTS in collects:
@@ -236,7 +232,7 @@ class Switch:
             self._self_check.begin(dict(self._model.named_parameters()))
 
     def prepare_checkpointing(self, indices: Sequence[int]) -> None:
-        """Have gradient checkpointing pass gradients down to the lowest of some sampled layers."""
+        """Have gradient checkpointing pass gradients down to the lowest of some sampled layers, and no further."""
         in_stack = self._units.layers_of(indices, self._layers)
         self._checkpointing.switch({name: self._model.get_submodule(name) for name in in_stack})
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from layersample import LayerScheduler
 from layersample.versions import checkpoint_activations
-from tests.helpers import Given, make_batch, make_llama, on_meta, weights_of
+from tests.helpers import Given, make_batch, make_llama, weights_of
 
 
 def run(
@@ -80,8 +81,36 @@ def test_everything_is_put_back_at_the_end() -> None:
     assert model.get_input_embeddings()._forward_hooks
 
 
-def test_reentrant_checkpointing_of_an_encoder_decoder_is_refused() -> None:
-    model = on_meta("t5", "T5ForConditionalGeneration")
-    checkpoint_activations(model, {"use_reentrant": True})
-    with pytest.raises(ValueError, match="must be non-reentrant on an encoder-decoder"):
-        LayerScheduler(model, torch.optim.SGD(model.parameters()), "lisa")
+@pytest.mark.parametrize("active", [(0,), (1,), (2,), (3,), (1, 2)])
+@pytest.mark.parametrize("embeddings", ["freeze", "train"])
+@pytest.mark.parametrize(
+    "kind", ["t5", "bart"]
+)  # the decoder gets the encoder's output by position, by keyword
+def test_an_encoder_decoder_has_its_gradients(kind: str, embeddings: Any, active: tuple[int, ...]) -> None:
+    model = make_encoder_decoder(kind)
+    found = []
+    for reentrant in (False, True):
+        checkpoint_activations(model, {"use_reentrant": reentrant})
+        optimizer = torch.optim.SGD(model.parameters())
+        with LayerScheduler(model, optimizer, Given(active), num_active=len(active), embeddings=embeddings):
+            torch.manual_seed(1)  # of dropout
+            tokens = torch.arange(3, 17).reshape(2, 7)
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():  # the order in which gradients are added is another
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12)
+
+
+def make_encoder_decoder(kind: str) -> Any:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"vocab_size": 64, "d_model": 16}
+    if kind == "t5":
+        options |= {"num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
+        model: Any = T5ForConditionalGeneration(T5Config(**options))
+    else:
+        for side in ("encoder", "decoder"):
+            options |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+        model = BartForConditionalGeneration(BartConfig(**options, max_position_embeddings=32))
+    return model.double().train()

@@ -104,12 +104,23 @@ def test_the_body_of_a_vision_language_model_is_told_by_its_attention() -> None:
     assert found.towers == ("vision_tower",)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_reentrant_checkpointing_of_a_tower_that_trains_is_refused() -> None:
-    model: Any = make_llava()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ConfigError, match="must be non-reentrant .* two towers"):
-        step(model, "full")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("sampler", ["full", "cyclic"])
+def test_a_tower_has_its_gradients_under_reentrant_checkpointing(sampler: str) -> None:
+    tokens = torch.tensor([[5, 63, 63, 63, 63, 6], [7, 63, 63, 63, 63, 8]])
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for reentrant in (False, True):
+        model: Any = make_llava().double().train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        rules: dict[str, Any] = {} if sampler == "full" else {"num_active": 1, "embeddings": "freeze"}
+        with LayerScheduler(model, torch.optim.SGD(model.parameters()), sampler, **rules):
+            model(input_ids=tokens, pixel_values=images, labels=tokens, use_cache=False).loss.backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("vision_tower" in name for name in found[0]) == (sampler == "full")
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("group", ["embeddings", "head"])
