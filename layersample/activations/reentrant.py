@@ -1,4 +1,4 @@
-"""Refuses reentrant checkpointing that loses an active layer's gradients, whoever's checkpointing it is."""
+"""Refuses reentrant checkpointing that loses an active layer's gradients, whosever it is."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ReentrantGuard:
     Such a checkpoint is an autograd function: the layer runs in it without a graph, and again in backward. Where
     no input of the function requires a gradient, because all below is frozen, autograd never comes back to it, and
     the layer's gradients are lost without a word. That shows in the forward of a module that owns weights, from
-    the frames of its callers. It is as true of torch's ``checkpoint(..., use_reentrant=True)`` in a model's own
-    code, around a layer or inside of it, as of fairscale's, or of any function that is built alike. The first
-    whole forward of a period is looked at; compiled modules are left alone.
+    the frames of its callers. Torch's own checkpointing is mended (:class:`ReentrantGradients`), so this is for what
+    that can't see (a function that finds its layers by a global variable), and for other libraries' functions. The
+    first whole forward of a period is looked at; compiled modules are left alone.
 
     Args:
         model: The model that is called in training.

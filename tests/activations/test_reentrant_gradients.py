@@ -117,6 +117,7 @@ ONE_BLOCK: dict[str, Way] = {
     "an argument": each(lambda run, block, hidden: run(lambda b, x: b(x), block, hidden)),
     "a partial": each(lambda run, block, hidden: run(functools.partial(block, hidden))),
     "by keyword": each(by_keyword),
+    "in a closure": each(lambda run, block, hidden: run(lambda: block(hidden))),
     "in a list": each(
         lambda run, block, hidden: run(lambda x, own={"all": [(block,)]}: own["all"][0][0](x), hidden)
     ),
