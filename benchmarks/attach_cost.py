@@ -96,7 +96,7 @@ def main(
         {"model": model, "rounds": rounds, "rows": rows},
         title="What layer sampling adds to a Trainer's start",
         about=f"{model}, starts without and with layer sampling (lisa) in turns, medians of {rounds}, CPU "
-        "milliseconds of all threads. It includes the trial of the chunked loss, two forwards of four tokens.",
+        "milliseconds of all threads. It includes the trial of the chunked loss, a forward of four tokens.",
         command=f"attach_cost --model {model} --rounds {rounds}",
         headings=("part", "plain", "with layersample", "more"),
         rows=[_cells(row) for row in rows],

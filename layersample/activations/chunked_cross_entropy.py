@@ -82,6 +82,8 @@ def chunked_cross_entropy(
         Gradients in the forward pass: Liger Kernel, arXiv 2410.10989.
     """
     weight, bias = _gather(weight), None if bias is None else _gather(bias)
+    if not torch.is_grad_enabled():  # an autograd function isn't told, and would form gradients for nobody
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     hidden, targets = _labelled(hidden, targets.to(hidden.device), ignore_index)
     if num_items is None:
         num_items = len(targets)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from layersample.activations.chunked_cross_entropy import LogitTransform, chunked_cross_entropy, shift_labels
 from layersample.activations.chunked_fit import head_of, inner_model, why_not_by_look, why_not_its_head
+from layersample.activations.replay import Replay
 from layersample.errors import ConfigError
 from layersample.notices import warn_once
 from layersample.option_files import Options, make_options
@@ -44,8 +45,8 @@ class ChunkedLoss:
     scale, a softcap) is found by what it does to a few numbers.
 
     Whether the model's loss is nothing else (it may use its logits afterwards, in a z-loss say, or compute its loss by
-    itself) shows in a trial: four tokens go through it twice when this is made, with and without, and the two
-    losses must be the same. Under FSDP there is no trial.
+    itself) shows in a trial: four tokens go through its layers when this is made, and from there to its loss with and
+    without. The two losses must be the same. Under FSDP there is no trial.
 
     TRL's trainers bring a fused head of their own and don't ask for the model's loss; they are left alone.
 
@@ -118,12 +119,16 @@ class ChunkedLoss:
         batch = {"input_ids": tokens, "labels": tokens.clone()}
         modes = {module: module.training for module in self._model.modules()}
         state = torch.get_rng_state()
+        layers = self._model.base_model
+        below_head = Replay(layers) if layers is not self._model else None
         try:
             self._model.eval()  # no dropout, no counts that change; but what the model itself does in training
             self._model.training = True
             own = self._own_loss(batch)
             if own is None:
                 return None
+            if below_head is not None:
+                below_head.replay()
             try:
                 chunked = self._model(**batch).loss
             except ConfigError:
@@ -133,6 +138,8 @@ class ChunkedLoss:
                     return _goes_around(self._model)
                 return f"{name} does more with its logits ({type(error).__name__}: {error})"
         finally:
+            if below_head is not None:
+                below_head.close()
             # torch 2.8 keeps what autocast has cast without gradients, and the caller's forward would train none.
             torch.clear_autocast_cache()
             torch.set_rng_state(state)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaForCausalLM,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from layersample import ChunkedLoss, ConfigError, LayerSamplingCallback, LayerScheduler
+from layersample.activations.chunked_cross_entropy import chunked_cross_entropy
 from tests.helpers import causal_lm, make_batch, make_llama
 
 
@@ -115,6 +117,55 @@ def test_frozen_heads_and_layers_get_no_gradient() -> None:
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
     assert_same(model, masked_batch())
+
+
+def test_without_a_graph_no_gradient_is_formed() -> None:
+    """As in the trial, where a head's gradient would be as large as the head."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+
+    class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.seen: set[torch.Size] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "detach" not in str(func):
+                self.seen.add(out.shape)
+            return out
+
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph), Shapes() as shapes:
+            loss = chunked_cross_entropy(hidden, weight, None, torch.arange(6))
+        assert (weight.shape in shapes.seen) == graph
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(6))
+        )
+
+
+def test_a_model_that_is_its_own_base_is_tried_as_well() -> None:
+    class WithZLoss(LlamaForCausalLM):
+        base_model_prefix = "none"
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.loss = output.loss + output.logits.logsumexp(-1).pow(2).mean()
+            return output
+
+    model = WithZLoss(make_llama().config).train()
+    assert model.base_model is model
+    with pytest.raises(ConfigError, match="does more with its logits"):
+        ChunkedLoss(model)
+
+
+def test_the_trial_computes_the_layers_once() -> None:
+    model = make_llama().train()
+    calls: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with ChunkedLoss(model):
+        assert len(calls) == 1
+        model(**make_batch())
+    assert len(calls) == 2
 
 
 def test_shifted_labels_and_another_ignore_index() -> None:
