@@ -51,7 +51,8 @@ class FreezeConverged(WrappedSampler):  # type: ignore[misc]
     def sample(self, context: SamplingContext) -> list[int]:
         """Ask the other sampler among those that have not converged."""
         left = self._left(context)
-        return [left[index] for index in self.inner.sample(context.among(left, context.num_active))]
+        place = dict(enumerate(left))  # in which an index of -1 is an error
+        return [place[index] for index in self.inner.sample(context.among(left, context.num_active))]
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float] | None:
         """0 for what has converged; those of the other sampler among the rest."""

@@ -14,8 +14,9 @@ import torch
 import transformers
 
 from layersample import LayerScheduler, TrainConfig, create_sampler, measure_memory, plan
+from layersample.sampling.answers import draw
 from layersample.sampling.history import LayerHistory
-from layersample.sampling.sampler import SamplingContext, draw
+from layersample.sampling.sampler import SamplingContext
 from tests.helpers import make_batch, make_llama
 
 STORED = Path(__file__).parent / "figures.json"

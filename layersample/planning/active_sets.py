@@ -17,8 +17,9 @@ from layersample.layers.rules import arrange
 from layersample.planning.fake_models import fake_model
 from layersample.planning.model_kinds import ModelKind
 from layersample.registry import create_sampler
+from layersample.sampling.answers import draw
 from layersample.sampling.draw_size import find_draw_size
-from layersample.sampling.sampler import LayerSampler, SamplingContext, draw
+from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.sampling.weighted import MeasuredSampler
 
 _DRAWS = 101

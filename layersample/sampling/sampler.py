@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from layersample.errors import ConfigError, unknown
 from layersample.layers.costs import LayerCosts
 from layersample.layers.find import ModelLayers
 from layersample.sampling.draw_budget import DrawBudget
-from layersample.sampling.faults import SamplerError
 from layersample.sampling.full_rank import FullRank
 from layersample.sampling.pace import PROGRESS, Say, pace, paced
 from layersample.sampling.statistics import COLLECTABLE, GRADIENTS, LayerStatistics
@@ -258,72 +256,6 @@ class LayerSampler(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what :meth:`state_dict` gave."""
-
-
-def draw(sampler: LayerSampler, context: SamplingContext) -> tuple[int, ...]:
-    """Let a sampler choose the layers of a period, and make sure that it chose some that exist.
-
-    Returns:
-        Indices, ascending.
-
-    Raises:
-        SamplerError: If they aren't distinct indices of layers, are more than a budget allows, or there are none where
-            nothing else trains.
-    """
-    name, returned = type(sampler).__name__, sampler.sample(context)
-    chosen = list(returned) if isinstance(returned, Iterable) else None
-    if chosen is None or not _are_indices(chosen, context.num_layers):
-        raise SamplerError(
-            f"{name}.sample must return distinct integers from 0 to {context.num_layers - 1}, "
-            f"but returned {returned if chosen is None else chosen} in period {context.round}."
-        )
-    budget = context.budget
-    if budget is not None and budget.total(chosen) > budget.limit:
-        raise SamplerError(
-            f"{name}.sample must keep to the budget of {budget.limit:,} {budget.unit}, but returned {chosen} in "
-            f"period {context.round}, which hold {budget.total(chosen):,}."
-        )
-    if not chosen and not context.allow_empty:
-        raise SamplerError(
-            f"{name}.sample returned no layer in period {context.round}, and nothing else trains."
-        )
-    return tuple(sorted(chosen))
-
-
-def _are_indices(chosen: Sequence[object], num_layers: int) -> bool:
-    """Whether all are integers that number a layer, none twice."""
-    whole = [i for i in chosen if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers]
-    return len(whole) == len(chosen) == len(set(whole))
-
-
-def find_inclusion(sampler: LayerSampler, context: SamplingContext) -> Sequence[float] | None:
-    """Let a sampler say how likely each layer was to be chosen, if it knows.
-
-    Raises:
-        SamplerError: If it says so with other than one finite number a layer.
-    """
-    inclusion = sampler.inclusion_probabilities(context)
-    if inclusion is None:
-        return None
-    values = [float(value) for value in inclusion]
-    if len(values) != context.num_layers or not all(map(math.isfinite, values)):
-        raise SamplerError(
-            f"{type(sampler).__name__}.inclusion_probabilities must return {context.num_layers} finite numbers, one a "
-            f"layer, or None, but returned {values} in period {context.round}."
-        )
-    return values
-
-
-def ask_to_end(sampler: LayerSampler, statistics: LayerStatistics, context: SamplingContext) -> bool:
-    """Ask a sampler whether the period must end now.
-
-    Raises:
-        ConfigError: If it answers neither yes nor no.
-    """
-    wanted: object = sampler.wants_new_period(statistics, context)
-    if isinstance(wanted, bool) or hasattr(wanted, "dtype"):  # NumPy and torch have truth values of their own
-        return bool(wanted)
-    raise ConfigError(f"wants_new_period must return True or False, but returned {wanted!r}.")
 
 
 def check_collects(sampler: LayerSampler) -> frozenset[str]:

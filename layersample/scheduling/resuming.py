@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layersample.projection.projection import Projection
+from layersample.sampling.answers import find_full_rank
 from layersample.sampling.faults import naming
 from layersample.sampling.sampler import LayerSampler, SamplingContext
 from layersample.scheduling.identity import RunIdentity
@@ -85,7 +86,9 @@ class Resumes(SetsLearningRates):
         self._entered = tuple(state.get("entered", ()))
         if self._switch.stepper is not None and state.get("backward"):
             self._switch.stepper.load_state_dict(state["backward"])
-        self._switch.apply(self._active, self._round, self.sampler.full_rank(self._context()))
+        with naming(self.sampler, self._sampler_name, self._round):
+            full_rank = find_full_rank(self.sampler, self._context())
+        self._switch.apply(self._active, self._round, full_rank)
         if self._switch.changes is not None and self._steps != self._began:
             self._switch.changes.resume(self.layers)
         self._switch.whole_states.resumed(changed=bool(changed))

@@ -28,6 +28,7 @@ from layersample.parallel.find import find_engine
 from layersample.projection.branches import check_branches
 from layersample.projection.projection import Projection
 from layersample.registry import PROJECTIONS, SAMPLERS
+from layersample.sampling.answers import ask_to_end, draw, find_full_rank, find_inclusion
 from layersample.sampling.calibration import Batches, reader_of
 from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.faults import naming
@@ -36,10 +37,7 @@ from layersample.sampling.sampler import (
     LayerSampler,
     Measurement,
     SamplingContext,
-    ask_to_end,
     check_collects,
-    draw,
-    find_inclusion,
 )
 from layersample.scheduling.exact_weights import SeesExactWeights
 from layersample.scheduling.identity import RunIdentity
@@ -352,7 +350,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             context = self._context()
             self._inclusion = find_inclusion(self.sampler, context)
             earlier, self._active = self._active, draw(self.sampler, context)
-            full_rank = self.sampler.full_rank(context)
+            full_rank = find_full_rank(self.sampler, context)
         self._entered = tuple(i for i in self._active if i not in earlier) if self._round else ()
         logger.debug("period %d from step %d: %s", self._round, self._steps, ", ".join(self.active_layers))
         self._switch.apply(self._active, self._round, full_rank)

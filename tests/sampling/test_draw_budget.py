@@ -12,9 +12,9 @@ import torch
 
 from layersample import ConfigError, LayerSampler, LayerScheduler, SamplingContext, create_sampler
 from layersample.amounts import read_amount
+from layersample.sampling.answers import draw
 from layersample.sampling.draw_budget import DrawBudget
 from layersample.sampling.faults import SamplerError
-from layersample.sampling.sampler import draw
 from layersample.sampling.statistics import GradientStatistics, LayerStatistics, LossStatistics
 from tests.helpers import Given, make_llama
 

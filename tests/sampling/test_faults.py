@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import traceback
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from layersample import ConfigError, LayerSampler, LayerScheduler, SamplingContext
 from layersample.registry import load_plugin
 from layersample.sampling.faults import SamplerError
+from layersample.sampling.full_rank import FullRank
 from tests.helpers import make_llama
 
 PLUGIN = """
@@ -66,7 +69,17 @@ def test_a_plugin_that_raises_is_named_with_file_and_line(tmp_path: Path, body: 
         ([4], r"but returned \[4\] in period 0"),
         ([1, 1], r"but returned \[1, 1\] in period 0"),
         ("01", "but returned .* in period 0"),
+        (b"\0\1", "but returned .* in period 0"),
+        ([-1], r"but returned \[-1\] in period 0"),
+        ([1.0], r"but returned \[1.0\] in period 0"),
+        ({0: 0.9, 1: 0.1}, "but returned {0: 0.9, 1: 0.1} in period 0"),
+        (np.array([True, False, False, False]), "but returned .*True.* in period 0"),
+        (torch.tensor([True, False, False, False]), "but returned .*True.* in period 0"),
+        (torch.tensor([[0, 1]]), "but returned .* in period 0"),
+        (np.array([0.0, 1.0]), "but returned .* in period 0"),
+        (count(), r"but returned \[0, 1, 2, 3, 4\] in period 0"),
     ],
+    ids=str,
 )
 def test_what_is_returned_must_be_layers(returned: Any, message: str) -> None:
     class Gives(LayerSampler):
@@ -77,17 +90,69 @@ def test_what_is_returned_must_be_layers(returned: Any, message: str) -> None:
         start(Gives())
 
 
-@pytest.mark.parametrize("inclusion", [[1.0], [float("nan")] * 4])
-def test_inclusion_probabilities_must_be_numbers_of_layers(inclusion: list[float]) -> None:
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {2, 0},
+        frozenset({2, 0}),
+        (index for index in (2, 0)),
+        np.array([2, 0]),
+        [np.int64(2), np.uint8(0)],
+        torch.tensor([2, 0]),
+        {2: None, 0: None}.keys(),
+        range(0, 3, 2),
+    ],
+    ids=lambda returned: type(returned).__name__,
+)
+def test_layers_are_a_set_of_integers_of_any_kind(returned: Any) -> None:
+    class Gives(LayerSampler):
+        def sample(self, context: SamplingContext) -> Any:
+            return returned
+
+    scheduler = start(Gives())
+    assert scheduler.active == (0, 2)
+    assert all(type(index) is int for index in scheduler.active), "a checkpoint holds them"
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ([0], r"\[0\]"),
+        (FullRank(frozenset({4}), 0.5), "FullRank"),
+        (FullRank(frozenset({True}), 0.5), "FullRank"),
+        (FullRank(frozenset({0}), 1.0), "FullRank"),
+        (FullRank(frozenset({0}), float("nan")), "FullRank"),
+    ],
+    ids=["a list", "no such layer", "a truth value", "a certain chance", "no chance"],
+)
+def test_what_is_left_at_full_rank_must_be_layers_and_a_chance(returned: Any, shown: str) -> None:
+    class Leaves(LayerSampler):
+        needs_projection = True
+
+        def sample(self, context: SamplingContext) -> list[int]:
+            return [0]
+
+        def full_rank(self, context: SamplingContext) -> Any:
+            return returned
+
+    with pytest.raises(ConfigError, match=rf"Leaves.full_rank must return a FullRank .*but returned {shown}"):
+        start(Leaves(), projection="galore")
+
+
+@pytest.mark.parametrize(
+    "inclusion",
+    [[1.0], [float("nan")] * 4, [0.5, 0.5, -0.5, 0.5], [2.0] * 4, dict.fromkeys(range(4), 0.5), 1.0],
+)
+def test_inclusion_probabilities_must_be_numbers_of_layers(inclusion: Any) -> None:
     class Knows(LayerSampler):
         def sample(self, context: SamplingContext) -> list[int]:
             return [0]
 
-        def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
+        def inclusion_probabilities(self, context: SamplingContext) -> Any:
             return inclusion
 
     with pytest.raises(
-        ConfigError, match="Sampler Knows, .* must return 4 finite numbers, one a layer, or None"
+        ConfigError, match="Sampler Knows, .* must return 4 numbers from 0 to 1, one a layer .*, or None"
     ):
         start(Knows())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from layersample import ConfigError, LayerScheduler, SamplingContext, create_sampler
+from layersample.sampling.answers import draw
 from layersample.sampling.history import LayerHistory
-from layersample.sampling.sampler import draw
 from layersample.sampling.statistics import GradientStatistics, LayerStatistics
 from tests.helpers import make_batch, make_llama
 
