@@ -17,7 +17,7 @@ from layersample.activations.reentrant_gradients import ReentrantGradients
 from layersample.versions import checkpoint_activations
 from tests.helpers import Given, make_batch, make_llama
 
-# Below the lowest active layer, and before torch 2.9 in a checkpoint inside of another.
+# torch says so of what is frozen below the lowest active layer, and of a checkpoint inside of another.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 TOKENS = torch.arange(12).reshape(2, 6)
 
