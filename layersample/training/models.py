@@ -88,6 +88,7 @@ BUILTIN_MODELS = {
     ),
 }
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INSTEAD = f"Without a network, choose a built-in model ({', '.join(BUILTIN_MODELS)}) or a local folder."
 
 
@@ -125,13 +126,15 @@ def load_model(
         report: Told what takes long, and which weights the files lack.
 
     Raises:
-        ConfigError: If it can't be had; the message says why and what to do.
+        ConfigError: If it can't be had, or has weights that aren't finite; the message says why and what to do.
     """
     path = resolve_model(name, report)
     gguf = _find_weights(Path(path), name)
     with loading(name, _INSTEAD):
         if gguf:
-            return load_gguf(gguf, dtype)
+            in_file, tokenizer = load_gguf(gguf, dtype)
+            _check_finite(in_file, name)
+            return in_file, tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Shapes that don't fit are named by us: transformers points to a table in its log.
         both: Any = AutoModelForCausalLM.from_pretrained(
@@ -140,6 +143,7 @@ def load_model(
         model, loaded = both
     _report_missing(check_weights(loaded, name), name, report)
     whole: PreTrainedModel = model
+    _check_finite(whole, name)
     return whole, tokenizer
 
 
@@ -176,7 +180,7 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         The model in eval mode, its weights of the type they are stored in.
 
     Raises:
-        ConfigError: If it can't be had; the message says why and what to do.
+        ConfigError: If it can't be had, or has weights that aren't finite; the message says why and what to do.
     """
     path = resolve_model(name, report)
     gguf = _find_weights(Path(path), name)
@@ -184,6 +188,7 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         if gguf:
             in_file, _ = load_gguf(gguf, torch.float32)
             in_file.eval()
+            _check_finite(in_file, name)
             return in_file
         config = AutoConfig.from_pretrained(path)
         cls = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -195,7 +200,30 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         )
     _report_missing(check_weights(loaded, name), name, report)
     whole: PreTrainedModel = model
+    _check_finite(whole, name)
     return whole
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    """Make sure that all weights are numbers: of others nothing can be measured, and no step is right.
+
+    Raises:
+        ConfigError: If some aren't; it names the first ones.
+    """
+    bad = [own for own, weight in model.named_parameters() if not _is_finite(weight.detach())]
+    if bad:
+        raise ConfigError(
+            f"The model {name!r} must have weights that are finite numbers, but there is NaN or infinity in "
+            f"{some(bad, 3)}: the files are damaged, or its training has diverged. Fetch it again, or take an earlier "
+            "checkpoint of it."
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if weight.dtype not in _FLOATS or not weight.numel():
+        return True
+    # Of a NaN both are NaN; this reads the weight once, and makes no copy of it.
+    return all(bool(end.isfinite()) for end in torch.aminmax(weight))
 
 
 def _report_missing(missing: list[str], name: str, report: Report) -> None:

@@ -11,7 +11,7 @@ import torch
 from layersample import ConfigError
 from layersample.files import cache_folder
 from layersample.training import models
-from layersample.training.models import BUILTIN_MODELS, fetch_builtin, load_model
+from layersample.training.models import BUILTIN_MODELS, fetch_builtin, load_any_model, load_model
 
 
 @pytest.fixture
@@ -24,6 +24,32 @@ def test_loads_a_local_folder(tiny_model: Path) -> None:
     model, tokenizer = load_model(str(tiny_model), torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert tokenizer.decode(tokenizer("1+1=")["input_ids"]) == "1+1="
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_finite_numbers_are_named(tiny_model: Path, tmp_path: Path, value: float) -> None:
+    model, tokenizer = load_model(str(tiny_model))
+    own = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    with torch.no_grad():
+        own[3, 5] = value
+        model.get_parameter("model.norm.weight")[0] = value
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    said = r"must have weights that are finite .*layers.1.mlp.up_proj.weight(, | and )model.norm.weight: the files"
+    for load in (load_model, load_any_model):
+        with pytest.raises(ConfigError, match=said):
+            load(str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        load_model(str(tmp_path), torch.bfloat16)
+
+
+def test_the_largest_number_of_a_type_is_finite(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny_model), torch.bfloat16)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = torch.finfo(torch.bfloat16).max
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[0].get_parameter("model.norm.weight").isfinite().all()
 
 
 @pytest.mark.parametrize(
