@@ -177,6 +177,10 @@ def test_flags(fails: Fails, flag: str, value: str, message: str) -> None:
         ("packing=[1]", "packing: .*valid boolean"),
         ("optim_args=3", "optim_args: .*valid string"),
         ("accelerator_config={a: 1}", "don't go together"),
+        ("dataloader_drop_last=true", "dataloader_drop_last must be left out, .*drop held-out examples"),
+        ("do_train=false", "do_train must be left out, .*in any case"),
+        ("label_names=[a]", "label_names must be left out"),
+        ("push_to_hub=true", "push_to_hub must be left out, .*--push-to-hub"),
     ],
 )
 def test_options_of_the_trainer(fails: Fails, pair: str, message: str) -> None:

@@ -105,6 +105,11 @@ def _check(config: TrainConfig, ranks: Ranks, report: Report) -> TrainConfig:
             "trainer: packing puts examples together before training begins, and stream reads them while it goes on: "
             "leave out one of them."
         )
+    if config.save_steps is not None and config.epochs is None and config.save_steps > config.steps:
+        report(
+            f"No checkpoint is saved, because save_steps {config.save_steps} is more than the {config.steps} steps of "
+            "the run: a run that is killed begins anew."
+        )
     if config.budget is not None:
         config = apply_budget(config)
         report(f"A budget of {config.budget} allows {config.num_active} layers at a time.")

@@ -77,6 +77,7 @@ _NOT_OURS_TO_CHANGE = {
     "do_train": _SCRIPTS,
     "do_eval": _SCRIPTS,
     "do_predict": _SCRIPTS,
+    "dataloader_drop_last": "it would drop held-out examples as well, and all of them where a batch holds more",
     "label_names": _ONE_LOSS,
     "include_for_metrics": _ONE_LOSS,
     "batch_eval_metrics": _ONE_LOSS,

@@ -13,8 +13,9 @@ from trl import SFTConfig
 from layersample import ConfigError
 from layersample.config import make_config
 from layersample.training.arguments import training_arguments
-from layersample.training.finetune import finetune
+from layersample.training.finetune import _check, finetune
 from layersample.training.idle_options import _NEEDS
+from layersample.training.ranks import join_ranks
 from layersample.training.trainer_options import check_trainer_options
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
@@ -113,6 +114,16 @@ def test_an_order_by_length_is_of_data_that_are_loaded() -> None:
 def test_every_option_with_a_need_is_one_of_sftconfig() -> None:
     renamed = {"activation_checkpointing_kwargs", "length_column_name", "project", "liger_kernel_config"}
     assert set(_NEEDS) - FIELDS <= renamed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"save_steps": 7}, True), ({"save_steps": 6}, False), ({"save_steps": 7, "epochs": 2}, False)],
+)
+def test_a_run_that_saves_no_checkpoint_says_so(options: dict[str, Any], says: bool) -> None:
+    said: list[str] = []
+    _check(make_config(("test", {"steps": 6, **options})), join_ranks(), said.append)
+    assert any(line.startswith("No checkpoint is saved, because save_steps 7") for line in said) == says
 
 
 def test_a_token_isn_t_shown() -> None:
