@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from layersample.errors import ConfigError, short
+
 _MOST = 2000  # things that are looked at to find what a function holds
 
 
@@ -24,8 +26,8 @@ class ReentrantGradients:
     Reentrant checkpointing is an autograd function, which gets a gradient only where one of its inputs requires one.
     Where all below a layer is frozen none does, and the layer's gradients would be lost without a word. So a
     function that holds what requires a gradient is given one more input that does, as fairscale's checkpointing is;
-    the input of the layer still requires none, and backward ends there. What a ``functools.partial`` holds is handed
-    in as inputs too, so that gradients pass through it: layers get an encoder's output by keyword.
+    the input of the layer still requires none, and backward ends there. Where a ``functools.partial`` holds a tensor
+    that requires one, what it holds is handed in as inputs too: layers get an encoder's output by keyword.
 
     What a function holds is seen in partials, bound methods, closures, defaults, lists, tuples and dictionaries, and
     among the inputs. One that holds more than it uses (a closure over the whole model, ``checkpoint_sequential``)
@@ -54,9 +56,12 @@ _open: WeakSet[ReentrantGradients] = WeakSet()
 
 
 def _apply(cls: Any, *args: Any) -> Any:
-    if cls is CheckpointFunction and torch.is_grad_enabled():
-        args = _with_gradient(*args)
-    return super(CheckpointFunction, cls).apply(*args)
+    apply = super(CheckpointFunction, cls).apply
+    if cls is not CheckpointFunction or not torch.is_grad_enabled():
+        return apply(*args)
+    outputs = apply(*_with_gradient(*args))
+    _check(outputs, args)
+    return outputs
 
 
 _ours: Any = classmethod(_apply)
@@ -64,28 +69,43 @@ _ours: Any = classmethod(_apply)
 
 def _with_gradient(function: Callable[..., Any], preserve: bool, *args: Any) -> tuple[Any, ...]:
     """The arguments of ``CheckpointFunction.apply``, changed where gradients would be lost."""
-    whole = function if isinstance(function, partial) else partial(function)
+    whole = function if type(function) is partial else partial(function)  # a subclass may be called otherwise
     held = (*whole.keywords.values(), *whole.args)
-    # Either the gradient of what a partial holds would be lost, or all of them.
-    if (_require(held) or not _require(args)) and _concerns_us([function, *args]):
-        extra = torch.empty(0, device="cpu", requires_grad=True)
-        return partial(_run, whole.func, tuple(whole.keywords)), preserve, extra, *held, *args
-    return function, preserve, *args
+    loses = _require(held)  # if not, it stays where it is: torch would watch that nobody changes it
+    if (_require(args) and not loses) or not _concerns_us([function, *args]):
+        return function, preserve, *args
+    run = partial(_run, whole.func, tuple(whole.keywords)) if loses else partial(_run, function, ())
+    extra = torch.empty(0, device="cpu", requires_grad=True)
+    return run, preserve, extra, *(held if loses else ()), *args
 
 
 def _run(function: Callable[..., Any], names: tuple[str, ...], extra: Tensor, *inputs: Any) -> Any:
     """Call a function with its first inputs by keyword; the extra one is there to require a gradient."""
     outputs = function(*inputs[len(names) :], **dict(zip(names, inputs, strict=False)))
     if torch.is_grad_enabled():  # in backward, where torch raises if no output requires a gradient
-        each = outputs if isinstance(outputs, tuple) else (outputs,)
+        each = _each(outputs)
         if not _require(each):
             return tuple(_requiring(output) for output in each)
     return outputs
 
 
+def _check(outputs: Any, args: tuple[Any, ...]) -> None:
+    """Make sure that torch has seen what a function returned, if gradients go through it."""
+    if not any(isinstance(output, Tensor) for output in _each(outputs)) and _concerns_us(list(args)):
+        raise ConfigError(
+            "A function under reentrant checkpointing must return a tensor or a tuple of tensors, but one that active "
+            f"layers run in returned {short(outputs)}: the gradients of tensors inside of something else would be "
+            "lost without a word. Return a tuple, or checkpoint with use_reentrant=False."
+        )
+
+
+def _each(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def _requiring(output: Any) -> Any:
-    is_float = isinstance(output, Tensor) and output.is_floating_point()
-    return output.detach().requires_grad_() if is_float else output
+    can = isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
+    return output.detach().requires_grad_() if can else output
 
 
 def _require(things: Iterable[Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointFunction, checkpoint, checkpoint_sequential
 
-from layersample import LayerScheduler
+from layersample import ConfigError, LayerScheduler
 from layersample.activations.reentrant_gradients import ReentrantGradients
 from layersample.versions import checkpoint_activations
 from tests.helpers import Given, make_batch, make_llama
@@ -86,6 +86,28 @@ def pair(run: Run, block: Block, hidden: torch.Tensor) -> torch.Tensor:
     return run(lambda x: (x.argmax(-1), block(x)), hidden)[1]
 
 
+def by_a_partial_of_its_own(run: Run, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+    class Doubled(functools.partial[torch.Tensor]):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().__call__(*args, **kwargs) * 2
+
+    return run(Doubled(block), hidden)
+
+
+def with_a_mask(run: Run, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+    """What requires no gradient may be written to again before backward, as torch lets it be."""
+    mask = torch.ones(8)
+    result = run(functools.partial(lambda x, mask: block(x) * mask, mask=mask), hidden)
+    mask.mul_(1)
+    return result
+
+
+def complex_numbers(run: Run, net: Net, hidden: torch.Tensor) -> torch.Tensor:
+    for index in range(len(net.blocks)):
+        hidden = run(lambda x, index=index: torch.complex(net.blocks[index](x), x), hidden).real
+    return hidden
+
+
 def of_the_net(run: Run, net: Net, hidden: torch.Tensor) -> torch.Tensor:
     for index in range(len(net.blocks)):
         hidden = run(lambda x, index=index: net.blocks[index](x), hidden)
@@ -124,10 +146,13 @@ ONE_BLOCK: dict[str, Way] = {
     "a variable that isn't set yet": each(before_its_time),
     "two outputs": each(pair),
     "one in another": each(twice),
+    "a partial of its own": each(by_a_partial_of_its_own),
+    "a mask": each(with_a_mask),
 }
 WAYS: dict[str, Way] = {
     **ONE_BLOCK,
     "a closure over the model": of_the_net,
+    "complex numbers": complex_numbers,
     "two layers": in_a_row,
     "the whole model": all_of_it,
     "checkpoint_sequential": sequential,
@@ -198,6 +223,22 @@ def test_what_is_frozen_below_is_not_run_again(way: str) -> None:
     runs = [block.runs - 2 * before for block, before in zip(model.each_block(), once, strict=True)]
     assert runs[0] == 0
     assert way == "a weight" or min(runs[1:]) > 0  # its random part stands in front of the checkpoint
+
+
+@pytest.mark.parametrize("embeddings", ["freeze", "train"])
+@pytest.mark.parametrize(
+    ("put", "shown"),
+    [
+        (lambda x: [x], r"returned \[tensor"),
+        (lambda x: {"hidden": x}, "returned {'hidden': tensor"),
+        (lambda x: ((x, 1), 2), r"returned \(\(tensor"),
+    ],
+    ids=["list", "dict", "tuple"],
+)
+def test_outputs_that_torch_does_not_see_are_refused(put: Any, shown: str, embeddings: str) -> None:
+    model = Net(each(lambda run, block, hidden: run(lambda x: put(block(x)), hidden))).train()
+    with scheduled(model, 0, embeddings), pytest.raises(ConfigError, match=shown):
+        model(TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl")  # torch 2.8, at the import of its wrapper
