@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -79,8 +79,7 @@ class Run:
         self.config, self.folder, self.tokenizer, self.checkpoint = config, folder, tokenizer, checkpoint
         self.ranks = ranks
         self.train_data, self.held_out_data = data
-        # The Trainer turns off the cache, and TRL notes its own padding: neither is the model's.
-        self.as_it_came = {key: getattr(model.config, key, None) for key in ("use_cache", "pad_token_id")}
+        self.as_it_came = _noted(model.config)
         self.sampling = LayerSamplingCallback(**callback_arguments(config))
         metrics, before = folder / "metrics.jsonl", list[dict[str, Any]]()
         if checkpoint is not None:
@@ -191,8 +190,9 @@ class Run:
         """Write the model into ``model/``, in the precision that the configuration asks for."""
         assert self.sampling.scheduler is not None
         trained = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for key, value in self.as_it_came.items():
-            setattr(trained.config, key, value)
+        for part, values in zip(_parts(trained.config), self.as_it_came, strict=True):
+            for key, value in values.items():
+                setattr(part, key, value)
         exact = self.config.save_precision == "fp32"
         weights = None
         if self.config.shard is not None:  # from all ranks, on the first
@@ -276,3 +276,19 @@ def _save_model(
             config.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
+
+
+# What the Trainer and TRL set in a model's configuration for their own training, which is none of the model's.
+_SET_BY_TRAINERS = ("use_cache", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """A configuration and, of a model with a part for text, that part's: the same one where there is none."""
+    return [config, config.get_text_config()]
+
+
+def _noted(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """What is there, in each part, of all that trainers set."""
+    return [
+        {key: getattr(part, key) for key in _SET_BY_TRAINERS if hasattr(part, key)} for part in _parts(config)
+    ]
