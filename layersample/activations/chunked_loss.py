@@ -107,7 +107,7 @@ class ChunkedLoss:
     @torch.no_grad()
     def _try(self) -> str | None:
         """Compare the two losses of a few tokens, without a trace; return why they aren't the same."""
-        weight, name = self._head.weight, type(self._model).__name__
+        weight = self._head.weight
         if isinstance(weight, FakeTensor) or weight.is_meta:  # of a plan
             return None
         # FSDP notes what its units need in the first forward, and leaves the root's gathered behind one that has no
@@ -129,14 +129,11 @@ class ChunkedLoss:
                 return None
             if below_head is not None:
                 below_head.replay()
-            try:
-                chunked = self._model(**batch).loss
-            except ConfigError:
-                raise
-            except Exception as error:  # of the model's own code, on what it takes for logits
-                if not self._answered:
-                    return _goes_around(self._model)
-                return f"{name} does more with its logits ({type(error).__name__}: {error})"
+                if self._why_not_same(own, batch) is None:
+                    return None
+                # It may write to what its layers gave, or take away what they leave elsewhere.
+                below_head.close()
+            return self._why_not_same(own, batch)
         finally:
             if below_head is not None:
                 below_head.close()
@@ -145,13 +142,6 @@ class ChunkedLoss:
             torch.set_rng_state(state)
             for module, training in modes.items():
                 module.training = training
-        tolerance = 1e-4 if self._head.weight.itemsize >= 4 else 3e-2
-        if not torch.allclose(chunked.double(), own.double(), rtol=tolerance, atol=tolerance):
-            return (
-                f"{name} does more with its logits than the loss of the next token: of four tokens its own loss is "
-                f"{float(own):.6g}, and {float(chunked):.6g} in chunks"
-            )
-        return None
 
     def _own_loss(self, batch: dict[str, Tensor]) -> Tensor | None:
         """The model's own loss of a batch; ``None`` where it needs more than tokens, and can't be tried."""
@@ -164,6 +154,25 @@ class ChunkedLoss:
         finally:
             self._paused = False
         return loss if isinstance(loss, Tensor) else None
+
+    def _why_not_same(self, own: Tensor, batch: dict[str, Tensor]) -> str | None:
+        """Why a batch's loss in chunks isn't the model's own; ``None`` where it is."""
+        name = type(self._model).__name__
+        try:
+            chunked = self._model(**batch).loss
+        except ConfigError:
+            raise
+        except Exception as error:  # of the model's own code, on what it takes for logits
+            if not self._answered:
+                return _goes_around(self._model)
+            return f"{name} does more with its logits ({type(error).__name__}: {error})"
+        tolerance = 1e-4 if self._head.weight.itemsize >= 4 else 3e-2
+        if torch.allclose(chunked.double(), own.double(), rtol=tolerance, atol=tolerance):
+            return None
+        return (
+            f"{name} does more with its logits than the loss of the next token: of four tokens its own loss is "
+            f"{float(own):.6g}, and {float(chunked):.6g} in chunks"
+        )
 
     def __enter__(self) -> ChunkedLoss:
         return self

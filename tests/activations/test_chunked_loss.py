@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layersample import ChunkedLoss, ConfigError, LayerSamplingCallback, LayerScheduler
 from layersample.activations.chunked_cross_entropy import chunked_cross_entropy
@@ -166,6 +167,51 @@ def test_the_trial_computes_the_layers_once() -> None:
         assert len(calls) == 1
         model(**make_batch())
     assert len(calls) == 2
+
+
+class OfItsOwn(LlamaForCausalLM):
+    """A model whose forward needs more of its layers than their output."""
+
+    def loss_of(self, hidden: torch.Tensor, labels: torch.Tensor) -> CausalLMOutputWithPast:
+        logits = self.lm_head(hidden)
+        return CausalLMOutputWithPast(
+            loss=self.loss_function(logits, labels, self.config.vocab_size), logits=logits
+        )
+
+
+class WritesToTheOutput(OfItsOwn):
+    def forward(self, input_ids: Any, labels: Any, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, use_cache=False).last_hidden_state
+        return self.loss_of(hidden.mul_(1.5), labels)
+
+
+class TakesWhatLayersLeft(OfItsOwn):
+    def forward(self, input_ids: Any, labels: Any, **kwargs: Any) -> Any:
+        left: list[torch.Tensor] = []
+        handle = self.model.norm.register_forward_hook(lambda module, given, output: left.append(output))
+        output = self.loss_of(self.model(input_ids, use_cache=False).last_hidden_state, labels)
+        handle.remove()
+        output.loss = output.loss + left.pop().square().mean()
+        return output
+
+
+class ReadsItsOwnGuesses(OfItsOwn):
+    """Its layers see what its logits say."""
+
+    def forward(self, input_ids: Any, labels: Any, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, use_cache=False).last_hidden_state
+        guesses = self.lm_head(hidden).argmax(-1)
+        return self.loss_of(self.model(guesses, use_cache=False).last_hidden_state, labels)
+
+
+@pytest.mark.parametrize("kind", [WritesToTheOutput, TakesWhatLayersLeft])
+def test_a_model_that_needs_its_layers_computed_is_taken(kind: Any) -> None:
+    assert_same(kind(make_llama().config).double(), masked_batch())
+
+
+def test_a_model_whose_layers_see_its_logits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does more with its logits"):
+        ChunkedLoss(ReadsItsOwnGuesses(make_llama().config).train())
 
 
 def test_shifted_labels_and_another_ignore_index() -> None:
