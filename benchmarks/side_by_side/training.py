@@ -180,7 +180,7 @@ def _train(
     along = suite.evaluations if final else 0
     task = get_task(suite.task, suite.answer_marker)
     asked = final and task.has_answers and bool(trainer.problems)
-    choices, apart = _choices_in_held_out(trainer, tokenizer, task) if asked else ([], trainer.problems)
+    choices, apart = _choices_in_held_out(trainer, tokenizer, task) if asked else ([], [])
     scored: list[HeldOut] = []
 
     def held_out() -> float:
@@ -197,8 +197,10 @@ def _train(
         before = mean_loss(trainer, "other") if final else None
     trainer.train()
     right = scored[-1].right if asked else None
+    if asked and right is None:  # they aren't scored with the loss, or an answer there is none of the choices
+        apart = trainer.problems
     with saved():
-        if asked and apart:
+        if apart:
             share = share_right(trainer.model, tokenizer, task, apart, suite.answer_tokens)
             right = share if right is None else right + (share - right) * len(apart) / len(trainer.problems)
         after = mean_loss(trainer, "other") if final else None
@@ -216,20 +218,21 @@ def _train(
 def _choices_in_held_out(
     trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The tokens to choose from, where the pass of the held-out loss scores them, and the problems that it leaves.
+    """The tokens to choose from in the pass of the held-out loss, and the problems that aren't in it.
 
-    It does where all that is held out is a problem, but for those that are too long to leave room for a choice.
+    There are none where it can't score them: all that is held out must be a problem, and all problems held out but
+    for those that are too long to leave room for a choice.
     """
-    problems = trainer.problems
     if not task.choices:
-        return [], problems
+        return [], []
+    problems = trainer.problems
     arguments: Any = trainer.args
     evaluation: Any = trainer.eval_dataset
     room = arguments.max_length or math.inf
     too_long = [row for row in problems if len(tokenizer(row["prompt"])["input_ids"]) >= room]
     tokens = choice_tokens(tokenizer, task.choices)
     if not tokens or len(evaluation["held_out"]) + len(too_long) != len(problems):
-        return [], problems
+        return [], []
     return tokens, too_long
 
 

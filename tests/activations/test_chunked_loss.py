@@ -191,6 +191,7 @@ class TakesWhatLayersLeft(OfItsOwn):
         handle = self.model.norm.register_forward_hook(lambda module, given, output: left.append(output))
         output = self.loss_of(self.model(input_ids, use_cache=False).last_hidden_state, labels)
         handle.remove()
+        assert output.loss is not None
         output.loss = output.loss + left.pop().square().mean()
         return output
 

@@ -16,6 +16,7 @@ from layersample_benchmarks.methods.catalog import default_methods, get_method
 from layersample_benchmarks.side_by_side import training
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.jobs import Job, Stage
+from layersample_benchmarks.side_by_side.scoring import HeldOut, score_held_out
 from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.tasks import Task
 from layersample_benchmarks.side_by_side.training import run_job
@@ -81,6 +82,13 @@ def test_choices_are_scored_with_the_loss_but_for_those_that_do_not_fit(
     assert run(suite)["right"] == pytest.approx(together)
     assert len(asked.call_args.args[3]) == 10
     assert 0 < together < 1, "or it shows nothing"
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "get_task", lambda *_: task)
+    scored = Mock(side_effect=lambda *given: HeldOut(score_held_out(*given).loss, None))
+    monkeypatch.setattr(training, "score_held_out", scored)
+    assert run(suite)["right"] == pytest.approx(together), (
+        "in no part alone where the loss's pass tells nothing"
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
