@@ -78,17 +78,13 @@ def test_choices_are_scored_with_the_loss_but_for_those_that_do_not_fit(
     together = run(suite)["right"]
     [apart] = [call.args[3] for call in asked.call_args_list]
     assert 0 < len(apart) < 10 and all(len(row["prompt"]) > 16 for row in apart)
-    monkeypatch.setattr(training, "choice_tokens", lambda *_: [])
-    assert run(suite)["right"] == pytest.approx(together)
-    assert len(asked.call_args.args[3]) == 10
+    untold = Mock(side_effect=lambda *given: HeldOut(score_held_out(*given).loss, None))
+    for name, other in [("score_held_out", untold), ("choice_tokens", lambda *_: [])]:
+        with monkeypatch.context() as patched:
+            patched.setattr(training, name, other)
+            assert run(suite)["right"] == pytest.approx(together)
+            assert len(asked.call_args.args[3]) == 10
     assert 0 < together < 1, "or it shows nothing"
-    monkeypatch.undo()
-    monkeypatch.setattr(training, "get_task", lambda *_: task)
-    scored = Mock(side_effect=lambda *given: HeldOut(score_held_out(*given).loss, None))
-    monkeypatch.setattr(training, "score_held_out", scored)
-    assert run(suite)["right"] == pytest.approx(together), (
-        "in no part alone where the loss's pass tells nothing"
-    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
