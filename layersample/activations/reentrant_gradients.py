@@ -71,7 +71,7 @@ def _with_gradient(function: Callable[..., Any], preserve: bool, *args: Any) -> 
     """The arguments of ``CheckpointFunction.apply``, changed where gradients would be lost."""
     whole = function if type(function) is partial else partial(function)  # a subclass may be called otherwise
     held = (*whole.keywords.values(), *whole.args)
-    loses = _require(held)  # if not, it stays where it is: torch would watch that nobody changes it
+    loses = _require(held)  # if not, it stays in the partial: nothing may be written to what torch keeps
     if (_require(args) and not loses) or not _concerns_us([function, *args]):
         return function, preserve, *args
     run = partial(_run, whole.func, tuple(whole.keywords)) if loses else partial(_run, function, ())
@@ -104,8 +104,8 @@ def _each(outputs: Any) -> tuple[Any, ...]:
 
 
 def _requiring(output: Any) -> Any:
-    can = isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
-    return output.detach().requires_grad_() if can else output
+    is_number = isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
+    return output.detach().requires_grad_() if is_number else output
 
 
 def _require(things: Iterable[Any]) -> bool:

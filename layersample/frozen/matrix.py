@@ -13,7 +13,7 @@ from layersample.frozen.formats import FrozenFormat
 from layersample.optim.host_copies import to_host
 from layersample.unwrapping import FROZEN
 
-_ELSEWHERE = "do it within scheduler.exact_weights(), or close() the scheduler before."
+_INSTEAD = "do it within scheduler.exact_weights(), or close() the scheduler before."
 
 
 class Rounded:
@@ -219,7 +219,7 @@ class FrozenMatrix:
         if torch._C._are_functorch_transforms_active():
             raise ConfigError(
                 f"torch.func's transforms (grad, vmap and the like) need a model's exact weights, but frozen_weights "
-                f"holds {self.name} rounded: {_ELSEWHERE}"
+                f"holds {self.name} rounded: {_INSTEAD}"
             )
         if now is old:
             if storage_of(old) != storage_of(stub):
@@ -229,7 +229,7 @@ class FrozenMatrix:
             raise ConfigError(
                 f"A frozen weight must be the model's own in a forward while frozen_weights holds it rounded, but "
                 f"another value was put in the place of {self.name} (by functional_call, a parametrization or the "
-                f"like), which would be ignored: leave that weight out, {_ELSEWHERE}"
+                f"like), which would be ignored: leave that weight out, {_INSTEAD}"
             )
 
     @torch.no_grad()

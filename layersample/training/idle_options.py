@@ -133,9 +133,10 @@ def _optim(made: SFTConfig) -> str:
 
 
 def _check_optimizer_arguments(made: SFTConfig) -> None:
-    for pair in (made.optim_args or "").replace(" ", "").split(","):
+    pairs = (made.optim_args or "").replace(" ", "").split(",")
+    for pair in pairs:
         key, equals, _ = pair.partition("=")
-        rest = [other for other in (made.optim_args or "").replace(" ", "").split(",") if other != pair]
+        rest = [other for other in pairs if other != pair]
         others = (",".join([*rest, *more]) for more in ([], [f"{key}=true"], [f"{key}=2"], [f"{key}=x"]))
         if equals and not _reads(made, "optim_args", others):
             raise ConfigError(
