@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from layersample import SamplingContext, WeightedSampler, register
 
-Shape = Literal["uniform", "increase", "decrease", "middle"]
+Shape = Literal["uniform", "increase", "decrease", "middle", "upper"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,11 +24,11 @@ class Prior(_WeightsOption, WeightedSampler):
 
     Args:
         weights: One number of at least 0 a layer, from the input to the output; or ``"uniform"`` (to divide by
-            a cost), ``"increase"`` (1, 2, …, N: the top layers most), ``"decrease"`` (N, …, 2, 1) or
-            ``"middle"`` (1, 2, … up to the middle and down again).
+            a cost), ``"increase"`` (1, 2, …, N: the top layers most), ``"decrease"`` (N, …, 2, 1), ``"middle"``
+            (1, 2, … up to the middle and down again) or ``"upper"`` (1 for the upper half, 0 for the others).
 
     References:
-        The modes of OwLore's code (arXiv 2405.18380); the shapes are linear here.
+        The modes of OwLore's code (arXiv 2405.18380); the shapes are linear here, and ``"upper"`` is ours.
     """
 
     source = "OwLore's modes, arXiv 2405.18380"
@@ -51,6 +51,7 @@ class Prior(_WeightsOption, WeightedSampler):
             "uniform": [1.0] * context.num_layers,
             "increase": up,
             "decrease": down,
+            "upper": [float(index >= context.num_layers // 2) for index in range(context.num_layers)],
             "middle": [min(a, b) for a, b in zip(up, down, strict=True)],
         }
         return shapes[self._weights]

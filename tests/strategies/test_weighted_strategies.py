@@ -53,7 +53,12 @@ def test_owlore_s_published_values_give_its_published_probabilities() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [("increase", [1, 2, 3, 4]), ("decrease", [4, 3, 2, 1]), ("middle", [1, 2, 2, 1])],
+    [
+        ("increase", [1, 2, 3, 4]),
+        ("decrease", [4, 3, 2, 1]),
+        ("middle", [1, 2, 2, 1]),
+        ("upper", [0, 0, 1, 1]),
+    ],
 )
 def test_prior_shapes(shape: str, expected: list[float]) -> None:
     sampler = create_sampler("prior", {"weights": shape})
