@@ -133,18 +133,14 @@ def load_model(
     with loading(name, _INSTEAD):
         if gguf:
             in_file, tokenizer = load_gguf(gguf, dtype)
-            _check_finite(in_file, name)
-            return in_file, tokenizer
+            return _checked(in_file, None, name, report), tokenizer
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Shapes that don't fit are named by us: transformers points to a table in its log.
         both: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, loaded = both
-    _report_missing(check_weights(loaded, name), name, report)
-    whole: PreTrainedModel = model
-    _check_finite(whole, name)
-    return whole, tokenizer
+    return _checked(model, loaded, name, report), tokenizer
 
 
 def _find_weights(path: Path, name: str) -> Path | None:
@@ -187,9 +183,7 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
     with loading(name, _INSTEAD):
         if gguf:
             in_file, _ = load_gguf(gguf, torch.float32)
-            in_file.eval()
-            _check_finite(in_file, name)
-            return in_file
+            return _checked(in_file.eval(), None, name, report)
         config = AutoConfig.from_pretrained(path)
         cls = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         # A class that transformers doesn't have (remote code) leaves the bare model, which has the layers.
@@ -198,18 +192,23 @@ def load_any_model(name: str, report: Report = logger.info) -> PreTrainedModel:
         model, loaded = loader.from_pretrained(
             path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    _report_missing(check_weights(loaded, name), name, report)
-    whole: PreTrainedModel = model
-    _check_finite(whole, name)
-    return whole
+    return _checked(model, loaded, name, report)
 
 
-def _check_finite(model: PreTrainedModel, name: str) -> None:
-    """Make sure that all weights are numbers: of others nothing can be measured, and no step is right.
+def _checked(model: PreTrainedModel, loaded: Any, name: str, report: Report) -> PreTrainedModel:
+    """A model as it was loaded; which weights its files lack is told, and those that they have must be numbers.
+
+    Args:
+        model: The model.
+        loaded: What transformers says of its loading; ``None`` of a GGUF file, which holds all weights.
+        name: What the user calls it.
+        report: Told which weights the files lack.
 
     Raises:
-        ConfigError: If some aren't; it names the first ones.
+        ConfigError: If weights aren't finite, of which nothing can be measured and no step is right.
     """
+    if loaded is not None:
+        _report_missing(check_weights(loaded, name), name, report)
     bad = [own for own, weight in model.named_parameters() if not _is_finite(weight.detach())]
     if bad:
         raise ConfigError(
@@ -217,6 +216,7 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
             f"{some(bad, 3)}: the files are damaged, or its training has diverged. Fetch it again, or take an earlier "
             "checkpoint of it."
         )
+    return model
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -47,6 +47,9 @@ Report = Callable[[str], None]
 _LOST = "answers aren't learned, because the chat template renders them differently once others follow."
 _COMPARED = 256  # examples of streamed data by which ranks see whether they read the same
 
+# What the Trainer and TRL set in a model's configuration for their own training, which is none of the model's.
+_SET_BY_TRAINERS = ("use_cache", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
+
 
 class Run:
     """A run: its trainer, its recorder and its callback, and the folder it writes to.
@@ -276,10 +279,6 @@ def _save_model(
             config.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         replace_folder(whole, target)
-
-
-# What the Trainer and TRL set in a model's configuration for their own training, which is none of the model's.
-_SET_BY_TRAINERS = ("use_cache", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
