@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ _FLAGS = {
     "options",
     "lm_eval",
 }
+_SEEDS_HELP = "How many, or which ones: 4,9 or 8-23."
 _OTHER_KEYS = ", ".join(key for key in Suite.model_fields if key not in _FLAGS)
 app = typer.Typer(
     cls=PanelGroup,
@@ -74,7 +76,7 @@ def benchmark(
     answer_marker: Annotated[
         str | None, typer.Option(help="Text that the answer follows, in data of your own.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="How many, or which ones, with commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help=_SEEDS_HELP)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run.")] = None,
     lr_grid: Annotated[
         str | None, typer.Option(help="Learning rates to try for every method, with commas; one: no search.")
@@ -181,11 +183,13 @@ def report(
         str | None,
         typer.Option(help="The method that the others are compared with, in place of the suite's."),
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help=f"Of these seeds alone. {_SEEDS_HELP}")] = None,
 ) -> None:
     """Write the report of a benchmark anew, finished or not."""
     from .report import write_report
 
-    written = ", ".join(write_report(folder, baseline))
+    chosen = None if seeds is None else _seeds(seeds)
+    written = ", ".join(write_report(folder, baseline, range(chosen) if isinstance(chosen, int) else chosen))
     console.print(f"Written to {plain(folder)}: {written}", highlight=False, soft_wrap=True)
 
 
@@ -256,14 +260,14 @@ def _rates(text: str) -> list[float]:
 
 
 def _seeds(text: str) -> int | list[int]:
-    try:
-        numbers = [int(part) for part in _split(text)]
-    except ValueError as error:
+    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in _split(text)]
+    ranges = [(int(each[1]), int(each[2] or each[1])) for each in found if each]
+    if not found or len(ranges) < len(found):
         raise ConfigError(
-            f"command line: seeds must be a number or numbers with commas, but got {text!r}."
-        ) from error
-    if len(numbers) == 1 and "," not in text:
-        if numbers[0] < 1:
-            raise ConfigError(f"command line: seeds must be at least 1, but got {numbers[0]}.")
-        return numbers[0]
-    return numbers
+            f"command line: seeds must be a number, or numbers and ranges with commas, but got {text!r}."
+        )
+    if text.strip().isdecimal():
+        if ranges[0][0] < 1:
+            raise ConfigError(f"command line: seeds must be at least 1, but got {text}.")
+        return ranges[0][0]
+    return [seed for first, last in ranges for seed in range(first, last + 1)]

@@ -34,24 +34,31 @@ PICTURES = {
 }
 
 
-def write_report(folder: Path, baseline: str | None = None) -> list[str]:
+def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int] | None = None) -> list[str]:
     """Write ``report.html``, ``report.md`` and its pictures from what a benchmark's folder holds.
 
     Args:
         folder: With ``suite.yaml`` and ``results.jsonl``.
         baseline: The method that the others are compared with; that of the suite by default.
+        seeds: Those that count; all of the suite by default.
 
     Returns:
         Names of the files.
 
     Raises:
-        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, or it can't be
-            written.
+        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, a seed isn't one of
+            the suite, or it can't be written.
     """
     suite, lines = read_results(folder)
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
         suite.check_references()
+    if seeds is not None:
+        if others := [seed for seed in seeds if seed not in suite.seeds]:
+            raise ConfigError(
+                f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {others[0]}."
+            )
+        suite = suite.model_copy(update={"seeds": list(seeds)})
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."

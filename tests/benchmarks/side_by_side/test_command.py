@@ -79,6 +79,8 @@ def test_a_suite_file_and_seeds_by_number(given: list[Any], tmp_path: Path) -> N
     path.write_text(yaml.safe_dump({"methods": ["lisa"], "steps": 5}))
     invoke("--suite", str(path), "--seeds", "4,9")
     assert (given[0][0].steps, given[0][0].seeds, given[0][0].options) == (5, [4, 9], {})
+    invoke("--suite", str(path), "--seeds", "1, 8-10")
+    assert given[1][0].seeds == [1, 8, 9, 10]
 
 
 def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path) -> None:
@@ -94,7 +96,9 @@ def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path)
     [
         (["--suite", "defualt"], "Unknown suite 'defualt'. Did you mean 'default'.*A YAML file will do too"),
         (["--suite", "no.yaml"], "no.yaml: a configuration file must be readable"),
-        (["--seeds", "two"], "seeds must be a number or numbers with commas, but got 'two'"),
+        (["--seeds", "two"], "seeds must be a number, or numbers and ranges with commas, but got 'two'"),
+        (["--seeds", "1-2-3"], "numbers and ranges with commas, but got '1-2-3'"),
+        (["--seeds", ","], "numbers and ranges with commas, but got ','"),
         (["--seeds", "0"], "seeds must be at least 1, but got 0"),
         (["--steps", "0"], "command line: steps: .* but got 0"),
         (["--option", "period"], "must be given as KEY=VALUE, but got 'period'"),

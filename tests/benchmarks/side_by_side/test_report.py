@@ -267,6 +267,19 @@ def test_a_loss_that_was_measured_once_has_no_curve(
     assert [row[1] for row in Page(page).tables["quality"][1:]] == ["1.000 ± 0.000"] * 2
 
 
+def test_a_report_of_some_seeds(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=5, learning_rates=[1e-3])
+    results = Results(tmp_path, suite).open()
+    for entry in suite.entries:
+        for job in suite.final_jobs(entry, 1e-3):
+            results.add(job, made_up(job, 1.0 + job.seed))
+    write_report(tmp_path, seeds=range(2, 5))
+    text = (tmp_path / "report.md").read_text()
+    assert "3 seeds" in text and "| 4.000 " in text
+    with pytest.raises(ConfigError, match="seeds must be among those of .*, 0, 1, 2, 3, 4, but got 5"):
+        write_report(tmp_path, seeds=[4, 5])
+
+
 def test_a_report_of_an_unfinished_benchmark(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
     suite = Suite(methods=["full", "lisa"], learning_rates=[1e-3, 1e-2])
     results = Results(tmp_path, suite).open()
