@@ -52,7 +52,8 @@ class Matching:
     def __init__(self, suite: Suite, results: Results) -> None:
         self._suite = suite
         self._results = results
-        self._planner = MemoryPlanner(suite.model)
+        steps = None if suite.matches_time else max(suite.steps, suite.search_steps)
+        self._planner = MemoryPlanner(suite.model, steps)
 
     def run(self, pool: Pool, more: Callable[[int], None] = lambda runs: None) -> None:
         """Measure and decide what isn't decided yet; nothing where all have the same steps and no times are wanted.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from layersample.config import TrainConfig
 from layersample.errors import ConfigError
-from layersample.planning.active_sets import find_active_sets
+from layersample.planning.active_sets import ActiveSets, find_active_sets
 from layersample.planning.fake_models import quietly
 from layersample.planning.simulation import simulate_step
 from layersample.planning.target import Target, find_target
@@ -41,10 +42,12 @@ class MemoryPlanner:
 
     Args:
         model: As ``layersample train`` takes it.
+        steps: Steps of its runs, which limit how many layers leave something behind; ``None`` where they aren't known.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, steps: int | None = None) -> None:
         self._model = model
+        self._steps = steps
         self._known: dict[str, int] = {}
 
     def can_plan(self, method: Method) -> bool:
@@ -53,6 +56,8 @@ class MemoryPlanner:
 
     def peak(self, method: Method, config: TrainConfig) -> int:
         """Bytes of all tensors at most in a step, whatever layers are drawn, of examples of full length.
+
+        Those of the host's memory count: what is measured counts them, and a CPU has no other.
 
         Raises:
             ConfigError: If the model or the options can't be planned.
@@ -64,7 +69,7 @@ class MemoryPlanner:
         if key not in self._known:
             with quietly():
                 target, planned = find_target(self._model, config)
-                self._known[key] = _peak(target, planned, rank)
+                self._known[key] = _peak(target, planned, rank, self._steps)
         return self._known[key]
 
     def fit(self, method: Method, config: TrainConfig, limit: int, own: frozenset[str]) -> Fit:
@@ -106,7 +111,7 @@ class MemoryPlanner:
             return _HIGHEST_RANK
         with quietly():
             target, planned = find_target(self._model, config.model_copy(update={"num_active": 1}))
-            return find_active_sets(target.shape, planned, kind=target.kind).num_layers
+            return len(find_active_sets(target.shape, planned, kind=target.kind).possible)
 
 
 def _knob(method: Method, config: TrainConfig) -> str | None:
@@ -118,12 +123,27 @@ def _knob(method: Method, config: TrainConfig) -> str | None:
     return None if config.projection is None else "rank"
 
 
-def _peak(target: Target, config: TrainConfig, adapter_rank: int | None) -> int:
+def _peak(target: Target, config: TrainConfig, adapter_rank: int | None, steps: int | None) -> int:
     shape, kind = target.shape, target.kind
     if adapter_rank is not None:
         return simulate_step(shape, config, (), lora_rank=adapter_rank, kind=kind).peak_bytes
     sets = find_active_sets(shape, config, kind=kind)
-    return max(simulate_step(shape, config, active, kind=kind).peak_bytes for active in sets.worst)
+    planned = (
+        simulate_step(shape, config, active, kind=kind, trained=_trained(sets, active, config, steps))
+        for active in sets.worst
+    )
+    return max(step.peak_bytes + step.host_bytes for step in planned)
+
+
+def _trained(
+    sets: ActiveSets, active: Sequence[int], config: TrainConfig, steps: int | None
+) -> Sequence[int]:
+    """The layers that can have trained by the end of a run: as many as there is time for, the largest first."""
+    if steps is None:
+        return sets.possible
+    draws = math.ceil(steps / config.run_period)
+    others = sorted(set(sets.possible) - set(active), key=lambda index: -sets.sizes[index])
+    return [*active, *others[: (draws - 1) * len(active)]]
 
 
 def _most_within(cost: Callable[[int], int], limit: int, highest: int) -> int | None:

@@ -42,10 +42,24 @@ def print_plan(console: Console, plan: Plan) -> None:
             highlight=False,
         )
     if host := plan.worst.memory.host_bytes:
-        what = "weights, gradients and optimizer state" if plan.offload else "exact weights of frozen layers"
-        console.print(f"In the host's memory: up to {gib(host)} GiB of {what}.", highlight=False)
+        console.print(
+            f"In the host's memory: up to {gib(host)} GiB of {_in_host(plan)}. A CPU holds them beside the peak.",
+            highlight=False,
+        )
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False)
+
+
+def _in_host(plan: Plan) -> str:
+    if plan.offload:
+        return "weights, gradients and optimizer state"
+    config = plan.config
+    parts = {
+        "exact weights": config.frozen_weights is not None,
+        "the 16 bits that masters have beyond bf16": config.precision == "bf16" and config.master_weights,
+        "optimizer state": config.state == "offload",
+    }
+    return f"{' and '.join(part for part, there in parts.items() if there)} of frozen layers"
 
 
 def gib(size: float) -> str:

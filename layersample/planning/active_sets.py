@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from layersample.activations.chunked_loss import why_not_chunked
 from layersample.choices import Granularity
 from layersample.config import TrainConfig
+from layersample.errors import some
 from layersample.layers.costs import layer_costs
 from layersample.layers.find import find_layers
 from layersample.layers.rules import arrange
@@ -20,10 +21,11 @@ from layersample.registry import create_sampler
 from layersample.sampling.answers import draw
 from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.sampler import LayerSampler, SamplingContext
-from layersample.sampling.weighted import MeasuredSampler
+from layersample.sampling.weighted import MeasuredSampler, WeightedSampler
 
 _DRAWS = 101
 _UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."
+_NEVER_DRAWN = "Layers whose chance is 0 aren't planned for: {}."
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class ActiveSets:
         groups: Parameters of each group outside of the layers.
         can_checkpoint: Whether the model has gradient checkpointing.
         can_chunk: Whether its loss can be chunked.
-        worst: Sets, one of which holds most: the lowest layers, whose backward is longest; these, but for one at
-            the top; and the largest.
+        possible: Indices of those that may be drawn; all, but where a sampler gives some a chance of 0.
+        worst: Sets, one of which holds most: the lowest layers that are drawn at all, whose backward is longest;
+            these, but for one at the top; and the largest.
         typical: The median of many draws, by the depth of the lowest layer.
         notes: What had to be assumed.
     """
@@ -55,6 +58,7 @@ class ActiveSets:
     groups: dict[str, int]
     can_checkpoint: bool
     can_chunk: bool
+    possible: tuple[int, ...]
     worst: tuple[tuple[int, ...], ...]
     typical: tuple[int, ...]
     notes: tuple[str, ...]
@@ -110,13 +114,18 @@ def find_active_sets(
         costs=costs,
         budget=drawn.budget,
     )
-    draws, notes = _draw(sampler, context, config.run_period)
+    contexts = [replace(context, round=round, step=round * config.run_period) for round in range(_DRAWS)]
+    draws, notes = _draw(sampler, contexts)
+    possible = _possible(sampler, contexts)
     by_depth = sorted(draws, key=lambda active: (-min(active, default=len(sizes)), active))
     worst = _worst(
         replace(context, num_active=max(map(len, draws))),
         [sizes[place] for place in drawn.places],
+        possible,
         config.granularity,
     )
+    if never := [name for index, name in enumerate(context.layers) if index not in possible]:
+        notes = (*notes, _NEVER_DRAWN.format(some(never)))
 
     def places(active: Sequence[int]) -> tuple[int, ...]:
         return tuple(drawn.places[index] for index in active)
@@ -132,6 +141,7 @@ def find_active_sets(
         groups={name: sum(size[n] for n in group.parameters) for name, group in layers.groups.items()},
         can_checkpoint=can_checkpoint,
         can_chunk=can_chunk,
+        possible=places(possible),
         worst=tuple(map(places, worst)),
         typical=places(by_depth[len(by_depth) // 2]),
         notes=(*notes, drawn.note) if drawn.note else notes,
@@ -139,32 +149,45 @@ def find_active_sets(
 
 
 def _worst(
-    context: SamplingContext, sizes: Sequence[int], granularity: Granularity
+    context: SamplingContext, sizes: Sequence[int], possible: Sequence[int], granularity: Granularity
 ) -> tuple[tuple[int, ...], ...]:
     """Sets, one of which holds most.
 
     Args:
         context: The context of a draw that takes as many layers as the largest set has.
         sizes: Parameters of each layer.
+        possible: Indices of the layers that may be drawn.
         granularity: Parts of layers differ in size more than layers do.
     """
-    everything = range(len(sizes))
-    by_size = sorted(everything, key=lambda index: -sizes[index])
-    lowest, largest = context.take(everything), context.take(by_size)
+    by_size = sorted(possible, key=lambda index: -sizes[index])
+    lowest, largest = context.take(possible), context.take(by_size)
     # The top one trains while all that backward will need further down is still there.
-    widest = context.take([*lowest[:-1], len(sizes) - 1]) if len(lowest) > 1 else lowest
+    widest = context.take([*lowest[:-1], possible[-1]]) if len(lowest) > 1 else lowest
     sets = [lowest, largest, widest]
     if granularity != "layer" or context.budget is not None:
         # Backward goes all the way down, and what trains on the way is as large as can be.
-        sets.append(context.take(sorted(by_size, key=lambda index: index != 0)))
+        sets.append(context.take(sorted(by_size, key=lambda index: index != possible[0])))
     return tuple(dict.fromkeys(tuple(sorted(chosen)) for chosen in sets))
 
 
 def _draw(
-    sampler: LayerSampler, first: SamplingContext, period: int
+    sampler: LayerSampler, contexts: Sequence[SamplingContext]
 ) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
-    contexts = [replace(first, round=round, step=round * period) for round in range(_DRAWS)]
     if isinstance(sampler, MeasuredSampler) and not sampler.scores:  # fake tensors can't be measured
         uniform = [c.take(torch.randperm(c.num_layers, generator=c.generator).tolist()) for c in contexts]
         return [tuple(sorted(drawn)) for drawn in uniform], (_UNMEASURED,)
     return [tuple(sorted(draw(sampler, context))) for context in contexts], ()
+
+
+def _possible(sampler: LayerSampler, contexts: Sequence[SamplingContext]) -> Sequence[int]:
+    """The layers that may be drawn: all, but for those to which weights that don't change give a chance of 0."""
+    everything = range(contexts[0].num_layers)
+    learns = sampler.measures or sampler.collects or type(sampler).observe is not LayerSampler.observe
+    if learns or not isinstance(sampler, WeightedSampler):
+        return everything
+    chances = [0.0] * len(everything)
+    for context in contexts:
+        chances = [max(pair) for pair in zip(chances, sampler.probabilities(context), strict=True)]
+        if all(chances):
+            return everything
+    return [index for index in everything if chances[index]]

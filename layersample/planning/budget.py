@@ -37,7 +37,9 @@ def _most_within(limit: int | float, target: Target, config: TrainConfig, budget
         sets = find_active_sets(shape, chosen, kind=kind)
         if isinstance(limit, float):
             return max(sets.trainable(active) for active in sets.worst) / sets.parameters
-        steps = [simulate_step(shape, chosen, active, kind=kind) for active in sets.worst]
+        steps = [
+            simulate_step(shape, chosen, active, kind=kind, trained=sets.possible) for active in sets.worst
+        ]
         return max(step.peak_bytes - step.parts["weights"] for step in steps)
 
     least = cost(1)
@@ -47,7 +49,7 @@ def _most_within(limit: int | float, target: Target, config: TrainConfig, budget
             f"The budget must suffice for one layer, which takes {needed}, but got budget={budget!r}: "
             f"raise it, freeze embeddings and head, or use gradient checkpointing."
         )
-    low, high = 1, find_active_sets(shape, config, kind=kind).num_layers
+    low, high = 1, len(find_active_sets(shape, config, kind=kind).possible)
     while low < high:  # more layers never cost less
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= limit else (low, middle - 1)

@@ -213,7 +213,9 @@ class _Planner:
         """A step with one set of layers; silent where ``what`` isn't given."""
         if what is not None:
             self.tell(what)
-        memory = simulate_step(self.target.shape, config, active, kind=self.target.kind)
+        memory = simulate_step(
+            self.target.shape, config, active, kind=self.target.kind, trained=sets.possible
+        )
         held = self._held(memory, sets, active, config)
         return PlannedSet(tuple(sets.names[i] for i in active), sets.trainable(active), held)
 

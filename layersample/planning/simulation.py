@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ class StepMemory:
     Args:
         moments: For the forward pass, the backward pass and the optimizer's step: bytes by kind when most was
             held in it.
-        host_bytes: Bytes in the host's memory: exact values of frozen weights, once all layers have trained, or what
-            is streamed from there.
+        host_bytes: Bytes in the host's memory, which is the same one where a CPU trains: exact values of frozen
+            weights, what makes masters of bf16 weights exact while these are frozen, offloaded state; or what is
+            streamed from there.
     """
 
     moments: dict[str, dict[Kind, int]]
@@ -66,6 +67,7 @@ def simulate_step(
     *,
     lora_rank: int | None = None,
     kind: ModelKind | None = None,
+    trained: Sequence[int] | None = None,
 ) -> StepMemory:
     """Follow the memory of one step in the middle of a period, when optimizer state is there.
 
@@ -78,6 +80,8 @@ def simulate_step(
         active: Indices of the sampled layers that train.
         lora_rank: Train a LoRA of this rank on all linear layers in their place.
         kind: How the model is built and fed; found from its configuration by default.
+        trained: Indices of the layers that have trained by then, beside those that do now: some of their state may be
+            there still. All by default.
 
     Raises:
         ConfigError: If the model is of a kind that isn't planned, or a step of it needs more than fake tensors have.
@@ -89,14 +93,17 @@ def simulate_step(
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
         host_bytes = 0
         if lora_rank is None:
-            scheduler = stack.enter_context(schedule_given(model, optimizer, config, active))
+            before: Sequence[int] | Literal["all"] = "all" if trained is None else sorted({*active, *trained})
+            first = before if _leaves_something(config) else None
+            scheduler = stack.enter_context(schedule_given(model, optimizer, config, active, first=first))
             with live:
                 _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
             scheduler.step()  # from the set that has left its state to the one that trains
+            host_bytes = _put_away(optimizer, live, offloads=config.state == "offload")
             if scheduler.sampler.needs_projection:  # that state has begun anew
                 with live:
                     _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
-            host_bytes = _hold_frozen(model, live, scheduler, masters=config.master_weights)
+            host_bytes += _hold_frozen(model, live, scheduler, masters=config.master_weights)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -118,6 +125,22 @@ def simulate_step(
                 _fill_state(model, optimizer, live)
             _step(model, optimizer, config, kind.make_batch(shape, config), live)
         return StepMemory({name: live.moments[name] for name in MOMENTS}, host_bytes)
+
+
+def _leaves_something(config: TrainConfig) -> bool:
+    """Whether a layer that is frozen leaves anything in the optimizer's state; of rounded weights see below."""
+    masters = config.precision == "bf16" and config.master_weights and config.frozen_weights is None
+    return masters or config.state != "drop"
+
+
+def _put_away(optimizer: torch.optim.Optimizer, live: LiveMemory, *, offloads: bool) -> int:
+    """Count the state of frozen parameters not at all, as far as it is in the host's memory; its bytes there."""
+    total = 0
+    for parameter, state in optimizer.state.items():
+        total += sum(state.pop(key).nbytes for key in AT_REST if key in state)
+        if offloads and not parameter.requires_grad:
+            total += live.leave_out(value for value in state.values() if isinstance(value, Tensor))
+    return total
 
 
 def _hold_frozen(model: nn.Module, live: LiveMemory, scheduler: LayerScheduler, *, masters: bool) -> int:
@@ -213,15 +236,18 @@ def _fill_state(
     optimizer.step()
     optimizer.zero_grad()
     for state in optimizer.state.values():
-        for key in AT_REST:
-            state.pop(key, None)  # in the host's memory, on a real device
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         live.label([tensors.pop(MASTER, None)], "masters")
         live.label(tensors.values(), "optimizer_state")
 
 
 def schedule_given(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, active: Sequence[int]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    active: Sequence[int],
+    *,
+    first: Sequence[int] | Literal["all"] | None = None,
 ) -> LayerScheduler:
     """The real scheduler of a run, whose periods of one step train given layers.
 
@@ -229,10 +255,13 @@ def schedule_given(
         model: The model.
         optimizer: Its optimizer.
         config: How it is trained; of its sampler, whether it trains everything.
-        active: Indices of the layers that train. Where state is kept, the first period trains everything, so that
-            everything has state.
+        active: Indices of the layers that train.
+        first: Indices of those that train in the first period; by default the same, or all where state is kept, so
+            that everything has state.
     """
-    sampler = _Given(active, everything_first=config.state == "keep")
+    if first is None:
+        first = "all" if config.state == "keep" else active
+    sampler = _Given(active, first)
     own = create_sampler(config.sampler, config.sampler_options)
     sampler.trains_everything, sampler.needs_projection = own.trains_everything, own.needs_projection
 
@@ -257,10 +286,10 @@ def schedule_given(
 
 
 class _Given(LayerSampler):
-    def __init__(self, active: Sequence[int], *, everything_first: bool) -> None:
-        self._active, self._everything_first = active, everything_first
+    def __init__(self, active: Sequence[int], first: Sequence[int] | Literal["all"]) -> None:
+        self._active, self._first = active, first
 
     def sample(self, context: SamplingContext) -> Sequence[int]:
-        if self._everything_first and context.round == 0:
-            return range(context.num_layers)
-        return self._active
+        if context.round > 0:
+            return self._active
+        return range(context.num_layers) if self._first == "all" else self._first

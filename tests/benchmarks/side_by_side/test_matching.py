@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from layersample import ConfigError
 from layersample_benchmarks.methods.catalog import get_method
@@ -252,6 +253,17 @@ def test_less_than_one_layer_says_the_least(make_tiny: Callable[..., Suite]) -> 
     small = planner.peak(*lora)
     more = planner.fit(*lora, int(1.2 * small), frozenset())
     assert more.options["rank"] > 16 and small < more.bytes <= 1.2 * small
+
+
+def test_what_layers_leave_behind_counts_as_far_as_the_steps_go(make_tiny: Callable[..., Suite]) -> None:
+    tiny = make_tiny(["lisa"], options={"period": 2, "precision": "bf16", "num_active": 1})
+    entry = tiny.entries[0]
+    config = tiny.config(tiny.search_job(entry, 1e-2))
+    layers = AutoConfig.from_pretrained(tiny.model).num_hidden_layers
+    none, one, every = (
+        MemoryPlanner(tiny.model, steps).peak(entry.definition, config) for steps in (2, 4, None)
+    )
+    assert every - none == (layers - 1) * (one - none) > 0
 
 
 def test_the_rank_of_adapters_is_an_option(make_tiny: Callable[..., Suite]) -> None:
