@@ -56,10 +56,10 @@ def _in_host(plan: Plan) -> str:
     config = plan.config
     parts = {
         "exact weights": config.frozen_weights is not None,
-        "the 16 bits that masters have beyond bf16": config.precision == "bf16" and config.master_weights,
+        "masters' 16 bits beyond bf16": config.precision == "bf16" and config.master_weights,
         "optimizer state": config.state == "offload",
     }
-    return f"{' and '.join(part for part, there in parts.items() if there)} of frozen layers"
+    return f"frozen layers ({', '.join(part for part, there in parts.items() if there)})"
 
 
 def gib(size: float) -> str:

@@ -372,6 +372,29 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert content["config"]["projection"] == "galore"
 
 
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ((), None),
+        (("--precision", "bf16"), "frozen layers (masters' 16 bits beyond bf16)"),
+        (
+            ("--precision", "bf16", "--state", "offload"),
+            "frozen layers (masters' 16 bits beyond bf16, optimizer state)",
+        ),
+        (("--offload",), "weights, gradients and optimizer state"),
+    ],
+)
+def test_the_command_says_what_is_in_the_host_s_memory(
+    tmp_path: Path, options: tuple[str, ...], held: str | None
+) -> None:
+    TINY.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--batch", "1", "--length", "8", "--no-baselines", "--no-advice"]
+    shown = CliRunner().invoke(cli.app, [*arguments, *options], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0, shown.output
+    assert ("In the host's memory" in shown.output) == (held is not None)
+    assert held is None or f" GiB of {held}. A CPU holds them" in shown.output
+
+
 def test_without_peft_all_but_lora_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     from layersample.planning import comparisons
 
