@@ -111,7 +111,7 @@ def test_commands_are_understood(
         monkeypatch.setattr(f"layersample.cli.{name}", lambda *given: None)
     monkeypatch.setattr("layersample_benchmarks.side_by_side.command._run", lambda *_, **__: None)
     monkeypatch.setattr(
-        "layersample_benchmarks.side_by_side.report.write_report", lambda folder, baseline: ["report.html"]
+        "layersample_benchmarks.side_by_side.report.write_report", lambda *given: ["report.html"]
     )
     monkeypatch.setattr("layersample.training.models.load_any_model", lambda name, report: make_llama())
     for name in ("run.yaml", "suite.yaml"):
