@@ -78,6 +78,8 @@ class RecipeSpace(Options):
             raise ValueError(f"space must hold {RATE}, since a recipe is no better than its rate")
         if empty := [name for name, values in self.space.items() if not values]:
             raise ValueError(f"space must hold values for {empty[0]}, but it has none")
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(f"seed + seeds must be at most 2**32, but they are {self.seed} + {self.seeds}")
         variants = self.space.get(VARIANT, [])
         if isinstance(variants, Range) or not all(isinstance(variant, dict) for variant in variants):
             raise ValueError(f"the values of {VARIANT} must be mappings of options, as {{sampler: cyclic}}")

@@ -218,6 +218,13 @@ def test_spaces_that_are_none(space: dict[str, Any], message: str) -> None:
         make_suite(("suite.yaml", {"recipes": {"winner": {**SEARCH, "space": space}}}))
 
 
+def test_all_seeds_of_a_search_are_seeds() -> None:
+    last = {**SEARCH, "seed": 2**32 - 3, "seeds": 3}
+    assert make_suite(("suite.yaml", {"recipes": {"winner": last}})).recipes["winner"].seeds_of(0)
+    with pytest.raises(ConfigError, match="seed \\+ seeds must be at most 2\\*\\*32"):
+        make_suite(("suite.yaml", {"recipes": {"winner": {**last, "seeds": 4}}}))
+
+
 def test_without_optuna_it_is_said(
     monkeypatch: pytest.MonkeyPatch, make_tiny: Callable[..., Suite], tmp_path: Path
 ) -> None:
