@@ -246,6 +246,11 @@ class TrainConfig(
         return self.period or default_period(None if self.epochs is not None else self.steps)
 
     @property
+    def has_masters(self) -> bool:
+        """Whether bf16 weights train on fp32 masters."""
+        return self.precision == "bf16" and self.master_weights
+
+    @property
     def backward_stepping(self) -> StepInBackward | None:
         """How to step in the backward pass, if so."""
         if not self.step_in_backward:
@@ -316,7 +321,7 @@ class TrainConfig(
     def _check_shards(self) -> None:
         if self.shard is None:
             return
-        if self.precision == "bf16" and self.master_weights:
+        if self.has_masters:
             raise ValueError(
                 "shard keeps no fp32 masters of bf16 weights: choose precision bf16-mixed, whose fp32 weights are in "
                 "shards, or turn master_weights off"

@@ -56,7 +56,7 @@ def _in_host(plan: Plan) -> str:
     config = plan.config
     parts = {
         "exact weights": config.frozen_weights is not None,
-        "masters' 16 bits beyond bf16": config.precision == "bf16" and config.master_weights,
+        "masters' 16 bits beyond bf16": config.has_masters,
         "optimizer state": config.state == "offload",
     }
     return f"frozen layers ({', '.join(part for part, there in parts.items() if there)})"

@@ -102,7 +102,7 @@ def possible_changes(
         f"--num-active {fewer}",
         f"{fewer} in place of {config.num_active} layers train at a time",
     )
-    masters = config.precision == "bf16" and config.master_weights
+    masters = config.has_masters
     add(
         gpus > 1 and not offload and config.shard is None and config.frozen_weights is None and not masters,
         {"shard": "fsdp2"},

@@ -82,7 +82,7 @@ def stream(memory: StepMemory, sets: ActiveSets, active: Sequence[int], config: 
         That of each GPU, however many there are; its ``host_bytes`` are those of all together.
     """
     item = memory.moments["forward"]["weights"] / sets.parameters  # bytes, as streamed
-    kept = 4.0 if config.precision == "bf16" and config.master_weights else item
+    kept = 4.0 if config.has_masters else item
     gathered, unit = _gathered(memory, sets), sets.largest_trained(active)
     gradient = int((item if kept == item else item + kept) * unit)
     nothing: tuple[Kind, ...] = ("gradients", "optimizer_state", "masters")

@@ -129,7 +129,7 @@ def simulate_step(
 
 def _leaves_something(config: TrainConfig) -> bool:
     """Whether a layer that is frozen leaves anything in the optimizer's state; of rounded weights see below."""
-    masters = config.precision == "bf16" and config.master_weights and config.frozen_weights is None
+    masters = config.has_masters and config.frozen_weights is None
     return masters or config.state != "drop"
 
 
