@@ -19,7 +19,7 @@ from layersample.option_files import parse_pairs, read_yaml
 from ..methods.catalog import list_baselines
 from .entries import MethodEntry
 from .live import LiveBenchmark
-from .suite import ALL, Suite, make_suite
+from .suite import ALL, MOST_SEEDS, Suite, make_suite
 from .suite_files import builtin_suites, read_builtin, write_example
 
 _FLAGS = {
@@ -270,4 +270,8 @@ def _seeds(text: str) -> int | list[int]:
         if ranges[0][0] < 1:
             raise ConfigError(f"command line: seeds must be at least 1, but got {text}.")
         return ranges[0][0]
+    if wrong := [pair for pair in ranges if not 0 <= pair[1] - pair[0] < MOST_SEEDS]:
+        raise ConfigError(
+            f"command line: a range of seeds must go up, by at most {MOST_SEEDS}, but got {wrong[0][0]}-{wrong[0][1]}."
+        )
     return [seed for first, last in ranges for seed in range(first, last + 1)]

@@ -54,11 +54,12 @@ def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int]
         suite = suite.model_copy(update={"baseline": baseline})
         suite.check_references()
     if seeds is not None:
-        if others := [seed for seed in seeds if seed not in suite.seeds]:
+        other = next((seed for seed in seeds if seed not in suite.seeds), None)
+        if other is not None:
             raise ConfigError(
-                f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {others[0]}."
+                f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {other}."
             )
-        suite = suite.model_copy(update={"seeds": list(seeds)})
+        suite = suite.model_copy(update={"seeds": [seed for seed in suite.seeds if seed in seeds]})
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."

@@ -23,7 +23,7 @@ from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
 _USUAL_BASELINE = "full"
-_MOST_SEEDS = 1000
+MOST_SEEDS = 1000
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Match = Literal["steps", "time", "memory", "both"]
 
@@ -66,8 +66,8 @@ _HARNESS = {"lm_eval", "lm_eval_tasks", "lm_eval_limit"}  # and here where no su
 def _seeds(value: Any) -> Any:
     """A number of seeds is as many from 0 on, as ``--seeds`` has it."""
     if isinstance(value, int) and not isinstance(value, bool):
-        if not 1 <= value <= _MOST_SEEDS:
-            raise ValueError(f"a number of seeds must be from 1 to {_MOST_SEEDS}")
+        if not 1 <= value <= MOST_SEEDS:
+            raise ValueError(f"a number of seeds must be from 1 to {MOST_SEEDS}")
         return list(range(value))
     return value
 

@@ -99,6 +99,8 @@ def test_a_folder_with_results_is_gone_on_with(given: list[Any], tmp_path: Path)
         (["--seeds", "two"], "seeds must be a number, or numbers and ranges with commas, but got 'two'"),
         (["--seeds", "1-2-3"], "numbers and ranges with commas, but got '1-2-3'"),
         (["--seeds", ","], "numbers and ranges with commas, but got ','"),
+        (["--seeds", "9-8"], "a range of seeds must go up, by at most 1000, but got 9-8"),
+        (["--seeds", "3,0-99999999999"], "must go up, by at most 1000, but got 0-99999999999"),
         (["--seeds", "0"], "seeds must be at least 1, but got 0"),
         (["--steps", "0"], "command line: steps: .* but got 0"),
         (["--option", "period"], "must be given as KEY=VALUE, but got 'period'"),
