@@ -19,6 +19,8 @@ from layersample.errors import ConfigError
 from layersample.files import LOCK, check_output, only_one
 from layersample.training.resuming import RANKS, check_same_run
 
+CHECKPOINTS = "checkpoints"  # the folder of them, in that of a run
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +83,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @contextmanager
     def open(self) -> Iterator[Path | None]:
@@ -165,8 +167,11 @@ def _new_name(sampler: str) -> Path:
 
 
 def _names(path: Path) -> list[str]:
-    """What is in a folder, but for the lock; nothing where there is none."""
-    return sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.is_dir() else []
+    """What is in a folder, but for what a run leaves that was killed before it wrote anything."""
+    if not path.is_dir():
+        return []
+    entries = (p for p in path.iterdir() if p.name != LOCK)
+    return sorted(p.name for p in entries if p.name != CHECKPOINTS or not p.is_dir() or any(p.iterdir()))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

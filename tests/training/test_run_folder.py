@@ -10,6 +10,7 @@ import pytest
 from layersample import ConfigError
 from layersample.checkpoints.seal import seal
 from layersample.config import make_config
+from layersample.files import LOCK
 from layersample.training.run_folder import RunFolder
 
 
@@ -108,6 +109,18 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="holds config.yaml. Add --resume to continue that run, --overwrite"
     ):
+        choose(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / LOCK).touch()
+    choose(tmp_path / "run")
+    choose(tmp_path / "run", overwrite=True)
+    with pytest.raises(ConfigError, match="checkpoints has none"):
+        choose(tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-5").mkdir()
+    with pytest.raises(ConfigError, match="holds checkpoints"):
         choose(tmp_path / "run")
 
 
