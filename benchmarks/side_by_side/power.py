@@ -11,10 +11,10 @@ MOST_SEEDS = 10_000
 
 
 def chance_to_show(difference: float, spread: float, seeds: int, level: float) -> float:
-    """The chance that a paired t-test calls a difference one.
+    """The chance that a paired t-test calls a difference one, with its sign: the upper tail of a noncentral t.
 
     Args:
-        difference: The true difference.
+        difference: The true difference, in nats or whatever unit the spread has.
         spread: Standard deviation of the paired differences, above 0.
         seeds: Pairs, at least 2.
         level: Level of the two-sided test, after correction.
@@ -25,10 +25,7 @@ def chance_to_show(difference: float, spread: float, seeds: int, level: float) -
     freedom = seeds - 1
     center = abs(difference) / spread * math.sqrt(seeds)
     edge = float(stats.t.ppf(1 - level / 2, freedom))
-    # Noncentral t; the other side of the test adds next to nothing to a difference that can be shown.
-    chance = float(stats.nct.sf(edge, freedom, center) + stats.nct.cdf(-edge, freedom, center))
-    # Far out SciPy has no number: there the estimate of the spread alone decides.
-    return chance if math.isfinite(chance) else float(stats.chi2.cdf((center / edge) ** 2 * freedom, freedom))
+    return float(stats.nct.sf(edge, freedom, center))
 
 
 def smallest_difference(spread: float, seeds: int, level: float, chance: float = CHANCE) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from layersample.errors import ConfigError
+from layersample.training.trainer import NonFiniteLossError
 
 from .tasks import Task, right_answers
 
@@ -48,6 +50,9 @@ def score_held_out(trainer: Trainer, name: str, choices: Sequence[int] = ()) -> 
         name: Name of the set.
         choices: The tokens to choose from, one a choice. An example that counts none of them first leaves the share
             unknown.
+
+    Raises:
+        NonFiniteLossError: If the loss is no number: no mean over seeds, and no rate, could be told from it.
     """
     total, tokens = 0.0, 0
     hits: list[bool | None] = []
@@ -66,6 +71,11 @@ def score_held_out(trainer: Trainer, name: str, choices: Sequence[int] = ()) -> 
             if choices:
                 hits += _hits(logits, wanted, choices)
     model.train(was_training)
+    if not math.isfinite(total):
+        raise NonFiniteLossError(
+            f"The loss on the {name.replace('_', '-')} text is {total}: training has diverged. A lower learning rate "
+            "may help."
+        )
     known = [hit for hit in hits if hit is not None]
     return HeldOut(total / tokens, sum(known) / len(known) if known and len(known) == len(hits) else None)
 

@@ -32,8 +32,8 @@ class _Failed(_Run):
 
 class _Loss(_Part):
     steps: list[int] = Field(min_length=1)
-    held_out: list[float]  # a run that diverged may have ended at inf
-    as_trained: float | None = None  # where what is saved isn't what trained
+    held_out: list[FiniteFloat]  # a run that diverged has an error in its place
+    as_trained: FiniteFloat | None = None  # where what is saved isn't what trained
 
     @model_validator(mode="after")
     def _alike(self) -> _Loss:
@@ -43,8 +43,8 @@ class _Loss(_Part):
 
 
 class _OtherLoss(_Part):
-    before: float
-    after: float
+    before: FiniteFloat
+    after: FiniteFloat
 
 
 class _Tensors(_Part):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersample import ConfigError
+from layersample.training.trainer import NonFiniteLossError
 from layersample_benchmarks.side_by_side import scoring
 from layersample_benchmarks.side_by_side.scoring import (
     choice_likelihoods,
@@ -114,6 +115,9 @@ def test_the_mean_loss_is_that_of_padded_batches_and_whole_logits(tiny_model: Pa
     naive = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     assert math.isclose(mean_loss(trainer, "held_out"), float(naive), rel_tol=1e-6)
     assert model.training, "left as it was"
+    torch.nn.init.constant_(model.get_input_embeddings().weight, math.nan)
+    with pytest.raises(NonFiniteLossError, match="on the held-out text is nan: training has diverged"):
+        mean_loss(trainer, "held_out")
 
 
 def test_choices_are_scored_in_the_pass_of_the_loss_as_by_themselves(

@@ -43,6 +43,8 @@ def test_a_whole_line_comes_back_as_it_is(line: dict[str, Any]) -> None:
         ({"learning_rate": float("nan")}, "learning_rate: .*finite"),
         ({"loss": {"steps": [0], "held_out": []}}, "loss: has 1 steps and 0 losses"),
         ({"loss": []}, "loss: "),
+        ({"loss": {"steps": [4], "held_out": [float("inf")]}}, "loss.held_out.0: .*finite"),
+        ({"other_loss": {"before": 1.0, "after": float("nan")}}, "other_loss.after: .*finite"),
         ({"training_loss": []}, "training_loss: "),
         ({"right": "yes"}, "right: "),
         ({"other_loss": None}, "is a final run without other_loss"),
