@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, read_losses
-from .stored_lines import Line
+from .stored_lines import Line, clock_of, last_loss, once_seconds, step_seconds
 from .suite import Suite
 
 
@@ -70,7 +71,7 @@ class Row:
         """The mean of something over the seeds; ``None`` if it wasn't measured in all of them."""
         values = [read(run) for run in self.runs]
         known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
+        return fmean(known) if known and len(known) == len(values) else None
 
     @property
     def memory_bytes(self) -> float | None:
@@ -99,24 +100,38 @@ class Row:
 
     def seconds(self, kind: str, phase: str | None = None) -> float | None:
         """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part: of its timings, where there are."""
-        runs = self.timings or self.runs
-        values = [sum(v for k, v in run["seconds"][kind].items() if phase in (None, k)) for run in runs]
-        return sum(values) / len(values) if values else None
+        values = [step_seconds(run, kind, phase) for run in self._timed]
+        return fmean(values) if values else None
+
+    def once_seconds(self, kind: str) -> float | None:
+        """Seconds of what a run does once: what its sampler measures first, and what its first step does besides."""
+        values = [once_seconds(run, kind) for run in self._timed]
+        return fmean(values) if values else None
+
+    @property
+    def _timed(self) -> tuple[Line, ...]:
+        """The runs that its seconds are of: its timings where there are, or else its final ones."""
+        return self.timings or self.runs
 
     @property
     def timed_alone(self) -> bool | None:
         """Whether no other run of the benchmark was beside those that its seconds are of; ``None``: not noted."""
-        noted = [run.get("runs_at_once") for run in self.timings or self.runs]
+        noted = [run.get("runs_at_once") for run in self._timed]
         return None if None in noted else all(count == 1 for count in noted)
 
+    def training_seconds(self, kind: str) -> float | None:
+        """Seconds of a run's training: of what it does once, and of its steps, both as they were timed."""
+        if not self.runs:
+            return None
+        step, once = self.seconds(kind), self.once_seconds(kind)
+        assert step is not None and once is not None
+        return once + step * fmean(len(run["training_loss"]) for run in self.runs)
+
     def used_seconds(self, kind: str) -> float | None:
-        """Seconds that training really took, with what its sampler measured first; the mean over seeds."""
-
-        def read(run: Line) -> float:
-            step = sum(run["seconds"][kind].values())
-            return float(run["seconds"]["before_training"][kind] + step * len(run["training_loss"]))
-
-        return self.mean(read)
+        """Seconds that its final runs took, whatever was beside them; the mean over seeds."""
+        return self.mean(
+            lambda run: once_seconds(run, kind) + step_seconds(run, kind) * len(run["training_loss"])
+        )
 
     @property
     def probabilities(self) -> list[float] | None:
@@ -193,7 +208,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         name: [line for line in current if line["stage"] == "final" and "error" not in line]
         for name, current in own.items()
     }
-    losses = {name: {run["seed"]: _last_loss(run) for run in runs} for name, runs in ended.items() if runs}
+    losses = {name: {run["seed"]: last_loss(run) for run in runs} for name, runs in ended.items() if runs}
     answers = {
         name: {run["seed"]: run["right"] for run in runs}
         for name, runs in ended.items()
@@ -219,12 +234,12 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         )
         for entry in suite.entries
     )
-    clock = "wall" if any(run["environment"].get("gpu") for row in rows for run in row.runs) else "cpu"
+    clock = clock_of(run for row in rows for run in row.runs)
     return Analysis(
         suite,
         rows,
         front=_front({row.name: (row.memory_bytes, row.loss) for row in rows}),
-        fast_front=_front({row.name: (row.used_seconds(clock), row.loss) for row in rows}),
+        fast_front=_front({row.name: (row.training_seconds(clock), row.loss) for row in rows}),
         clock=clock,
         planned=len(suite.seeds) * len(rows),
     )
@@ -263,7 +278,7 @@ def _row(
         rate=runs[0]["learning_rate"] if runs else None,
         errors=tuple((line["key"], line["error"]) for line in lines if "error" in line),
         runs=tuple(runs),
-        loss=estimate([_last_loss(run) for run in runs], level) if runs else None,
+        loss=estimate([last_loss(run) for run in runs], level) if runs else None,
         as_trained=estimate(as_trained, level) if as_trained and None not in as_trained else None,
         difference=difference,
         right=estimate(answers, level) if answers and None not in answers else None,
@@ -279,18 +294,23 @@ def _row(
 
 
 def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Line]:
-    """A method's runs that count: all that decided something, and the final ones of the suite's seeds and its rate."""
+    """A method's runs that count.
+
+    All that decided something, its timings of the suite's rounds and steps, and its final ones of the suite's seeds
+    and its rate.
+    """
     own = [line for line in lines if line["method"] == entry.name]
     rate = choose_rate(entry.learning_rates or suite.learning_rates, read_losses(own, entry.name))
-    return [
-        line
-        for line in own
-        if line["stage"] != "final" or (line["seed"] in suite.seeds and line["learning_rate"] == rate)
-    ]
 
+    def counts(line: Line) -> bool:
+        if line["stage"] == "final":
+            return line["seed"] in suite.seeds and line["learning_rate"] == rate
+        if line["stage"] == "timing":
+            steps = len(line.get("training_loss", range(suite.timing_steps)))
+            return line["seed"] < suite.rounds and steps == suite.timing_steps
+        return True
 
-def _last_loss(line: Line) -> float:
-    return float(line["loss"]["held_out"][-1])
+    return [line for line in own if counts(line)]
 
 
 def _curve(runs: list[Line], level: float) -> tuple[tuple[int, Estimate], ...]:

@@ -92,7 +92,7 @@ def time_and_loss(analysis: Analysis) -> str:
     points = {
         row.name: seconds
         for row in analysis.finished
-        if (seconds := row.used_seconds(analysis.clock)) is not None
+        if (seconds := row.training_seconds(analysis.clock)) is not None
     }
     label = f"{'CPU' if analysis.clock == 'cpu' else 'wall'} seconds of training"
     return _against(analysis, points, analysis.fast_front, label, "Time against loss")

@@ -13,6 +13,7 @@ from layersample.cli.consoles import plain
 from layersample.cli.display import make_bar
 
 from .jobs import Job
+from .stored_lines import last_loss, step_seconds
 
 
 class LiveBenchmark:
@@ -90,10 +91,10 @@ class LiveBenchmark:
 
 def _outcome(job: Job, measured: dict[str, Any]) -> str:
     if measured["loss"] is not None:
-        return f"held-out loss {measured['loss']['held_out'][-1]:.4f}"
+        return f"held-out loss {last_loss(measured):.4f}"
     if job.stage == "peak":
         return f"peak {measured['peak_bytes']['tensors']['total'] / 2**20:,.0f} MiB"
-    return f"{sum(measured['seconds']['cpu'].values()):.3g} CPU seconds a step"
+    return f"{step_seconds(measured, 'cpu'):.3g} CPU seconds a step"
 
 
 def _duration(seconds: float) -> str:

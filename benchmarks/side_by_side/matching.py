@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from layersample.errors import ConfigError
 
@@ -13,7 +14,7 @@ from .jobs import Given, Job
 from .memory_match import DoesNotFitError, MemoryPlanner
 from .pool import Pool
 from .results import Results
-from .stored_lines import Line
+from .stored_lines import Line, clock_of, once_seconds, step_seconds
 from .suite import Suite
 
 _COMPARABLE = {"num_active", "rank"}  # what a row may fix itself, and is then not chosen for it
@@ -25,20 +26,20 @@ class Pace:
 
     Args:
         step: Seconds of a step.
-        before: Seconds that its sampler measures before the first one.
+        once: Seconds of what it does once: what its sampler measures first, and what its first step does besides.
         clock: ``"cpu"``, or ``"wall"`` where a GPU works.
-        machine: Its processor, and its GPU.
+        machine: Its processor, its GPU, and the threads of a run.
     """
 
     step: float
-    before: float
+    once: float
     clock: str
     machine: str
 
     def steps_in(self, seconds: float) -> int:
         """Whole steps that fit some seconds."""
         # Rounding must not take a step from the reference itself.
-        return max(0, math.floor((seconds - self.before) / self.step + 1e-9))
+        return max(0, math.floor((seconds - self.once) / self.step + 1e-9))
 
 
 class Matching:
@@ -53,7 +54,7 @@ class Matching:
         self._suite = suite
         self._results = results
         steps = None if suite.matches_time else max(suite.steps, suite.search_steps)
-        self._planner = MemoryPlanner(suite.model, steps)
+        self._planner = MemoryPlanner(suite.model, steps, suite.attention)
 
     def run(self, pool: Pool, more: Callable[[int], None] = lambda runs: None) -> None:
         """Measure and decide what isn't decided yet; nothing where all have the same steps and no times are wanted.
@@ -129,13 +130,13 @@ class Matching:
             planned = self._planner.can_plan(entry.definition)
             if planned and not self._planner.can_plan(reference.definition):
                 return {
-                    "error": f"The memory of {reference.name} can't be planned: match to lora, or a sampler."
+                    "error": f"Not matched in memory: that of {reference.name} can't be planned. Match to a method "
+                    "that can: a sampler, or LoRA's adapters."
                 }
             limit = int(share * (self._planned(reference) if planned else self._measured(reference.name)))
             if planned and entry.name != reference.name:
                 own = frozenset(_COMPARABLE & entry.options.keys())
-                config = suite.config(suite.search_job(entry, suite.rates(entry)[0]))
-                fit = self._planner.fit(entry.definition, config, limit, own)
+                fit = self._planner.fit(entry.definition, suite.final_config(entry), limit, own)
                 options, taken = fit.options, fit.bytes
             else:
                 options, taken = {}, limit if entry.name == reference.name else self._measured(entry.name)
@@ -152,8 +153,7 @@ class Matching:
         return {"options": options, "bytes": taken, "budget_bytes": limit, "planned": planned}
 
     def _planned(self, entry: MethodEntry) -> int:
-        config = self._suite.config(self._suite.search_job(entry, self._suite.rates(entry)[0]))
-        return self._planner.peak(entry.definition, config)
+        return self._planner.peak(entry.definition, self._suite.final_config(entry))
 
     def _measured(self, name: str) -> int:
         for line in self._results.all_lines():
@@ -161,7 +161,7 @@ class Matching:
                 if "error" in line:
                     raise ConfigError(f"measuring {name} failed: {line['error']}")
                 return int(line["peak_bytes"]["tensors"]["total"])
-        raise ConfigError(f"the memory of {name} hasn't been measured")
+        raise ConfigError(f"the memory of {name} hasn't been measured: name it among the methods too, once.")
 
     def timing_jobs(self) -> list[Job]:
         """The runs that measure steps: a round of all methods, then the next, so that slow hours hit all alike."""
@@ -191,23 +191,23 @@ class Matching:
             return {"error": f"Not matched in time: {error}"}
         share = 1.0 if entry.name == suite.match_to else suite.time_share
         budgets = [
-            share * (reference.before + steps * reference.step) for steps in (suite.steps, suite.search_steps)
+            share * (reference.once + steps * reference.step) for steps in (suite.steps, suite.search_steps)
         ]
         steps, search_steps = (own.steps_in(seconds) for seconds in budgets)
         for name, count, seconds in zip(
             ("steps", "search_steps"), (steps, search_steps), budgets, strict=True
         ):
             if count < 1:
-                before = f" after {own.before:.3g} of measuring first" if own.before > 0.01 * own.step else ""
+                once = f" after {own.once:.3g} of what is done once" if own.once > 0.01 * own.step else ""
                 return {
-                    "error": f"Not matched in time: a step takes {own.step:.3g} {own.clock} seconds{before}, but "
+                    "error": f"Not matched in time: a step takes {own.step:.3g} {own.clock} seconds{once}, but "
                     f"{suite.match_to}'s {name} leave {seconds:.3g}. Raise {name}."
                 }
         return {
             "steps": steps,
             "search_steps": search_steps,
             "step_seconds": own.step,
-            "before_seconds": own.before,
+            "before_seconds": own.once,
             "budget_seconds": budgets[0],
             "clock": own.clock,
         }
@@ -232,17 +232,20 @@ def pace(lines: Iterable[Line], name: str) -> Pace:
     machines = sorted({_machine(x) for x in timings})
     if len(machines) > 1:
         raise ConfigError(f"{name} was timed on several machines: {'; '.join(machines)}")
-    clock = "wall" if timings[0]["environment"]["gpu"] else "cpu"
+    clock = clock_of(timings)
     return Pace(
-        _mean([sum(x["seconds"][clock].values()) for x in timings]),
-        _mean([x["seconds"]["before_training"][clock] for x in timings]),
+        fmean(step_seconds(x, clock) for x in timings),
+        fmean(once_seconds(x, clock) for x in timings),
         clock,
         machines[0],
     )
 
 
 def _machine(line: Line) -> str:
-    return ", ".join(filter(None, (line["environment"]["processor"], line["environment"]["gpu"])))
+    its = line["environment"]
+    count = its["threads"]
+    threads = f"{count} thread" if count == 1 else f"{count} threads"
+    return ", ".join(filter(None, (its["processor"], its["gpu"], threads)))
 
 
 def _is_good(line: Line | None) -> bool:
@@ -251,7 +254,3 @@ def _is_good(line: Line | None) -> bool:
 
 def _has_failed(line: Line | None) -> bool:
     return line is not None and "error" in line
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

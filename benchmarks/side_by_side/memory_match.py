@@ -43,11 +43,13 @@ class MemoryPlanner:
     Args:
         model: As ``layersample train`` takes it.
         steps: Steps of its runs, which limit how many layers leave something behind; ``None`` where they aren't known.
+        attention: Its implementation; the model's own by default.
     """
 
-    def __init__(self, model: str, steps: int | None = None) -> None:
+    def __init__(self, model: str, steps: int | None = None, attention: str | None = None) -> None:
         self._model = model
         self._steps = steps
+        self._attention = attention
         self._known: dict[str, int] = {}
 
     def can_plan(self, method: Method) -> bool:
@@ -69,6 +71,8 @@ class MemoryPlanner:
         if key not in self._known:
             with quietly():
                 target, planned = find_target(self._model, config)
+                if self._attention is not None:
+                    target.shape._attn_implementation = self._attention
                 self._known[key] = _peak(target, planned, rank, self._steps)
         return self._known[key]
 

@@ -49,7 +49,7 @@ def describe(row: Row, analysis: Analysis) -> str:
     parts = [
         f"{own / other:.2f} of its {what}"
         for what, own, other in (
-            ("seconds", row.used_seconds(analysis.clock), baseline.used_seconds(analysis.clock)),
+            ("seconds", row.training_seconds(analysis.clock), baseline.training_seconds(analysis.clock)),
             ("memory", row.memory_bytes, baseline.memory_bytes),
         )
         if own is not None and other
@@ -61,7 +61,7 @@ def describe(row: Row, analysis: Analysis) -> str:
 
 
 def _takes(row: Row, analysis: Analysis) -> str:
-    seconds, size = row.used_seconds(analysis.clock), row.memory_bytes
+    seconds, size = row.training_seconds(analysis.clock), row.memory_bytes
     parts = [] if seconds is None else [f"{seconds:,.0f} {analysis.clock} seconds"]
     parts += [] if size is None else [f"{size / 2**20:,.0f} MiB"]
     return f", with {' and '.join(parts)}" if parts else ""
@@ -94,7 +94,7 @@ def _numbers(row: Row, analysis: Analysis) -> dict[str, Any]:
         "process_bytes": row.process_bytes,
         "clock": analysis.clock,
         "seconds_a_step": row.seconds(analysis.clock),
-        "seconds": row.used_seconds(analysis.clock),
+        "seconds": row.training_seconds(analysis.clock),
         "timed_alone": row.timed_alone,
     }
 

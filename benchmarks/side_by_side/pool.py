@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any, Protocol
@@ -49,6 +50,9 @@ class Pool:
         jobs: Runs at a time.
         progress: Shows them.
         keep_workers: Whether a worker does one run after the other; else each has a worker of its own.
+
+    Raises:
+        ConfigError: If what is stored was run with other threads.
     """
 
     def __init__(
@@ -60,13 +64,16 @@ class Pool:
         *,
         keep_workers: bool = True,
     ) -> None:
+        results.check_threads(threads)
         self._results = results
         self._threads = threads
         self._jobs = jobs
         self._progress = progress
         self._keep_workers = keep_workers
         self._lock = Lock()
+        self._starting = Lock()
         self._stopped = Event()
+        self._numbers = count(1)
         self._workers: set[Worker] = set()
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
@@ -80,14 +87,15 @@ class Pool:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
-                self._stopped.set()
                 self.close()
                 for future in futures:
                     future.cancel()
                 raise
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; no more are started."""
+        with self._starting:
+            self._stopped.set()
         for worker in list(self._workers):
             worker.end()
 
@@ -96,7 +104,7 @@ class Pool:
             return
         started = time.time()
         measured = self._measure(job)
-        if self._stopped.is_set():  # it was ended, which says nothing of the method
+        if measured is None or self._stopped.is_set():  # it was ended, which says nothing of the method
             return
         run = {
             "run_seconds": round(time.time() - started, 1),
@@ -108,15 +116,13 @@ class Pool:
             with self._lock:
                 self._progress.end_run(job, measured)
 
-    def _measure(self, job: Job) -> dict[str, Any]:
+    def _measure(self, job: Job) -> dict[str, Any] | None:
         folder = self._results.folder / "logs"
         log = folder / f"{job.key.replace('/', '.')}.log"
         log.unlink(missing_ok=True)
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = Worker(folder / "worker.log", self._threads)
-            self._workers.add(worker)
+        worker = self._take_worker(folder)
+        if worker is None:
+            return None
         with tempfile.TemporaryDirectory() as scratch:
             given = {
                 "suite": self._results.suite.model_dump(mode="json"),
@@ -131,7 +137,19 @@ class Pool:
         else:
             worker.end()
             self._workers.discard(worker)
-        return measured or {"error": _ending(code, log if log.exists() else folder / "worker.log")}
+        return measured or {"error": _ending(code, log if log.exists() else worker.log)}
+
+    def _take_worker(self, logs: Path) -> Worker | None:
+        """One that has nothing to do, or a new one; ``None`` where all are being ended."""
+        with self._starting:
+            if self._stopped.is_set():
+                return None
+            try:
+                return self._idle.get_nowait()
+            except queue.Empty:
+                worker = Worker(logs / f"worker-{next(self._numbers)}.log", self._threads)
+                self._workers.add(worker)
+                return worker
 
     def _show(self, job: Job, event: dict[str, Any]) -> None:
         if self._progress is not None:
@@ -143,13 +161,14 @@ class Worker:
     """A process that does one job after the other (see :mod:`.worker`).
 
     Args:
-        log: Where what it says itself goes.
+        log: Where what it says itself goes; what an earlier one has said there is gone.
         threads: Threads of a run.
     """
 
     def __init__(self, log: Path, threads: int) -> None:
+        self.log = log
         self._busy = Lock()
-        with open(log, "a", encoding="utf-8") as errors:
+        with open(log, "w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "layersample_benchmarks.side_by_side.worker"],
                 stdin=subprocess.PIPE,

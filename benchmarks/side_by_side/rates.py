@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .stored_lines import last_loss
+
 Losses = Mapping[float, float | None]
 
 
@@ -57,7 +59,7 @@ def choose_rate(given: Sequence[float] | None, losses: Losses) -> float | None:
 def read_losses(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, float | None]:
     """What the runs that tried a method's rates have measured on the validation split."""
     return {
-        line["learning_rate"]: None if "error" in line else float(line["loss"]["held_out"][-1])
+        line["learning_rate"]: None if "error" in line else last_loss(line)
         for line in lines
         if line["method"] == method and line["stage"] == "search"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,16 @@ def run_recipes(
     Raises:
         ConfigError: If the suite or the folder can't be used, Optuna isn't installed, or no try came to its end.
     """
-    suite = suite.model_copy(update={"methods": _without_recipes(suite)})
+    suite = suite.model_copy(update={"methods": _without_chosen(suite, folder)})
     check_recipes(suite)
     suite.check()
     suite.check_data()
     check_output(folder)
-    Results(folder, suite).open().close()  # what can't be used is said before hours of search
+    threads = threads_of(suite, jobs)
+    with closing(
+        Results(folder, suite).open()
+    ) as results:  # what can't be used is said before hours of search
+        results.check_threads(threads)
     chosen = []
     for name, space in suite.recipes.items():
         search = RecipeSearch(
@@ -51,7 +56,7 @@ def run_recipes(
             suite,
             folder / SEARCHES / name,
             jobs=jobs,
-            threads=threads_of(suite, jobs),
+            threads=threads,
             progress=progress,
         )
         chosen.append(search.run())
@@ -70,6 +75,11 @@ def check_recipes(suite: Suite) -> None:
     if not suite.recipes:
         raise ConfigError("recipes must hold at least one search, but the suite has none.")
     make_study(0)
+    if taken := sorted(suite.recipes.keys() & {entry.name for entry in suite.entries}):
+        raise ConfigError(
+            f"recipes: a search must have a name that no row has, since it becomes a row, but {taken[0]} is among the "
+            "methods too."
+        )
     for name, space in suite.recipes.items():
         both = sorted(set(space.seeds_of(space.rungs - 1)) & set(suite.seeds))
         if both:
@@ -87,9 +97,10 @@ def read_tried(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def _without_recipes(suite: Suite) -> list[MethodEntry | str]:
-    """The rows that aren't searched for; those of a search that was done before are among a stored suite's."""
-    return [row for row in suite.methods if isinstance(row, str) or row.name not in suite.recipes]
+def _without_chosen(suite: Suite, folder: Path) -> list[MethodEntry | str]:
+    """The rows but for those that searches have ended as, which a stored suite holds."""
+    chosen = [MethodEntry(**search["chosen"]) for search in read_tried(folder)]
+    return [row for row in suite.methods if row not in chosen]
 
 
 def _words(row: MethodEntry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -76,6 +77,12 @@ class RecipeSpace(Options):
     def _can_be_searched(self) -> RecipeSpace:
         if RATE not in self.space:
             raise ValueError(f"space must hold {RATE}, since a recipe is no better than its rate")
+        rates = self.space[RATE]
+        for rate in (rates.low, rates.high) if isinstance(rates, Range) else rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise ValueError(
+                    f"space: the values of {RATE} must be finite numbers above 0, but one is {rate!r}"
+                )
         if empty := [name for name, values in self.space.items() if not values]:
             raise ValueError(f"space must hold values for {empty[0]}, but it has none")
         if self.seed + self.seeds > 2**32:

@@ -21,6 +21,7 @@ from .matching import Matching
 from .pool import BenchmarkProgress, Pool
 from .recipe_space import RATE, Range, RecipeSpace
 from .results import Results
+from .stored_lines import last_loss
 from .suite import Suite
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class RecipeSearch:
         elif failed is not None:
             one.error = str(failed)
         else:
-            one.losses.append(statistics.fmean(line["loss"]["held_out"][-1] for line in runs))
+            one.losses.append(statistics.fmean(map(last_loss, runs)))
 
     def _suite_of(self, tries: Iterable[Try]) -> Suite:
         """The suite with tries for rows, beside the one that they are matched to."""

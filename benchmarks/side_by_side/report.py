@@ -19,9 +19,11 @@ from .clock import PHASES
 from .comparison import Difference
 from .live_bytes import KINDS
 from .plain_words import as_csv, best_trade_offs, describe, table
+from .power import CHANCE
+from .power_words import power_table
 from .recipe_runner import read_tried
 from .results import read_results
-from .sections import harness, match_words, matched, power, sentences, timing_words, tried
+from .sections import harness, match_words, matched, sentences, timing_words, tried
 from .stored_lines import Line
 from .tasks import get_task
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
@@ -50,6 +52,7 @@ def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int]
             the suite, or it can't be written.
     """
     suite, lines = read_results(folder)
+    all_seeds = len(suite.seeds)
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
         suite.check_references()
@@ -69,7 +72,11 @@ def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int]
     commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
     pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
     stored = {f"{name}.svg": _alone(svg) for name, svg in pictures.items() if svg}
-    shown = {**view(analysis, lines, commands, pictures), "searches": [tried(x) for x in read_tried(folder)]}
+    shown = {
+        **view(analysis, lines, commands, pictures),
+        "all_seeds": None if seeds is None else all_seeds,
+        "searches": [tried(x) for x in read_tried(folder)],
+    }
     files = {
         "report.html": _template("report.html.jinja", autoescape=True).render(shown),
         "report.md": _template("report.md.jinja", autoescape=False).render(
@@ -114,9 +121,11 @@ def view(
         "has_device": any(row.device_bytes is not None for row in finished),
         "match": match_words(suite),
         "matched": matched(analysis),
-        "power": power(analysis),
+        "power": power_table(analysis),
+        "chance": CHANCE,
         "harness": harness(analysis),
         "timing": timing_words(finished),
+        "search_seed": next((x["seed"] for x in lines if x["stage"] == "search"), suite.seeds[0]),
         "rates": [_rates(row) for row in analysis.rows if row.trials],
         "failures": [error for row in analysis.rows for error in row.errors],
         "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
@@ -206,7 +215,7 @@ def _cost(row: Row) -> dict[str, Any]:
         "cpu": seconds(row.seconds("cpu")),
         "phases": [seconds(row.seconds("cpu", phase)) for phase in PHASES],
         "wall": seconds(row.seconds("wall")),
-        "before": seconds(row.mean(lambda run: run["seconds"]["before_training"]["cpu"])),
+        "once": seconds(row.once_seconds("cpu")),
         "tokens": number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
         "trainable": _trainable(row),
         "coverage": number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),

@@ -67,15 +67,15 @@ class Results:
                 f"The output folder must be new, empty or of an earlier benchmark, but {self.folder} holds "
                 "something else. Choose another --output."
             )
-        whole = self.suite
-        if stored.is_file():
-            whole = self._with_rows_of(make_suite((str(stored), read_yaml(stored))))
-        whole.check_references()
-        self._whole = whole
+        if not stored.is_file():
+            self.suite.check_references()
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             self._only_one.acquire(blocking=False)
-            self._write(whole, command)
+            if stored.is_file():  # read under the lock: another benchmark may just have added its rows
+                self._whole = self._with_rows_of(make_suite((str(stored), read_yaml(stored))))
+                self._whole.check_references()
+            self._write(self._whole, command)
         except Timeout as error:
             raise ConfigError(
                 f"Another benchmark writes into {self.folder}: wait until it has ended."
@@ -104,13 +104,31 @@ class Results:
         """Let another benchmark write into the folder."""
         self._only_one.release()
 
+    def check_threads(self, threads: int) -> None:
+        """Make sure that runs have as many threads as those that are stored.
+
+        Args:
+            threads: Threads of a run.
+
+        Raises:
+            ConfigError: If they haven't: neither their seconds nor their bits could be compared.
+        """
+        stored = {line["environment"]["threads"] for line in self._lines.values() if "environment" in line}
+        if other := sorted(stored - {threads}):
+            raise ConfigError(
+                f"{self.folder} holds runs of {other[0]} threads each, but these would have {threads}: give as many "
+                f"--jobs as then, or --set threads={other[0]}."
+            )
+
     def entry(self, name: str) -> MethodEntry:
         """A row, which may be one of before."""
-        return next(entry for entry in self._whole.entries if entry.name == name)
+        return self._whole.entry(name)
 
     def get(self, job: Job) -> Line | None:
-        """What a run has measured; ``None`` where it hasn't been run with that learning rate."""
-        return self._lines.get((job.key, job.learning_rate))
+        """What a run has measured; ``None`` where it hasn't been run with that learning rate, or with other steps."""
+        line = self._lines.get((job.key, job.learning_rate))
+        # The key of a timing says nothing of its steps, which may change where all methods have the same ones.
+        return None if line is None or len(line.get("training_loss", range(job.steps))) != job.steps else line
 
     def add(self, job: Job, measured: Line) -> None:
         """Keep what a run has measured, or the error that it ended with; on the disk at once."""

@@ -13,9 +13,9 @@ from .analysis import analyze
 from .jobs import Job
 from .matching import Matching
 from .pool import BenchmarkProgress, Pool
+from .power_words import power_beforehand
 from .rates import choose_rate, find_rates, read_losses
 from .results import Results
-from .sections import power_beforehand
 from .suite import Suite
 
 

@@ -1,21 +1,15 @@
-"""Two tables of the report: what each method was given, and what the seeds can tell."""
+"""Sections of the report beside the main tables: what each method was given, what was tried, what a harness scored."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .analysis import Analysis, Row
-from .power import CHANCE, seeds_needed, smallest_difference
+from .power_words import power_afterwards
 from .stored_lines import Line
 from .suite import Suite
-from .wording import DASH, mib, number, p_value, seconds
-
-
-def level_of(suite: Suite) -> float:
-    """The strictest level at which Holm's method tests a difference."""
-    return (1 - suite.confidence) / max(1, len(suite.entries) - 1)
+from .wording import DASH, mib, number, seconds
 
 
 def matched(analysis: Analysis) -> list[dict[str, str]]:
@@ -42,86 +36,6 @@ def _matched(row: Row) -> dict[str, str]:
     }
 
 
-def power(analysis: Analysis) -> list[dict[str, str]]:
-    """For each method, the smallest difference that its seeds could have shown, and whether it is as good."""
-    level = level_of(analysis.suite)
-    rows = []
-    for row in analysis.finished:
-        difference = row.difference
-        if difference is None or difference.spread is None:
-            continue
-        smallest = smallest_difference(difference.spread, difference.count, level)
-        needed = seeds_needed(smallest / 2, difference.spread, level)
-        rows.append(
-            {
-                "name": row.name,
-                "spread": f"{difference.spread:.4f}",
-                "smallest": f"{smallest:.3f}",
-                "seeds": str(difference.count),
-                "needed": DASH if needed is None else str(needed),
-                "equal_p": p_value(row.margin.equal_p if row.margin else None),
-                "not_worse_p": p_value(row.margin.not_worse_p if row.margin else None),
-                "margin": row.margin.verdict if row.margin else DASH,
-            }
-        )
-    return rows
-
-
-def spreads(analysis: Analysis) -> list[float]:
-    """The spread of each method's paired differences, where there are two at least."""
-    known = [row.difference.spread for row in analysis.rows if row.difference is not None]
-    return [spread for spread in known if spread]
-
-
-def power_afterwards(analysis: Analysis) -> str | None:
-    """What the seeds that were run can show, in a sentence; ``None`` where the spread isn't known."""
-    known, seeds = spreads(analysis), max((len(row.runs) for row in analysis.rows), default=0)
-    if not known or seeds < 2:
-        return None
-    level, spread = level_of(analysis.suite), statistics.median(known)
-    smallest = smallest_difference(spread, seeds, level)
-    needed = seeds_needed(smallest / 2, spread, level)
-    half = "" if needed is None else f"; one half as large needs {needed} seeds"
-    return (
-        f"With {seeds} seeds a difference of {smallest:.3f} nats is shown with a chance of {CHANCE:.0%}, by the "
-        f"median spread of paired differences ({spread:.3f}){half}."
-    )
-
-
-def power_beforehand(suite: Suite, known: Analysis | None) -> str:
-    """What a suite's seeds will be able to show, in a sentence, before they are run.
-
-    Args:
-        suite: What is asked for.
-        known: What is stored already; of no use without two seeds of two methods.
-    """
-    seeds, level = len(suite.seeds), level_of(suite)
-    if seeds < 2:
-        return "With 1 seed no difference is tested: give at least 2."
-    spread = statistics.median(spreads(known)) if known is not None and spreads(known) else None
-    words = _counts(seeds, level, spread)
-    if spread is None:
-        return (
-            f"With {seeds} seeds a difference of {words[seeds]} times the spread of the paired differences, which "
-            f"isn't known yet, will be shown with a chance of {CHANCE:.0%}; {_listed(words, seeds)}."
-        )
-    return (
-        f"With {seeds} seeds a difference of {words[seeds]} nats will be shown with a chance of {CHANCE:.0%}, by the "
-        f"spread of the runs that are there ({spread:.3f}); {_listed(words, seeds)}."
-    )
-
-
-def _counts(seeds: int, level: float, spread: float | None) -> dict[int, str]:
-    counts = sorted({seeds, *(count for count in (5, 8, 12) if count > seeds)})
-    style = "{:.2g}" if spread is None else "{:.3f}"
-    return {count: style.format(smallest_difference(spread or 1.0, count, level)) for count in counts}
-
-
-def _listed(words: Mapping[int, str], seeds: int) -> str:
-    others = [f"{count} seeds {size}" for count, size in words.items() if count != seeds]
-    return ", ".join(others) or "more seeds show less than in proportion to their number"
-
-
 def sentences(analysis: Analysis) -> list[str]:
     """What the tests for equivalence and the match say, in sentences."""
     said: list[str] = []
@@ -132,21 +46,49 @@ def sentences(analysis: Analysis) -> list[str]:
     ):
         if names := [row.name for row in analysis.rows if row.margin and row.margin.verdict == verdict]:
             said.append(f"{words}: {', '.join(names)}.")
-    if (power := power_afterwards(analysis)) is not None:
-        said.append(power)
-    return said
+    if (shown := power_afterwards(analysis)) is not None:
+        said.append(shown)
+    return [*said, *_beyond_their_memory(analysis)]
+
+
+def _beyond_their_memory(analysis: Analysis) -> list[str]:
+    """Which methods held more than the reference did, or their share of it: the match is by plans."""
+    suite = analysis.suite
+    reference = next((row for row in analysis.finished if row.name == suite.match_to), None)
+    limit = None if reference is None else reference.tensor_bytes()
+    if not suite.matches_memory or limit is None:
+        return []
+    beyond = [
+        f"{row.name} ({mib(held)})"
+        for row in analysis.finished
+        if row is not reference
+        and (held := row.tensor_bytes()) is not None
+        and held > 1.01 * suite.memory_share * limit
+    ]
+    if not beyond:
+        return []
+    share = "" if suite.memory_share == 1 else f"{suite.memory_share:g} of "
+    return [
+        f"Held more MiB than {share}{suite.match_to}'s {mib(limit)}: {', '.join(beyond)}. Memory is matched by plans "
+        "for the longest examples; these are the peaks of the real ones."
+    ]
 
 
 def match_words(suite: Suite) -> str:
     """What all methods have alike, for the head of the report."""
     if suite.match == "steps":
         return "the same number of steps"
-    shares = {"time": suite.time_share, "memory": suite.memory_share}
     kinds = [
-        kind for kind, wanted in (("time", suite.matches_time), ("memory", suite.matches_memory)) if wanted
+        ("" if share == 1 else f"{share:g} of ") + f"the {kind}"
+        for kind, wanted, share in (
+            ("time", suite.matches_time, suite.time_share),
+            ("planned memory", suite.matches_memory, suite.memory_share),
+        )
+        if wanted
     ]
-    parts = [("" if shares[kind] == 1 else f"{shares[kind]:g} of ") + f"the {kind}" for kind in kinds]
-    return f"{' and '.join(parts)} of {suite.match_to} at {suite.steps} steps"
+    alone = {suite.time_share if suite.matches_time else 1, suite.memory_share if suite.matches_memory else 1}
+    itself = "" if alone == {1} else ", which itself has all of it"
+    return f"{' and '.join(kinds)} of {suite.match_to} at {suite.steps} steps{itself}"
 
 
 def timing_words(rows: Sequence[Row]) -> str:
@@ -171,6 +113,8 @@ def tried(search: Mapping[str, Any]) -> dict[str, Any]:
         "keys": keys,
         "seed": search["space"]["seed"],
         "keep": search["space"]["keep"],
+        "waves": search["space"]["waves"],
+        "last_seeds": search["space"]["seeds"],
         "tries": [
             {
                 "chosen": [_choice(value) for value in map(one["chosen"].get, keys)],

@@ -1,7 +1,8 @@
-"""A line of a benchmark's ``results.jsonl``: what it must hold for a report to be made of it."""
+"""A line of a benchmark's ``results.jsonl``: what it must hold for a report to be made of it, and what it says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -61,6 +62,9 @@ class _Seconds(_Part):
     cpu: dict[str, FiniteFloat]
     wall: dict[str, FiniteFloat]
     before_training: dict[str, FiniteFloat]
+    first_step: dict[str, FiniteFloat] = Field(
+        default_factory=dict
+    )  # runs of before it was measured have none
 
 
 class _Memory(_Run):
@@ -137,6 +141,33 @@ def check_line(content: Any, place: str) -> Line:
             f"{place}: must be what a run has measured, but {key}: {message}, and it is {short(first['input'])}."
         ) from error
     return content
+
+
+def last_loss(line: Mapping[str, Any]) -> float:
+    """The held-out loss at the end of a run, in nats a token."""
+    return float(line["loss"]["held_out"][-1])
+
+
+def clock_of(lines: Iterable[Line]) -> str:
+    """Which seconds count: ``"cpu"``, or ``"wall"`` where a GPU works."""
+    return "wall" if any(line["environment"].get("gpu") for line in lines) else "cpu"
+
+
+def step_seconds(line: Line, clock: str, phase: str | None = None) -> float:
+    """Seconds of a run's step, the mean over its steps.
+
+    Args:
+        line: The run.
+        clock: ``"cpu"`` or ``"wall"``.
+        phase: A part of the step; all of it by default.
+    """
+    return float(sum(value for key, value in line["seconds"][clock].items() if phase in (None, key)))
+
+
+def once_seconds(line: Line, clock: str) -> float:
+    """Seconds that a run takes once: what its sampler measures first, and what its first step does besides."""
+    seconds = line["seconds"]
+    return float(seconds["before_training"][clock] + seconds.get("first_step", {}).get(clock, 0.0))
 
 
 def _tuples(content: Line) -> Line:

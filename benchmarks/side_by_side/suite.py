@@ -17,7 +17,7 @@ from layersample.training.data import load_data
 
 from ..methods.catalog import default_methods
 from .entries import MethodEntry, named_entry
-from .jobs import Given, Job
+from .jobs import Given, Job, Stage
 from .recipe_space import RecipeSpace
 from .tasks import Splits, get_task, right_answers, split
 
@@ -206,13 +206,21 @@ class Suite(Options):
             return entry.learning_rates or self.learning_rates or []
         return [rate * entry.definition.rate_scale for rate in DEFAULT_RATES]
 
-    def config(self, job: Job) -> TrainConfig:
+    def entry(self, name: str) -> MethodEntry:
+        """The row of a name."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def config(self, job: Job, entry: MethodEntry | None = None) -> TrainConfig:
         """The configuration of a run.
+
+        Args:
+            job: The run.
+            entry: Its row; one of this suite's by default.
 
         Raises:
             ConfigError: If an option is unknown or out of bounds.
         """
-        entry = next(e for e in self.entries if e.name == job.row)
+        entry = entry or self.entry(job.row)
         own = {
             "model": self.model,
             "seed": job.seed,
@@ -309,20 +317,24 @@ class Suite(Options):
         """The test problems that are answered in full."""
         return list(parts.test.select(range(min(self.answers, len(parts.test)))))
 
+    def final_config(self, entry: MethodEntry) -> TrainConfig:
+        """The configuration of a row's final runs, but for the rate and what a match gives."""
+        return self.config(self.final_jobs(entry, self.rates(entry)[0])[0], entry)
+
     def timing_jobs(self, entry: MethodEntry, options: Mapping[str, Any]) -> list[Job]:
-        """The runs that measure a step of a method, one a round; a rate of the middle will do."""
-        rates = self.rates(entry)
-        rate = rates[len(rates) // 2]
-        # A default period follows from the steps of a run, which here are fewer.
-        given = {**options, "period": self.config(self.final_jobs(entry, rate)[0]).run_period}
-        return [
-            Job(entry.name, "timing", turn, rate, self.timing_steps, given) for turn in range(self.rounds)
-        ]
+        """The runs that measure a step of a method, one a round."""
+        return [self._short_job(entry, "timing", turn, options) for turn in range(self.rounds)]
 
     def peak_job(self, entry: MethodEntry) -> Job:
         """The run that measures a method's memory, where it can't be planned."""
+        return self._short_job(entry, "peak", self.seeds[0], {})
+
+    def _short_job(self, entry: MethodEntry, stage: Stage, seed: int, options: Mapping[str, Any]) -> Job:
+        """A run that measures what a method takes; a rate of the middle will do."""
         rates = self.rates(entry)
-        return Job(entry.name, "peak", self.seeds[0], rates[len(rates) // 2], self.timing_steps)
+        # A default period follows from the steps of a run, which here are fewer.
+        given = {**options, "period": self.final_config(entry).run_period}
+        return Job(entry.name, stage, seed, rates[len(rates) // 2], self.timing_steps, given)
 
     def search_job(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> Job:
         """The run that tries a learning rate of a method, with the first seed."""

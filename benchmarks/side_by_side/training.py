@@ -64,7 +64,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     if suite.plugin is not None:
         load_plugin(suite.plugin)
     config = suite.config(job)
-    method = next(entry for entry in suite.entries if entry.name == job.row).definition
+    method = suite.entry(job.row).definition
     model, tokenizer = load_model(
         config.model, torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
@@ -301,7 +301,11 @@ def _times(recorder: Recorder) -> dict[str, Any]:
     }
     wall = sum(seconds["wall"].values())
     return {
-        "seconds": {**seconds, "before_training": dict(recorder.preparation)},
+        "seconds": {
+            **seconds,
+            "before_training": dict(recorder.preparation),
+            "first_step": recorder.first_step,
+        },
         "tokens_per_second": _mean([step["tokens"] for step in quiet]) / wall,
     }
 

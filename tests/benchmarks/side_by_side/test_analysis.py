@@ -44,6 +44,21 @@ def test_estimates_and_the_front(lines: Callable[..., Any]) -> None:
     assert full.forgotten is not None and full.forgotten.mean == pytest.approx(0.1)
 
 
+def test_the_two_fronts_are_of_memory_and_of_time(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lisa", "lora"], seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    # Seconds, bytes and loss: lora is best in nothing but bytes, lisa in seconds, full in loss.
+    costs = {"full": (3.0, 300, 1.0), "lisa": (1.0, 200, 2.0), "lora": (2.0, 100, 3.0)}
+    found = []
+    for name, (seconds, size, loss) in costs.items():
+        for line in lines(suite, {"full": [loss] * 2, "lisa": [loss] * 2, "lora": [loss] * 2}):
+            if line["method"] == name:
+                line["seconds"] = {**line["seconds"], "cpu": {"forward": seconds}}
+                line["peak_bytes"]["tensors"]["total"] = size
+                found.append(line)
+    analysis = analyze(suite, found)
+    assert analysis.front == ("lora", "lisa", "full") and analysis.fast_front == ("lisa", "full")
+
+
 def test_shares_and_probabilities(lines: Callable[..., Any]) -> None:
     suite = Suite(methods=["full"], seeds=[0, 1], steps=8, learning_rates=[1e-3])
     row = analyze(suite, lines(suite, {"full": [1.0, 1.0]})).rows[0]

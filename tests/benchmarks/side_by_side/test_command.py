@@ -146,7 +146,7 @@ def test_runs_and_reports(
     assert "final/lisa/seed-1: held-out loss 1.1000" in stopped.output + output
     assert "report.html, report.md" in output
     page = tmp_path / "out" / "report.md"
-    assert "no [good]" in page.read_text() and "difference to **lisa**" in page.read_text()
+    assert "no [good]" in page.read_text() and "difference to lisa, seed by seed" in page.read_text()
     invoke("report", str(tmp_path / "out"), "--baseline", "lora")
     assert "difference to **lora**" in page.read_text()
     with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'lara'"):

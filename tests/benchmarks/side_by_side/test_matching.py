@@ -57,6 +57,7 @@ def suite(**more: Any) -> Suite:
         "steps": 20,
         "search_steps": 10,
         "timing_rounds": 2,
+        "threads": 1,
     }
     return Suite(**{**keys, **more})
 
@@ -135,9 +136,35 @@ def test_a_row_can_come_later_without_the_reference(started: list[Job], tmp_path
     assert {job.row for job in started[before:]} == {"owlore"}
     errors = [line["error"] for line in read_results(tmp_path)[1] if "error" in line]
     assert errors == [
-        "Not matched in time: a step takes 1.5 cpu seconds after 31 of measuring first, but lora's search_steps leave "
+        "Not matched in time: a step takes 1.5 cpu seconds after 31 of what is done once, but lora's search_steps leave "
         "20. Raise search_steps."
     ]
+
+
+def test_what_is_done_once_counts_but_is_no_part_of_a_step(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A basis that is kept: 10 seconds in the first step. The report goes by the timings, and says what runs took."""
+
+    def measure(self: Any, job: Job) -> dict[str, Any]:
+        cost = STEP[job.row] * (1.0 if job.stage == "timing" else 1.2)  # beside other runs
+        phases = {"forward": cost, "backward": 0.0, "optimizer": 0.0, "sampling": 0.0}
+        once = {"cpu": 10.0 if job.row == "lisa" else 0.0, "wall": 0.0}
+        spent = {
+            "cpu": phases,
+            "wall": phases,
+            "before_training": {"cpu": 0.0, "wall": 0.0},
+            "first_step": once,
+        }
+        return made_up(job, 1.0 + job.seed / 10, seconds=spent)
+
+    monkeypatch.setattr(pool.Pool, "_measure", measure)
+    run_suite(suite(methods=["lora", "lisa"]), tmp_path)
+    analysis = analyze(*read_results(tmp_path))
+    lisa, lora = analysis.row("lisa"), analysis.row("lora")
+    assert len(lisa.runs[0]["training_loss"]) == 20, "(40 - 10) / 1.5"
+    assert (lisa.training_seconds("cpu"), lora.training_seconds("cpu")) == (40.0, 40.0)
+    assert lisa.used_seconds("cpu") == pytest.approx(46.0) and lisa.once_seconds("cpu") == 10.0
 
 
 def test_times_of_two_machines_are_never_compared(
@@ -153,7 +180,9 @@ def test_times_of_two_machines_are_never_compared(
     monkeypatch.setattr(pool.Pool, "_measure", elsewhere)
     run_suite(suite(methods=["owlore"]), tmp_path)
     errors = [line["error"] for line in read_results(tmp_path)[1] if "error" in line]
-    assert errors == ["Not matched in time: lora was timed on cpu, and owlore on another one."]
+    assert errors == [
+        "Not matched in time: lora was timed on cpu, 1 thread, and owlore on another one, 1 thread."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -211,13 +240,15 @@ def test_memory_is_planned_for_all_alike(
     run_suite(tiny, tmp_path)
     lines = {line["method"]: line for line in read_results(tmp_path)[1] if line["stage"] == "memory"}
     planner, limit = MemoryPlanner(tiny.model), lines["lisa"]["budget_bytes"]
+    layers = AutoConfig.from_pretrained(tiny.model).num_hidden_layers
     assert lines["lisa"]["options"] == {} and lines["owlore"]["options"]["num_active"] >= 2
     for row, knob in ((1, "num_active"), (4, "rank")):
         entry = tiny.entries[row]
         chosen = lines[entry.name]["options"][knob]
         for value, fits in ((chosen, True), (chosen + 1, False)):
             config = tiny.config(tiny.search_job(entry, 1e-2)).model_copy(update={knob: value})
-            assert value == 5 or (planner.peak(entry.definition, config) <= limit) == fits
+            if knob == "rank" or value <= layers:
+                assert (planner.peak(entry.definition, config) <= limit) == fits
     assert (
         "it takes " in lines["full"]["error"]
         and "has no number of layers to choose" in lines["full"]["error"]
@@ -226,6 +257,39 @@ def test_memory_is_planned_for_all_alike(
     assert [job.row for job in started if job.stage == "peak"] == ["slow", "lisa"]
     finals = {job.row: job.options for job in started if job.stage == "final"}
     assert finals["owlore"] == lines["owlore"]["options"] and not {"full", "slow"} & finals.keys()
+
+
+def test_a_row_can_come_later_at_equal_memory_too(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    run_suite(make_tiny(["lora", "lisa"], match="memory"), tmp_path)
+    slow = {"name": "slow", "method": "badam"}
+    run_suite(make_tiny(["owlore", slow], match="memory"), tmp_path)
+    lines = {line["method"]: line for line in read_results(tmp_path)[1] if line["stage"] == "memory"}
+    assert lines["owlore"]["budget_bytes"] == lines["lora"]["bytes"]
+    assert "the memory of lora hasn't been measured: name it among the methods too" in lines["slow"]["error"]
+
+
+def test_what_held_more_than_the_reference_is_named(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    """Plans are for the longest examples, and real ones needn't be alike."""
+    lisa = {"name": "lisa", "options": {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}}
+    run_suite(make_tiny(["lora", lisa], match="memory", memory_share=0.59), tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "0.59 of the planned memory of lora at 4 steps, which itself has all of it" in page
+    assert "Held more MiB than 0.59 of lora's 100: lisa (60)." in page
+
+
+def test_attention_counts_in_plans(make_tiny: Callable[..., Suite]) -> None:
+    tiny = make_tiny(["full"], max_length=128)
+    entry = tiny.entries[0]
+    plain, eager = (
+        MemoryPlanner(tiny.model, attention=name).peak(entry.definition, tiny.final_config(entry))
+        for name in ("sdpa", "eager")
+    )
+    assert eager > plain, "it keeps all scores"
 
 
 def test_both_times_what_the_memory_chose(

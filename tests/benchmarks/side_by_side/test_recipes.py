@@ -69,6 +69,10 @@ def test_the_best_recipe_is_found_and_confirmed_on_fresh_seeds(
     assert winner.options["embeddings"] == "freeze"
     finals = [job for job in started if job.row == "winner"]
     assert [(job.stage, job.seed) for job in finals] == [("final", 0), ("final", 1)]
+    count = len(started)
+    stored = read_results(tmp_path)[0]
+    run_recipes(stored, tmp_path)
+    assert len(started) == count, "a stored suite has the row that was chosen"
     tried = read_tried(tmp_path)[0]
     assert len(tried["tries"]) == 10 and tried["chosen"]["name"] == "winner"
     best = min(one["losses"][-1] for one in tried["tries"] if len(one["losses"]) == 3)
@@ -180,6 +184,7 @@ def test_a_rung_is_measured_on_the_validation_split(make_tiny: Callable[..., Sui
             {"winner": {**SEARCH, "seed": 1}},
             "the seeds of winner must be none of the suite's.*but 1 is one of them",
         ),
+        ({"lora": SEARCH}, "a search must have a name that no row has.*but lora is among the methods too"),
         ({"winner": {**SEARCH, "method": "liza"}}, "Unknown method 'liza'"),
         ({"winner": {**SEARCH, "options": {"perod": 2}}}, "Unknown option 'perod'. Did you mean 'period'"),
     ],
@@ -196,6 +201,12 @@ def test_searches_that_cannot_be_run(
     ("space", "message"),
     [
         ({"num_active": [1]}, "space must hold learning_rate"),
+        (
+            {"learning_rate": ["fast"]},
+            "values of learning_rate must be finite numbers above 0, but one is 'fast'",
+        ),
+        ({"learning_rate": [1e-3, 0]}, "but one is 0"),
+        ({"learning_rate": {"low": -1.0, "high": 1.0}}, "but one is -1.0"),
         ({"learning_rate": []}, "space must hold values for learning_rate"),
         ({"learning_rate": {"low": 2.0, "high": 1.0}}, "low must be below high, but they are 2 and 1"),
         ({"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}, "low must be above 0 where log is true"),

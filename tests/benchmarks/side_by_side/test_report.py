@@ -16,9 +16,9 @@ import pytest
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.label_places import find_places
+from layersample_benchmarks.side_by_side.power_words import power_beforehand
 from layersample_benchmarks.side_by_side.report import findings, write_report
 from layersample_benchmarks.side_by_side.results import Results, read_results
-from layersample_benchmarks.side_by_side.sections import power_beforehand
 from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.wording import signed
 
@@ -273,9 +273,13 @@ def test_a_report_of_some_seeds(tmp_path: Path, made_up: Callable[..., dict[str,
     for entry in suite.entries:
         for job in suite.final_jobs(entry, 1e-3):
             results.add(job, made_up(job, 1.0 + job.seed))
+    results.add(
+        suite.search_job(suite.entries[0], 1e-3), made_up(suite.search_job(suite.entries[0], 1e-3), 1.0)
+    )
     write_report(tmp_path, seeds=range(2, 5))
     text = (tmp_path / "report.md").read_text()
-    assert "3 seeds" in text and "| 4.000 " in text
+    assert "3 seeds (2, 3, 4, chosen from 5)" in text and "| 4.000 " in text
+    assert "steps with seed 0; loss on" in text, "rates were tried with the first seed of the suite"
     write_report(tmp_path, seeds=[3, 1, 3])
     assert "2 seeds" in (tmp_path / "report.md").read_text()
     for others in ([4, 5], range(10**12)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def suite(**more: Any) -> Suite:
         "seeds": [0, 1],
         "learning_rates": [1e-3, 1e-2],
         "search_extensions": 0,
+        "threads": 1,
     }
     return Suite(**{**keys, **more})
 
@@ -275,6 +277,55 @@ def test_what_a_process_that_said_nothing_ended_with(tmp_path: Path) -> None:
     log.write_text("")
     assert "it said nothing" in pool._ending(3, log)
     assert "SIGKILL" in pool._ending(-signal.SIGKILL, log)
+
+
+def test_runs_of_other_threads_are_never_mixed(
+    in_place: Callable[[Measure], list[str]],
+    made_up: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Threads follow from cores and jobs, where the suite doesn't say."""
+    seen = in_place(lambda job: made_up(job, 1.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    run_suite(suite(threads=None), tmp_path, jobs=2)
+    before = len(seen)
+    with pytest.raises(
+        ConfigError, match="holds runs of 1 threads each, but these would have 2: give as many"
+    ):
+        run_suite(suite(threads=None, seeds=[0, 1, 2]), tmp_path)
+    assert len(seen) == before
+    run_suite(suite(threads=None, seeds=[0, 1, 2]), tmp_path, jobs=2)
+    assert len(seen) == before + 2
+
+
+def test_timings_of_other_steps_are_made_anew(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At equal steps the number and length of timings may change; none of before is counted then."""
+    seen = in_place(lambda job: made_up(job, 1.0))
+
+    def timings(**more: Any) -> list[int]:
+        run_suite(suite(methods=["lisa"], **more), tmp_path)
+        row = analyze(*read_results(tmp_path)).row("lisa")
+        return [len(line["training_loss"]) for line in row.timings]
+
+    assert timings(timing_rounds=2, timing_steps=11) == [11, 11]
+    assert timings(timing_rounds=1, timing_steps=11) == [11]
+    before = len(seen)
+    assert timings(timing_rounds=3, timing_steps=5) == [5, 5, 5]
+    assert len(seen) == before + 3
+
+
+def test_a_worker_s_log_says_nothing_of_an_earlier_one(
+    make_tiny: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    logs = tmp_path / "out" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "worker-1.log").write_text("of last week\n")
+    monkeypatch.setattr(pool.sys, "executable", shutil.which("false"))
+    results = run_suite(make_tiny(["lisa"], seeds=[0]), tmp_path / "out")
+    assert [line["error"] for line in results.lines()] == ["The process ended with code 1: it said nothing"]
 
 
 def test_a_best_rate_at_the_edge_is_searched_beyond(

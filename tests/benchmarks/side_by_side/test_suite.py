@@ -154,6 +154,15 @@ def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
     assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1])}) == 4
 
 
+def test_the_content_of_other_text_decides_too(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"text": "one"}\n')
+    suite = Suite(methods=["lisa"], other_text=str(path))
+    before = fingerprint(suite, suite.entries[0])
+    path.write_text('{"text": "another one"}\n')
+    assert fingerprint(suite, suite.entries[0]) != before
+
+
 def test_a_plugin_brings_methods(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
@@ -164,10 +173,13 @@ def test_a_plugin_brings_methods(tmp_path: Path) -> None:
         "    def sample(self, context):\n"
         "        return [0]\n"
     )
-    suite = Suite(methods=["lisa", "mine"], plugin=path)
+    by_option = {"name": "theirs", "method": "lisa", "options": {"sampler": "mine"}}
+    suite = Suite(methods=["lisa", "mine", by_option], plugin=path)
     suite.check()
     before = [fingerprint(suite, entry) for entry in suite.entries]
     path.write_text(path.read_text().replace("[0]", "[1]"))
     after = [fingerprint(suite, entry) for entry in suite.entries]
     assert before[0] == after[0], "lisa is as it was"
-    assert before[1] != after[1], "results of the edited sampler can't be taken for those of before"
+    assert before[1] != after[1] and before[2] != after[2], (
+        "results of the edited sampler can't be taken for those of before"
+    )

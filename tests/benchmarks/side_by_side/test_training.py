@@ -255,6 +255,13 @@ def test_layers_coverage_and_staleness(make_tiny: Callable[..., Suite]) -> None:
     assert adapter["inclusion_probabilities"] is None and adapter["coverage"] == 1
 
 
+def test_a_basis_that_is_kept_is_told_apart_from_a_step(make_tiny: Callable[..., Suite]) -> None:
+    """GaLore's SVDs, of which a run of so few steps has those of its first step alone."""
+    suite = make_tiny(["galore-published", "full"], steps=4, trace_every=0)
+    kept, full = (run(suite, row, stage="timing")["seconds"]["first_step"]["cpu"] for row in (0, 1))
+    assert kept > 0 <= full
+
+
 def test_a_rate_is_searched_on_the_validation_split(make_tiny: Callable[..., Suite]) -> None:
     suite = make_tiny(["lisa"])
     search, final = run(suite, stage="search"), run(suite, rate=0.0)

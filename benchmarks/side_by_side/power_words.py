@@ -1,0 +1,100 @@
+"""What the seeds of a benchmark can tell, beforehand and afterwards: a table and sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from .analysis import Analysis
+from .power import CHANCE, seeds_needed, smallest_difference
+from .suite import Suite
+from .wording import DASH, p_value
+
+
+def level_of(suite: Suite) -> float:
+    """The strictest level at which Holm's method tests a difference."""
+    return (1 - suite.confidence) / max(1, len(suite.entries) - 1)
+
+
+def power_table(analysis: Analysis) -> list[dict[str, str]]:
+    """For each method, the smallest difference that its seeds could have shown, and whether it is as good."""
+    level = level_of(analysis.suite)
+    rows = []
+    for row in analysis.finished:
+        difference = row.difference
+        if difference is None or difference.spread is None:
+            continue
+        smallest, needed = _smallest(difference.spread, difference.count, level)
+        rows.append(
+            {
+                "name": row.name,
+                "spread": f"{difference.spread:.4f}",
+                "smallest": f"{smallest:.3f}",
+                "seeds": str(difference.count),
+                "needed": DASH if needed is None else str(needed),
+                "equal_p": p_value(row.margin.equal_p if row.margin else None),
+                "not_worse_p": p_value(row.margin.not_worse_p if row.margin else None),
+                "margin": row.margin.verdict if row.margin else DASH,
+            }
+        )
+    return rows
+
+
+def _smallest(spread: float, seeds: int, level: float) -> tuple[float, int | None]:
+    """The smallest difference that is shown, and how many seeds show one half as large."""
+    smallest = smallest_difference(spread, seeds, level)
+    return smallest, seeds_needed(smallest / 2, spread, level)
+
+
+def _spreads(analysis: Analysis) -> list[float]:
+    """The spread of each method's paired differences, where there are two at least."""
+    known = [row.difference.spread for row in analysis.rows if row.difference is not None]
+    return [spread for spread in known if spread]
+
+
+def power_afterwards(analysis: Analysis) -> str | None:
+    """What the seeds that were run can show, in a sentence; ``None`` where the spread isn't known."""
+    known, seeds = _spreads(analysis), max((len(row.runs) for row in analysis.rows), default=0)
+    if not known or seeds < 2:
+        return None
+    level, spread = level_of(analysis.suite), statistics.median(known)
+    smallest, needed = _smallest(spread, seeds, level)
+    half = "" if needed is None else f"; one half as large needs {needed} seeds"
+    return (
+        f"With {seeds} seeds a difference of {smallest:.3f} nats is shown with a chance of {CHANCE:.0%}, by the "
+        f"median spread of paired differences ({spread:.3f}){half}."
+    )
+
+
+def power_beforehand(suite: Suite, known: Analysis | None) -> str:
+    """What a suite's seeds will be able to show, in a sentence, before they are run.
+
+    Args:
+        suite: What is asked for.
+        known: What is stored already; of no use without two seeds of two methods.
+    """
+    seeds, level = len(suite.seeds), level_of(suite)
+    if seeds < 2:
+        return "With 1 seed no difference is tested: give at least 2."
+    spread = statistics.median(_spreads(known)) if known is not None and _spreads(known) else None
+    words = _counts(seeds, level, spread)
+    if spread is None:
+        return (
+            f"With {seeds} seeds a difference of {words[seeds]} times the spread of the paired differences, which "
+            f"isn't known yet, will be shown with a chance of {CHANCE:.0%}; {_listed(words, seeds)}."
+        )
+    return (
+        f"With {seeds} seeds a difference of {words[seeds]} nats will be shown with a chance of {CHANCE:.0%}, by the "
+        f"spread of the runs that are there ({spread:.3f}); {_listed(words, seeds)}."
+    )
+
+
+def _counts(seeds: int, level: float, spread: float | None) -> dict[int, str]:
+    counts = sorted({seeds, *(count for count in (5, 8, 12) if count > seeds)})
+    style = "{:.2g}" if spread is None else "{:.3f}"
+    return {count: style.format(smallest_difference(spread or 1.0, count, level)) for count in counts}
+
+
+def _listed(words: Mapping[int, str], seeds: int) -> str:
+    others = [f"{count} seeds {size}" for count, size in words.items() if count != seeds]
+    return ", ".join(others) or "more seeds show less than in proportion to their number"
