@@ -184,13 +184,17 @@ def report(
         typer.Option(help="The method that the others are compared with, in place of the suite's."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help=f"Of these seeds alone. {_SEEDS_HELP}")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write it to, in place of the benchmark's own.")
+    ] = None,
 ) -> None:
     """Write the report of a benchmark anew, finished or not."""
     from .report import write_report
 
     chosen = None if seeds is None else _seeds(seeds)
-    written = ", ".join(write_report(folder, baseline, range(chosen) if isinstance(chosen, int) else chosen))
-    console.print(f"Written to {plain(folder)}: {written}", highlight=False, soft_wrap=True)
+    seed_list = range(chosen) if isinstance(chosen, int) else chosen
+    written = ", ".join(write_report(folder, baseline, seed_list, output))
+    console.print(f"Written to {plain(output or folder)}: {written}", highlight=False, soft_wrap=True)
 
 
 def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -> None:

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from layersample.errors import ConfigError
-from layersample.files import write_text
+from layersample.files import check_output, write_text
 
 from . import charts
 from .analysis import Analysis, Row, analyze
@@ -36,13 +36,19 @@ PICTURES = {
 }
 
 
-def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int] | None = None) -> list[str]:
+def write_report(
+    folder: Path,
+    baseline: str | None = None,
+    seeds: Sequence[int] | None = None,
+    output: Path | None = None,
+) -> list[str]:
     """Write ``report.html``, ``report.md`` and its pictures from what a benchmark's folder holds.
 
     Args:
         folder: With ``suite.yaml`` and ``results.jsonl``.
         baseline: The method that the others are compared with; that of the suite by default.
         seeds: Those that count; all of the suite by default.
+        output: Where to write them: a folder that is new, empty or of an earlier report; the benchmark's own by default.
 
     Returns:
         Names of the files.
@@ -52,6 +58,8 @@ def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int]
             the suite, or it can't be written.
     """
     suite, lines = read_results(folder)
+    if output is not None:
+        _check_place(output)
     all_seeds = len(suite.seeds)
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
@@ -86,12 +94,30 @@ def write_report(folder: Path, baseline: str | None = None, seeds: Sequence[int]
         "table.csv": as_csv(numbers := table(analysis)),
         "table.json": json.dumps(numbers, indent=1) + "\n",
     }
+    place = folder if output is None else output
     try:
+        place.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_text(folder / name, text)
+            write_text(place / name, text)
     except OSError as error:
         raise ConfigError(f"The output folder must be writable, but: {error}.") from error
     return list(files)
+
+
+def _check_place(output: Path) -> None:
+    """Make sure that nothing but an earlier report is in a folder.
+
+    Raises:
+        ConfigError: If there is something else, or it can't be written.
+    """
+    check_output(output)
+    own = {"report.html", "report.md", "table.csv", "table.json", *(f"{name}.svg" for name in PICTURES)}
+    other = sorted(path.name for path in output.iterdir() if path.name not in own) if output.is_dir() else []
+    if other or output.is_file():
+        held = f"it holds {other[0]}" if other else "it is a file"
+        raise ConfigError(
+            f"The output of a report must be a folder that is new or empty, but {output}: {held}."
+        )
 
 
 def view(

@@ -148,7 +148,18 @@ def test_runs_and_reports(
     page = tmp_path / "out" / "report.md"
     assert "no [good]" in page.read_text() and "difference to lisa, seed by seed" in page.read_text()
     invoke("report", str(tmp_path / "out"), "--baseline", "lora")
-    assert "difference to **lora**" in page.read_text()
+    assert "difference to lora, seed by seed" in page.read_text()
+    other = tmp_path / "other"
+    assert f"Written to {other}" in invoke("report", str(tmp_path / "out"), "--output", str(other)).replace(
+        "\n", ""
+    )
+    assert "difference to lisa, seed by seed" in (other / "report.md").read_text()
+    assert "difference to lora, seed by seed" in page.read_text(), "as it was"
+    invoke("report", str(tmp_path / "out"), "--baseline", "lora", "--output", str(other))
+    (other / "report.html").rename(other / "mine.html")
+    for place, why in ((other, "it holds mine.html"), (page, "it is a file")):
+        with pytest.raises(ConfigError, match=f"a folder that is new or empty, but .*: {why}"):
+            invoke("report", str(tmp_path / "out"), "--output", str(place))
     with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'lara'"):
         invoke("report", str(tmp_path / "out"), "--baseline", "lara")
 
