@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from layersample.errors import ConfigError
+
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, read_losses
@@ -202,6 +204,9 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
     Args:
         suite: What was asked for.
         lines: What was measured, as in ``results.jsonl``.
+
+    Raises:
+        ConfigError: If runs of one method were measured at different steps.
     """
     own = {entry.name: _current(suite, entry, lines) for entry in suite.entries}
     ended = {
@@ -316,6 +321,10 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
 def _curve(runs: list[Line], level: float) -> tuple[tuple[int, Estimate], ...]:
     if not runs:
         return ()
+    if any(run["loss"]["steps"] != runs[0]["loss"]["steps"] for run in runs):
+        raise ConfigError(
+            f"results.jsonl: runs of {runs[0]['method']} must have been measured at the same steps, but they weren't."
+        )
     columns = zip(*(run["loss"]["held_out"] for run in runs), strict=True)
     return tuple(
         (step, estimate(values, level))

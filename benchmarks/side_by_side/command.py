@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from layersample.option_files import parse_pairs, read_yaml
 from ..methods.catalog import list_baselines
 from .entries import MethodEntry
 from .live import LiveBenchmark
-from .suite import ALL, MOST_SEEDS, Suite, make_suite
+from .suite import ALL, Suite, make_suite, read_seeds
 from .suite_files import builtin_suites, read_builtin, write_example
 
 _FLAGS = {
@@ -125,7 +124,7 @@ def benchmark(
         "model": model,
         "task": task,
         "answer_marker": answer_marker,
-        "seeds": None if seeds is None else _seeds(seeds),
+        "seeds": None if seeds is None else read_seeds(seeds),
         "steps": steps,
         "learning_rates": None if lr_grid is None else _rates(lr_grid),
         "search_steps": search_steps,
@@ -191,9 +190,8 @@ def report(
     """Write the report of a benchmark anew, finished or not."""
     from .report import write_report
 
-    chosen = None if seeds is None else _seeds(seeds)
-    seed_list = range(chosen) if isinstance(chosen, int) else chosen
-    written = ", ".join(write_report(folder, baseline, seed_list, output))
+    chosen = None if seeds is None else read_seeds(seeds)
+    written = ", ".join(write_report(folder, baseline, chosen, output))
     console.print(f"Written to {plain(output or folder)}: {written}", highlight=False, soft_wrap=True)
 
 
@@ -218,7 +216,7 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:
-        run(suite, output, jobs=jobs, command=command, progress=progress)
+        results = run(suite, output, jobs=jobs, command=command, progress=progress)
     except KeyboardInterrupt as error:
         progress.end()
         errors.print(
@@ -230,6 +228,8 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
         progress.end()
     written = ", ".join(write_report(output))
     console.print(f"Written to {plain(output)}: {written}", highlight=False, soft_wrap=True)
+    if not any(line["stage"] == "final" and "error" not in line for line in results.lines()):
+        raise ConfigError(f"No run has ended well; the end of {output / 'report.md'} says why.")
 
 
 def _sources(suite: str | None, output: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -261,21 +261,3 @@ def _rates(text: str) -> list[float]:
         raise ConfigError(
             f"command line: learning_rates must be numbers with commas, but got {text!r}."
         ) from error
-
-
-def _seeds(text: str) -> int | list[int]:
-    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in _split(text)]
-    ranges = [(int(each[1]), int(each[2] or each[1])) for each in found if each]
-    if not found or len(ranges) < len(found):
-        raise ConfigError(
-            f"command line: seeds must be a number, or numbers and ranges with commas, but got {text!r}."
-        )
-    if text.strip().isdecimal():
-        if ranges[0][0] < 1:
-            raise ConfigError(f"command line: seeds must be at least 1, but got {text}.")
-        return ranges[0][0]
-    if wrong := [pair for pair in ranges if not 0 <= pair[1] - pair[0] < MOST_SEEDS]:
-        raise ConfigError(
-            f"command line: a range of seeds must go up, by at most {MOST_SEEDS}, but got {wrong[0][0]}-{wrong[0][1]}."
-        )
-    return [seed for first, last in ranges for seed in range(first, last + 1)]

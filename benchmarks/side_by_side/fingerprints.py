@@ -5,50 +5,81 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from layersample.registry import PLUGIN_PREFIX, list_projections, list_samplers
+from layersample.training.readers import files_of, is_file_source
 
 from ..methods.method import Method
 from .entries import MethodEntry
 from .suite import Suite
 
+_PART = 2**20  # bytes of each end of a large file; training changes all of its weights
+
 
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
 
-    The content of a data file and of the plug-in that a method comes from counts, that of a model's folder doesn't.
+    The content of files counts: of the data, of other text, of a model's folder, and of the plug-in that the method,
+    its sampler or its projection comes from. Of a file above 2 MiB its size and both ends count.
+
+    Raises:
+        ConfigError: If a file of data is missing.
     """
-    common = suite.identity()
     definition = entry.definition
     options = {**definition.options, **entry.options}
     own = {"method": definition.name, "options": options}
-    plugin = _plugin_of(definition, {**suite.options, **options})
     files = [
-        path
-        for path in (Path(suite.task), Path(suite.other_text), plugin)
-        if path is not None and path.is_file()
+        *_data_files(suite.task),
+        *_data_files(suite.other_text),
+        *_model_files(Path(suite.model)),
+        *_plugins_of(definition, {**suite.options, **options}),
     ]
     digests = [_digest(path, path.stat().st_mtime_ns) for path in files]
-    text = json.dumps([common, own, suite.seeds[0], *digests], sort_keys=True, default=str)
+    text = json.dumps([suite.identity(), own, suite.seeds[0], *digests], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache
 def _digest(path: Path, changed: int) -> str:
     """Hash of a file's content, read once for all rows; ``changed`` is when it was written."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= 2 * _PART:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        ends = file.read(_PART)
+        file.seek(-_PART, 2)
+        return hashlib.sha256(ends + file.read() + str(size).encode()).hexdigest()
 
 
-def _plugin_of(method: Method, options: Mapping[str, Any]) -> Path | None:
-    """The file of a user's that a method, its sampler or its projection comes from."""
-    sampler = list_samplers().get(str(options.get("sampler")))
-    projection = list_projections().get(str(options.get("projection")))
-    parts = (method.prepare, sampler, projection)
-    names = {getattr(part, "__module__", "") for part in parts}
-    plugins = [sys.modules[name] for name in names if name.startswith(PLUGIN_PREFIX)]
-    return Path(str(plugins[0].__file__)) if plugins else None
+def _data_files(source: str) -> list[Path]:
+    return files_of(source) if is_file_source(source) else []
+
+
+def _model_files(model: Path) -> list[Path]:
+    """The files of a local model; none of one that has a name."""
+    if model.is_file():
+        return [model]
+    return sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+
+
+def _plugins_of(method: Method, options: Mapping[str, Any]) -> list[Path]:
+    """The files of a user's that a method comes from, and whatever samplers and projections its options name."""
+    named = {**list_samplers(), **list_projections()}
+    parts = [method.prepare, *(named[text] for text in _texts(options.values()) if text in named)]
+    modules = sorted({name for part in parts if (name := part.__module__).startswith(PLUGIN_PREFIX)})
+    return [Path(str(sys.modules[name].__file__)) for name in modules]
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """All texts in some options, those inside of samplers' options too: a sampler may go around another one."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _texts(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _texts(value)

@@ -62,7 +62,7 @@ def describe(row: Row, analysis: Analysis) -> str:
 
 def _takes(row: Row, analysis: Analysis) -> str:
     seconds, size = row.training_seconds(analysis.clock), row.memory_bytes
-    parts = [] if seconds is None else [f"{seconds:,.0f} {analysis.clock} seconds"]
+    parts = [] if seconds is None else [f"{seconds:,.{0 if seconds >= 10 else 2}f} {analysis.clock} seconds"]
     parts += [] if size is None else [f"{size / 2**20:,.0f} MiB"]
     return f", with {' and '.join(parts)}" if parts else ""
 

@@ -12,6 +12,7 @@ from layersample.files import check_output
 
 from .entries import MethodEntry
 from .pool import BenchmarkProgress
+from .recipe_space import RecipeSpace
 from .recipes import TRIED, RecipeSearch, make_study
 from .results import SEARCHES, Results
 from .runner import run_suite, threads_of
@@ -43,10 +44,10 @@ def run_recipes(
     suite.check()
     suite.check_data()
     check_output(folder)
+    # What can't be used is said before hours of search.
+    _check_same_searches(suite, folder)
     threads = threads_of(suite, jobs)
-    with closing(
-        Results(folder, suite).open()
-    ) as results:  # what can't be used is said before hours of search
+    with closing(Results(folder, suite).open()) as results:
         results.check_threads(threads)
     chosen = []
     for name, space in suite.recipes.items():
@@ -92,9 +93,38 @@ def check_recipes(suite: Suite) -> None:
 
 
 def read_tried(folder: Path) -> list[dict[str, Any]]:
-    """What each search of a benchmark's folder has tried."""
-    paths = sorted((folder / SEARCHES).glob(f"*/{TRIED}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    """What each search of a benchmark's folder has tried.
+
+    Raises:
+        ConfigError: If a file of them is damaged.
+    """
+    return [_read_tried(path) for path in sorted((folder / SEARCHES).glob(f"*/{TRIED}"))]
+
+
+def _read_tried(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        RecipeSpace(**stored["space"])
+        MethodEntry(**stored["chosen"])
+        for one in stored["tries"]:
+            _ = one["chosen"], one["losses"], one["error"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ConfigError(
+            f"{path}: must be what a search has tried, but it is damaged ({type(error).__name__}). Remove it, and the "
+            "search's command writes it anew from its runs."
+        ) from error
+    return dict(stored)
+
+
+def _check_same_searches(suite: Suite, folder: Path) -> None:
+    """Make sure that a search that has ended is still the same: the page shows what was tried for its winner."""
+    asked = {name: space.model_dump(mode="json") for name, space in suite.recipes.items()}
+    for search in read_tried(folder):
+        if asked.get(search["name"], search["space"]) != search["space"]:
+            raise ConfigError(
+                f"{folder} holds a search {search['name']!r} over another space, whose winner is a row. Choose "
+                "another name for the search, or another --output."
+            )
 
 
 def _without_chosen(suite: Suite, folder: Path) -> list[MethodEntry | str]:
@@ -105,5 +135,4 @@ def _without_chosen(suite: Suite, folder: Path) -> list[MethodEntry | str]:
 
 def _words(row: MethodEntry) -> str:
     rate = (row.learning_rates or [0.0])[0]
-    options = ", ".join(f"{key} {value}" for key, value in row.options.items())
-    return f"{options}, learning rate {rate:g}"
+    return ", ".join([*(f"{key} {value}" for key, value in row.options.items()), f"learning rate {rate:g}"])

@@ -48,7 +48,7 @@ def write_report(
         folder: With ``suite.yaml`` and ``results.jsonl``.
         baseline: The method that the others are compared with; that of the suite by default.
         seeds: Those that count; all of the suite by default.
-        output: Where to write them: a folder that is new, empty or of an earlier report; the benchmark's own by default.
+        output: A folder to write them to, new, empty or of an earlier report; the benchmark's own by default.
 
     Returns:
         Names of the files.
@@ -77,7 +77,7 @@ def write_report(
         )
     analysis = analyze(suite, lines)
     command = folder / "command.txt"
-    commands = command.read_text(encoding="utf-8").splitlines() if command.is_file() else []
+    commands = command.read_text(encoding="utf-8", errors="replace").splitlines() if command.is_file() else []
     pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
     stored = {f"{name}.svg": _alone(svg) for name, svg in pictures.items() if svg}
     shown = {
@@ -171,6 +171,8 @@ def findings(analysis: Analysis) -> list[str]:
     """What the numbers say, in sentences that say no more than they do."""
     name, seeds = analysis.suite.reference, max((len(row.runs) for row in analysis.rows), default=0)
     said = []
+    if not any(row.name == name and row.runs for row in analysis.rows):
+        said.append(f"Nothing is compared: {name}, the baseline, has no run that ended well.")
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):
         if rows := analysis.called(verdict):
             listed = ", ".join(
@@ -207,7 +209,7 @@ def verdict(difference: Difference | None, *, lower_is_better: bool = True) -> s
 
 
 def _traced(every: int) -> str:
-    return f"every {every}th step and the last" if every > 1 else "each step" if every else "no step"
+    return f"one step in {every} and the last" if every > 1 else "each step" if every else "no step"
 
 
 def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:

@@ -72,8 +72,9 @@ class Results:
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             self._only_one.acquire(blocking=False)
-            if stored.is_file():  # read under the lock: another benchmark may just have added its rows
-                self._whole = self._with_rows_of(make_suite((str(stored), read_yaml(stored))))
+            # Under the lock: another benchmark may just have added its rows. One without a good run binds nothing.
+            if stored.is_file() and any("error" not in line for line in read_lines(self.path)):
+                self._whole = self._with_rows_of(read_stored(stored))
                 self._whole.check_references()
             self._write(self._whole, command)
         except Timeout as error:
@@ -205,7 +206,8 @@ class Results:
 
     def _read(self) -> dict[_Key, Line]:
         latest = {_key(line): line for line in read_lines(self.path)}
-        lines = [x for x in latest.values() if "error" not in x or x["method"] not in self._fingerprints]
+        rows = {entry.name for entry in self._whole.entries} - self._fingerprints.keys()  # of before
+        lines = [line for line in latest.values() if "error" not in line or line["method"] in rows]
         for line in lines:
             name = line["method"]
             if line["fingerprint"] != self._fingerprints.get(name, line["fingerprint"]):
@@ -253,7 +255,7 @@ def read_results(folder: Path) -> tuple[Suite, list[Line]]:
     stored = folder / "suite.yaml"
     if not stored.is_file():
         raise ConfigError(f"The folder must be that of a benchmark, but {folder} holds no suite.yaml.")
-    suite = make_suite((str(stored), read_yaml(stored)))
+    suite = read_stored(stored)
     path = folder / "results.jsonl"
     lines = list(read_lines(path))
     latest = {_key(line): line for line in lines}
@@ -263,6 +265,18 @@ def read_results(folder: Path) -> tuple[Suite, list[Line]]:
             f"{path}: every run must be of a method in suite.yaml, but {strange[0]!r} isn't there."
         )
     return suite, _in_order(suite, latest.values())
+
+
+def read_stored(path: Path) -> Suite:
+    """The suite of a benchmark's folder.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    keys = read_yaml(path)
+    if not keys:
+        raise ConfigError(f"{path}: must be the suite of a benchmark, but it is empty.")
+    return make_suite((str(path), keys))
 
 
 def _in_order(suite: Suite, lines: Iterable[Line]) -> list[Line]:

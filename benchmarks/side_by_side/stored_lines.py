@@ -50,7 +50,9 @@ class _OtherLoss(_Part):
 
 class _Tensors(_Part):
     total: int = Field(ge=0)
-    at_peak: dict[str, int]
+    at_peak: dict[Literal["weights", "gradients", "optimizer_state", "activations"], int] = Field(
+        min_length=4
+    )
 
 
 class _Peak(_Part):
@@ -65,6 +67,15 @@ class _Seconds(_Part):
     first_step: dict[str, FiniteFloat] = Field(
         default_factory=dict
     )  # runs of before it was measured have none
+
+
+class _Environment(_Part):
+    python: str
+    processor: str
+    threads: int = Field(ge=1)
+    gpu: str | None
+    versions: dict[str, str]
+    git: str | None
 
 
 class _Memory(_Run):
@@ -100,7 +111,7 @@ class _Measured(_Run):
     parameters: int = Field(gt=0)
     trainable_parameters: FiniteFloat
     moving_parameters: FiniteFloat = 0  # runs of before they were counted had none
-    environment: dict[str, Any]
+    environment: _Environment
 
     @model_validator(mode="after")
     def _whole(self) -> _Measured:
@@ -111,6 +122,9 @@ class _Measured(_Run):
         indices = [index for _, _, active in self.active for index in active]
         if any(not 0 <= index < len(self.layers) for index in indices):
             raise ValueError(f"names a layer that none of its {len(self.layers)} layers is")
+        chances = self.inclusion_probabilities
+        if chances is not None and len(chances) != len(self.layers):
+            raise ValueError(f"has {len(chances)} inclusion_probabilities and {len(self.layers)} layers")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,9 @@ from layersample.errors import ConfigError, unknown
 from layersample.option_files import Options, make_options
 from layersample.options import Role, names_with
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
+from layersample.training.arguments import training_arguments
 from layersample.training.data import load_data
+from layersample.training.models import load_config
 
 from ..methods.catalog import default_methods
 from .entries import MethodEntry, named_entry
@@ -63,8 +66,34 @@ _SET_HERE = names_with(TrainConfig, Role.SUITE)
 _HARNESS = {"lm_eval", "lm_eval_tasks", "lm_eval_limit"}  # and here where no such task is
 
 
+def read_seeds(text: str) -> list[int]:
+    """Seeds as one types them: how many, or numbers and ranges with commas (``8-23,40``).
+
+    Raises:
+        ConfigError: If they aren't that.
+    """
+    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",") if part.strip()]
+    ranges = [(int(each[1]), int(each[2] or each[1])) for each in found if each]
+    if not found or len(ranges) < len(found):
+        raise ConfigError(f"seeds must be a number, or numbers and ranges with commas, but got {text!r}.")
+    if text.strip().isdecimal():
+        if not 1 <= ranges[0][0] <= MOST_SEEDS:
+            raise ConfigError(f"A number of seeds must be from 1 to {MOST_SEEDS}, but got {text}.")
+        return list(range(ranges[0][0]))
+    if wrong := [pair for pair in ranges if not 0 <= pair[1] - pair[0] < MOST_SEEDS]:
+        raise ConfigError(
+            f"A range of seeds must go up, by at most {MOST_SEEDS}, but got {wrong[0][0]}-{wrong[0][1]}."
+        )
+    return [seed for first, last in ranges for seed in range(first, last + 1)]
+
+
 def _seeds(value: Any) -> Any:
-    """A number of seeds is as many from 0 on, as ``--seeds`` has it."""
+    """A number of seeds is as many from 0 on, and a text is read, as ``--seeds`` has it."""
+    if isinstance(value, str):
+        try:
+            return read_seeds(value)
+        except ConfigError as error:
+            raise ValueError(str(error).rstrip(".")) from error
     if isinstance(value, int) and not isinstance(value, bool):
         if not 1 <= value <= MOST_SEEDS:
             raise ValueError(f"a number of seeds must be from 1 to {MOST_SEEDS}")
@@ -147,7 +176,7 @@ class Suite(Options):
     )
     trace_every: int = Field(10, ge=0, le=10**9, description="Steps between traces of memory; 0: never.")
     confidence: float = Field(
-        0.95, gt=0, lt=1, description="Confidence of intervals, and of the test as a whole."
+        0.95, gt=0, le=0.9999, description="Confidence of intervals, and of the test as a whole."
     )
     equivalence: float = Field(
         0.02,
@@ -296,11 +325,15 @@ class Suite(Options):
             raise ConfigError(f"match_to: {unknown('method of this suite', self.match_to, names)}")
 
     def check_data(self) -> None:
-        """Read the data once, so that what can't be used is found before any work.
+        """Read the data and the model's configuration once, so that what can't be used is found before any work.
 
         Raises:
-            ConfigError: If the data or other text can't be read, is too small, or its answers can't be judged.
+            ConfigError: If the model can't be had; if an option of the Trainer is none; if the data or other text
+                can't be read, is too small, or its answers can't be judged.
         """
+        load_config(self.model)
+        for entry in self.entries:
+            training_arguments(self.final_config(entry), Path("unused"))
         task = get_task(self.task, self.answer_marker)
         parts = split(
             task, validation_size=self.validation_size, test_size=self.test_size, train_size=1, seed=0

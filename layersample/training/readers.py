@@ -34,7 +34,7 @@ def read_rows(source: str) -> Iterator[Place]:
     Raises:
         ConfigError: If a file is missing, empty or malformed; it names the file and line.
     """
-    for path in _files(source):
+    for path in files_of(source):
         empty = True
         for place in READERS[_suffix(path)](path):
             empty = False
@@ -43,7 +43,12 @@ def read_rows(source: str) -> Iterator[Place]:
             raise ConfigError(f"{path}: the file must hold at least one example, but is empty.")
 
 
-def _files(source: str) -> list[Path]:
+def files_of(source: str) -> list[Path]:
+    """The files of a source: one, several (with commas), or all that can be read in a folder.
+
+    Raises:
+        ConfigError: If one is missing, of another kind, or a folder holds none.
+    """
     files: list[Path] = []
     for part in _parts(source):
         path = Path(part)

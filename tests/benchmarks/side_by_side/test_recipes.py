@@ -106,6 +106,22 @@ def test_the_last_rung_chooses_by_the_mean_of_its_seeds(
     assert chosen == [(3, 0.8), (1, 1.1)]
 
 
+def test_a_search_that_was_changed_or_damaged_is_refused_at_once(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    run_recipes(suite(make_tiny), tmp_path)
+    tried, count = next(tmp_path.rglob("tried.json")), len(started)
+    before = tried.read_text()
+    other = {**SEARCH, "space": {**SEARCH["space"], "num_active": [1]}}
+    with pytest.raises(ConfigError, match="holds a search 'winner' over another space"):
+        run_recipes(suite(make_tiny, recipes={"winner": other}), tmp_path)
+    assert tried.read_text() == before and len(started) == count
+    for text in ("", "[]", '{"name": "winner"}'):
+        tried.write_text(text)
+        with pytest.raises(ConfigError, match="must be what a search has tried, but it is damaged"):
+            write_report(tmp_path)
+
+
 def test_options_of_a_variant_go_together(
     started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path
 ) -> None:

@@ -149,6 +149,25 @@ def test_a_folder_of_something_else(suite: Suite, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_benchmark_without_a_good_run_binds_nothing(suite: Suite, tmp_path: Path) -> None:
+    """A model that isn't there fails every run; the right one may have the folder."""
+    first = Results(tmp_path, suite.model_copy(update={"model": "nope"})).open()
+    for row in range(2):
+        first.add(job(suite, row=row), {"error": "Unknown model 'nope'"})
+    first.close()
+    alone = suite.model_copy(update={"methods": ["lisa"], "baseline": None})
+    Results(tmp_path, alone).open().close()
+    stored, lines = read_results(tmp_path)
+    assert (stored.model, [entry.name for entry in stored.entries], lines) == (suite.model, ["lisa"], [])
+
+
+def test_an_empty_suite_is_none(suite: Suite, tmp_path: Path) -> None:
+    Results(tmp_path, suite).open().close()
+    (tmp_path / "suite.yaml").write_text("")
+    with pytest.raises(ConfigError, match="suite.yaml: must be the suite of a benchmark, but it is empty"):
+        read_results(tmp_path)
+
+
 def test_a_benchmark_that_was_killed_as_it_began(suite: Suite, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / ".lock").touch()

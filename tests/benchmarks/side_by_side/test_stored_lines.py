@@ -52,6 +52,12 @@ def test_a_whole_line_comes_back_as_it_is(line: dict[str, Any]) -> None:
         ({"active": [[1, 4, [7]]]}, "names a layer that none of its 3 layers"),
         ({"active": [[1, [0]]]}, "active.0"),
         ({"coverage": 2.0}, "coverage: "),
+        ({"environment": {}}, "environment.python: Field required"),
+        (
+            {"peak_bytes": {"process": 1, "tensors": {"total": 1, "at_peak": {}}}},
+            "peak_bytes.tensors.at_peak: ",
+        ),
+        ({"inclusion_probabilities": [0.5]}, "has 1 inclusion_probabilities and 3 layers"),
     ],
 )
 def test_a_damaged_line_is_named(line: dict[str, Any], change: dict[str, Any], message: str) -> None:

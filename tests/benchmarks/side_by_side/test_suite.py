@@ -154,12 +154,25 @@ def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
     assert len({of(), of(steps=5), of(options={"period": 3}), of(seeds=[1])}) == 4
 
 
-def test_the_content_of_other_text_decides_too(tmp_path: Path) -> None:
-    path = tmp_path / "other.jsonl"
-    path.write_text('{"text": "one"}\n')
-    suite = Suite(methods=["lisa"], other_text=str(path))
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", ["file", "files", "folder", "other text", "model"])
+def test_the_content_of_files_decides_too(kind: str, large: bool, tmp_path: Path) -> None:
+    path, other = tmp_path / "data" / "own.jsonl", tmp_path / "more.jsonl"
+    path.parent.mkdir()
+    fill = "x" * (3 * 2**20 if large else 1)
+    for each in (path, other):
+        each.write_text(f'{{"text": "{fill}1"}}\n')
+    keys = {
+        "file": {"task": str(path)},
+        "files": {"task": f"{other},{path}"},
+        "folder": {"task": str(path.parent)},
+        "other text": {"other_text": str(path)},
+        "model": {"model": str(path.parent)},
+    }[kind]
+    suite = Suite(methods=["lisa"], **keys)
     before = fingerprint(suite, suite.entries[0])
-    path.write_text('{"text": "another one"}\n')
+    assert fingerprint(suite, suite.entries[0]) == before
+    path.write_text(f'{{"text": "{fill}2"}}\n')
     assert fingerprint(suite, suite.entries[0]) != before
 
 
@@ -173,13 +186,16 @@ def test_a_plugin_brings_methods(tmp_path: Path) -> None:
         "    def sample(self, context):\n"
         "        return [0]\n"
     )
+    around = {"sampler": "max_wait", "sampler_options": {"sampler": "mine"}}
     by_option = {"name": "theirs", "method": "lisa", "options": {"sampler": "mine"}}
-    suite = Suite(methods=["lisa", "mine", by_option], plugin=path)
+    suite = Suite(
+        methods=["lisa", "mine", by_option, {**by_option, "name": "around", "options": around}], plugin=path
+    )
     suite.check()
     before = [fingerprint(suite, entry) for entry in suite.entries]
     path.write_text(path.read_text().replace("[0]", "[1]"))
     after = [fingerprint(suite, entry) for entry in suite.entries]
     assert before[0] == after[0], "lisa is as it was"
-    assert before[1] != after[1] and before[2] != after[2], (
+    assert all(one != other for one, other in zip(before[1:], after[1:], strict=True)), (
         "results of the edited sampler can't be taken for those of before"
     )
