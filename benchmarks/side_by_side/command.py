@@ -18,7 +18,8 @@ from layersample.option_files import parse_pairs, read_yaml
 from ..methods.catalog import list_baselines
 from .entries import MethodEntry
 from .live import LiveBenchmark
-from .suite import ALL, Suite, make_suite, read_seeds
+from .seeds import read_seeds
+from .suite import ALL, Suite, make_suite
 from .suite_files import builtin_suites, read_builtin, write_example
 
 _FLAGS = {

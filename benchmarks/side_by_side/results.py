@@ -118,7 +118,7 @@ class Results:
         if other := sorted(stored - {threads}):
             raise ConfigError(
                 f"{self.folder} holds runs of {other[0]} threads each, but these would have {threads}: give as many "
-                f"--jobs as then, or --set threads={other[0]}."
+                "--jobs as then, or another --output."
             )
 
     def entry(self, name: str) -> MethodEntry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,11 +21,11 @@ from ..methods.catalog import default_methods
 from .entries import MethodEntry, named_entry
 from .jobs import Given, Job, Stage
 from .recipe_space import RecipeSpace
+from .seeds import as_seeds
 from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
 _USUAL_BASELINE = "full"
-MOST_SEEDS = 1000
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Match = Literal["steps", "time", "memory", "both"]
 
@@ -66,41 +65,6 @@ _SET_HERE = names_with(TrainConfig, Role.SUITE)
 _HARNESS = {"lm_eval", "lm_eval_tasks", "lm_eval_limit"}  # and here where no such task is
 
 
-def read_seeds(text: str) -> list[int]:
-    """Seeds as one types them: how many, or numbers and ranges with commas (``8-23,40``).
-
-    Raises:
-        ConfigError: If they aren't that.
-    """
-    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",") if part.strip()]
-    ranges = [(int(each[1]), int(each[2] or each[1])) for each in found if each]
-    if not found or len(ranges) < len(found):
-        raise ConfigError(f"seeds must be a number, or numbers and ranges with commas, but got {text!r}.")
-    if text.strip().isdecimal():
-        if not 1 <= ranges[0][0] <= MOST_SEEDS:
-            raise ConfigError(f"A number of seeds must be from 1 to {MOST_SEEDS}, but got {text}.")
-        return list(range(ranges[0][0]))
-    if wrong := [pair for pair in ranges if not 0 <= pair[1] - pair[0] < MOST_SEEDS]:
-        raise ConfigError(
-            f"A range of seeds must go up, by at most {MOST_SEEDS}, but got {wrong[0][0]}-{wrong[0][1]}."
-        )
-    return [seed for first, last in ranges for seed in range(first, last + 1)]
-
-
-def _seeds(value: Any) -> Any:
-    """A number of seeds is as many from 0 on, and a text is read, as ``--seeds`` has it."""
-    if isinstance(value, str):
-        try:
-            return read_seeds(value)
-        except ConfigError as error:
-            raise ValueError(str(error).rstrip(".")) from error
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 1 <= value <= MOST_SEEDS:
-            raise ValueError(f"a number of seeds must be from 1 to {MOST_SEEDS}")
-        return list(range(value))
-    return value
-
-
 class Suite(Options):
     """All that decides what a benchmark measures."""
 
@@ -122,7 +86,7 @@ class Suite(Options):
     baseline: str | None = Field(
         None, description="The method that the others are compared with; default: full, or the first."
     )
-    seeds: Annotated[list[int], BeforeValidator(_seeds)] = Field(
+    seeds: Annotated[list[int], BeforeValidator(as_seeds)] = Field(
         [0, 1, 2],
         min_length=1,
         description="Seeds of data order, dropout and draws; a number: as many, from 0 on.",
@@ -333,7 +297,8 @@ class Suite(Options):
         """
         load_config(self.model)
         for entry in self.entries:
-            training_arguments(self.final_config(entry), Path("unused"))
+            if (config := self.final_config(entry)).trainer:
+                training_arguments(config, Path("unused"))
         task = get_task(self.task, self.answer_marker)
         parts = split(
             task, validation_size=self.validation_size, test_size=self.test_size, train_size=1, seed=0

@@ -132,6 +132,8 @@ def test_runs_and_reports(
         "2",
         "--lr-grid",
         "1e-3",
+        "--set",
+        "threads=1",
         "--output",
         str(tmp_path / "out"),
     ]
