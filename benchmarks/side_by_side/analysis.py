@@ -37,7 +37,7 @@ class Row:
         loss: Held-out loss at the end, in nats a token.
         as_trained: The same with the weights that it trained with, where those aren't what is saved.
         difference: Difference of the loss to the baseline's.
-        right: Share of right answers.
+        right: Share of right answers, from 0 to 1.
         right_difference: Difference of the right answers to the baseline's.
         margin: Whether its loss is as good as the baseline's, but for the suite's ``equivalence``.
         timings: Its runs that measured a step, alone and in turns with the others'.

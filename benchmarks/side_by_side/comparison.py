@@ -121,8 +121,8 @@ def compare_margins(
     Args:
         values: For each method, the value of each seed; lower is better.
         baseline: The method that the others are compared with.
-        margin: The difference that doesn't matter, above 0.
-        confidence: Confidence of the tests as a whole.
+        margin: The difference that doesn't matter, above 0, in the unit of the values.
+        confidence: Confidence of the tests of all methods together, for each of the two questions (equal, not worse).
 
     References:
         Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.

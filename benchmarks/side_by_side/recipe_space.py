@@ -55,7 +55,7 @@ class RecipeSpace(Options):
         space: For each option that is searched (or ``learning_rate``), its values, or a range of numbers. The values
             of ``variant`` are mappings of options that go together.
         tries: Recipes that are tried.
-        keep: One in so many goes on to the next rung.
+        keep: One in so many of a wave goes on to the next rung.
         rungs: Lengths of a run; the last is the suite's steps, and each other one shorter by ``keep``.
         waves: Parts in which the tries are made: later ones follow what earlier ones found.
         seed: Seed of data order and draws of the tries.
