@@ -19,16 +19,13 @@ _VERDICTS = {
 
 def best_trade_offs(analysis: Analysis) -> str | None:
     """What a reader wants to know first; ``None`` where there is nothing to compare."""
-    names = list(dict.fromkeys([*analysis.fast_front, *analysis.front]))
     if len(analysis.finished) < 2:
         return None
+    # At equal time the seconds differ by less than a step: a front of them would be of what was left over.
+    fronts = {"time": () if analysis.suite.matches_time else analysis.fast_front, "memory": analysis.front}
     told = []
-    for name in names:
-        kinds = [
-            kind
-            for kind, front in (("time", analysis.fast_front), ("memory", analysis.front))
-            if name in front
-        ]
+    for name in dict.fromkeys(name for front in fronts.values() for name in front):
+        kinds = [kind for kind, front in fronts.items() if name in front]
         told.append(f"{name} ({' and '.join(kinds)})")
     return (
         f"Best trade-offs: {', '.join(told)}. No other method has less loss and takes less of what stands in "

@@ -98,8 +98,12 @@ class Suite(Options):
         "steps", description="What all methods are given alike: steps, or the time, memory or both of one."
     )
     match_to: str = Field("lora", description="The method whose time and memory the others are given.")
-    time_share: float = Field(1.0, gt=0, le=100, description="Part of the reference's time that the others are given.")
-    memory_share: float = Field(1.0, gt=0, le=100, description="Part of the reference's peak that others are given.")
+    time_share: float = Field(
+        1.0, gt=0, le=100, description="Part of the reference's time that the others are given."
+    )
+    memory_share: float = Field(
+        1.0, gt=0, le=100, description="Part of the reference's peak that others are given."
+    )
     timing_rounds: int | None = Field(
         None,
         ge=0,
