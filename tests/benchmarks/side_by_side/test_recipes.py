@@ -112,7 +112,8 @@ def test_a_search_that_was_changed_or_damaged_is_refused_at_once(
     run_recipes(suite(make_tiny), tmp_path)
     tried, count = next(tmp_path.rglob("tried.json")), len(started)
     before = tried.read_text()
-    other = {**SEARCH, "space": {**SEARCH["space"], "num_active": [1]}}
+    space: Any = SEARCH["space"]
+    other = {**SEARCH, "space": {**space, "num_active": [1]}}
     with pytest.raises(ConfigError, match="holds a search 'winner' over another space"):
         run_recipes(suite(make_tiny, recipes={"winner": other}), tmp_path)
     assert tried.read_text() == before and len(started) == count
