@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,7 @@ from layersample.errors import ConfigError, unknown
 from layersample.option_files import Options, make_options
 from layersample.options import Role, names_with
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
-from layersample.training.arguments import training_arguments
 from layersample.training.data import load_data
-from layersample.training.models import load_config
 
 from ..methods.catalog import default_methods
 from .entries import MethodEntry, named_entry
@@ -299,6 +298,10 @@ class Suite(Options):
             ConfigError: If the model can't be had; if an option of the Trainer is none; if the data or other text
                 can't be read, is too small, or its answers can't be judged.
         """
+        # Seconds of imports, and an extra: reports and the command's help need neither.
+        from layersample.training.arguments import training_arguments
+        from layersample.training.models import load_config
+
         load_config(self.model)
         for entry in self.entries:
             if (config := self.final_config(entry)).trainer:
@@ -325,7 +328,8 @@ class Suite(Options):
 
     def timing_jobs(self, entry: MethodEntry, options: Mapping[str, Any]) -> list[Job]:
         """The runs that measure a step of a method, one a round."""
-        return [self._short_job(entry, "timing", turn, options) for turn in range(self.rounds)]
+        job = self._short_job(entry, "timing", 0, options)
+        return [replace(job, seed=turn) for turn in range(self.rounds)]
 
     def peak_job(self, entry: MethodEntry) -> Job:
         """The run that measures a method's memory, where it can't be planned."""

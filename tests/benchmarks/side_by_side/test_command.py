@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,13 @@ def test_a_search_for_recipes_needs_a_suite(given: list[Any], tmp_path: Path) ->
     invoke("--write-suite", str(tmp_path / "my.yaml"))
     invoke("recipes", "--suite", str(tmp_path / "my.yaml"), "--jobs", "2", "--output", str(tmp_path / "new"))
     assert given[0][0].match == "both" and given[0][1:] == (tmp_path / "new", 2)
+
+
+def test_the_command_imports_no_trainer() -> None:
+    """Its help, and reports, need none of what takes seconds to import and is an extra."""
+    code = (
+        "import sys, layersample_benchmarks.side_by_side.command, layersample_benchmarks.side_by_side.report\n"
+        "print([name for name in ('trl', 'peft', 'datasets', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
