@@ -11,7 +11,7 @@ from layersample.errors import ConfigError
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, read_losses
-from .stored_lines import Line, clock_of, last_loss, once_seconds, step_seconds
+from .stored_lines import Line, clock_of, has_steps, last_loss, once_seconds, step_seconds
 from .suite import Suite
 
 
@@ -311,8 +311,7 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
         if line["stage"] == "final":
             return line["seed"] in suite.seeds and line["learning_rate"] == rate
         if line["stage"] == "timing":
-            steps = len(line.get("training_loss", range(suite.timing_steps)))
-            return line["seed"] < suite.rounds and steps == suite.timing_steps
+            return line["seed"] < suite.rounds and has_steps(line, suite.timing_steps)
         return True
 
     return [line for line in own if counts(line)]

@@ -18,7 +18,7 @@ from layersample.option_files import read_yaml
 from .entries import MethodEntry
 from .fingerprints import fingerprint
 from .jobs import Job
-from .stored_lines import Line, check_line
+from .stored_lines import Line, check_line, has_steps
 from .suite import Suite, make_suite
 
 SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
@@ -75,7 +75,7 @@ class Results:
             # Under the lock: another benchmark may just have added its rows. One without a good run binds nothing.
             if stored.is_file() and any("error" not in line for line in read_lines(self.path)):
                 self._whole = self._with_rows_of(read_stored(stored))
-                self._whole.check_references()
+            self._whole.check_references()
             self._write(self._whole, command)
         except Timeout as error:
             raise ConfigError(
@@ -129,7 +129,7 @@ class Results:
         """What a run has measured; ``None`` where it hasn't been run with that learning rate, or with other steps."""
         line = self._lines.get((job.key, job.learning_rate))
         # The key of a timing says nothing of its steps, which may change where all methods have the same ones.
-        return None if line is None or len(line.get("training_loss", range(job.steps))) != job.steps else line
+        return line if line is not None and has_steps(line, job.steps) else None
 
     def add(self, job: Job, measured: Line) -> None:
         """Keep what a run has measured, or the error that it ended with; on the disk at once."""

@@ -167,6 +167,11 @@ def clock_of(lines: Iterable[Line]) -> str:
     return "wall" if any(line["environment"].get("gpu") for line in lines) else "cpu"
 
 
+def has_steps(line: Line, steps: int) -> bool:
+    """Whether a run has so many steps; one that failed may be of any number."""
+    return "training_loss" not in line or len(line["training_loss"]) == steps
+
+
 def step_seconds(line: Line, clock: str, phase: str | None = None) -> float:
     """Seconds of a run's step, the mean over its steps.
 

@@ -159,6 +159,8 @@ def test_a_benchmark_without_a_good_run_binds_nothing(suite: Suite, tmp_path: Pa
     Results(tmp_path, alone).open().close()
     stored, lines = read_results(tmp_path)
     assert (stored.model, [entry.name for entry in stored.entries], lines) == (suite.model, ["lisa"], [])
+    with pytest.raises(ConfigError, match="baseline: Unknown method of this suite 'lora'"):
+        Results(tmp_path, alone.model_copy(update={"baseline": "lora"})).open()
 
 
 def test_an_empty_suite_is_none(suite: Suite, tmp_path: Path) -> None:
