@@ -16,6 +16,7 @@ from .pool import Pool
 from .results import Results
 from .stored_lines import Line, clock_of, once_seconds, step_seconds
 from .suite import Suite
+from .wording import part_of
 
 _COMPARABLE = {"num_active", "rank"}  # what a row may fix itself, and is then not chosen for it
 
@@ -143,9 +144,8 @@ class Matching:
             if taken > limit:
                 raise DoesNotFitError(f"takes {taken / 2**20:,.1f} MiB, and nothing of it can be chosen")
         except DoesNotFitError as error:
-            part = "" if share == 1 else f"{share:g} of "
             return {
-                "error": f"Not matched in memory: it {error}, but {part}{reference.name}'s peak is "
+                "error": f"Not matched in memory: it {error}, but {part_of(share)}{reference.name}'s peak is "
                 f"{limit / 2**20:,.1f} MiB."
             }
         except ConfigError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,26 +102,6 @@ class Recorder(TrainerCallback):
     def quiet(self) -> list[dict[str, Any]]:
         """Steps whose time and memory are the method's own: not traced, nor the first, which sets kernels up."""
         return [step for step in self.steps[1:] if "traced" not in step] or self.steps
-
-    @property
-    def first_step(self) -> dict[str, float]:
-        """CPU and wall seconds by which the first step's sampling and optimizer exceed those of later ones.
-
-        A basis that is kept for many steps is computed there, so a pace without it would be too good. Forward and
-        backward do nothing once but to set kernels up.
-        """
-        first = self.steps[0]
-        if "traced" in first:
-            return {"cpu": 0.0, "wall": 0.0}
-
-        def spent(step: dict[str, Any], kind: str) -> float:
-            phases = (step["seconds"].get(phase, {}) for phase in ("sampling", "optimizer"))
-            return math.fsum(phase.get(kind, 0.0) for phase in phases)
-
-        return {
-            kind: max(0.0, spent(first, kind) - statistics.fmean(spent(step, kind) for step in self.quiet))
-            for kind in ("cpu", "wall")
-        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

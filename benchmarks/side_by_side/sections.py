@@ -9,7 +9,7 @@ from .analysis import Analysis, Row
 from .power_words import power_afterwards
 from .stored_lines import Line
 from .suite import Suite
-from .wording import DASH, mib, number, seconds
+from .wording import DASH, mib, number, part_of, seconds
 
 
 def matched(analysis: Analysis) -> list[dict[str, str]]:
@@ -67,10 +67,9 @@ def _beyond_their_memory(analysis: Analysis) -> list[str]:
     ]
     if not beyond:
         return []
-    share = "" if suite.memory_share == 1 else f"{suite.memory_share:g} of "
     return [
-        f"Held more MiB than {share}{suite.match_to}'s {mib(limit)}: {', '.join(beyond)}. Memory is matched by plans "
-        "for the longest examples; these are the peaks of the real ones."
+        f"Held more MiB than {part_of(suite.memory_share)}{suite.match_to}'s {mib(limit)}: {', '.join(beyond)}. "
+        "Memory is matched by plans for the longest examples; these are the peaks of the real ones."
     ]
 
 
@@ -78,17 +77,11 @@ def match_words(suite: Suite) -> str:
     """What all methods have alike, for the head of the report."""
     if suite.match == "steps":
         return "the same number of steps"
-    kinds = [
-        ("" if share == 1 else f"{share:g} of ") + f"the {kind}"
-        for kind, wanted, share in (
-            ("time", suite.matches_time, suite.time_share),
-            ("planned memory", suite.matches_memory, suite.memory_share),
-        )
-        if wanted
-    ]
-    alone = {suite.time_share if suite.matches_time else 1, suite.memory_share if suite.matches_memory else 1}
-    itself = "" if alone == {1} else ", which itself has all of it"
-    return f"{' and '.join(kinds)} of {suite.match_to} at {suite.steps} steps{itself}"
+    shares = {"time": suite.time_share} if suite.matches_time else {}
+    shares |= {"planned memory": suite.memory_share} if suite.matches_memory else {}
+    parts = " and ".join(f"{part_of(share)}the {kind}" for kind, share in shares.items())
+    itself = "" if set(shares.values()) == {1} else ", which itself has all of it"
+    return f"{parts} of {suite.match_to} at {suite.steps} steps{itself}"
 
 
 def timing_words(rows: Sequence[Row]) -> str:

@@ -30,6 +30,11 @@ def interval(difference: Difference | None) -> str:
     return f"{signed(difference.low)} to {signed(difference.high)}"
 
 
+def part_of(share: float) -> str:
+    """What stands in front of something that a share is of: nothing where that is all of it."""
+    return "" if share == 1 else f"{share:g} of "
+
+
 def p_value(value: float | None) -> str:
     """A p-value; one below a thousandth says no more than that."""
     return DASH if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
