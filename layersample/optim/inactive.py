@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from layersample.choices import Inactive, InactiveScope
 from layersample.errors import ConfigError
 from layersample.optim.host_copies import wait_for_copies
-from layersample.optim.masters import AT_REST, MASTER, combine, split
+from layersample.optim.masters import AT_REST, MASTER, add
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.scalers import scaler_at_work
 
@@ -131,13 +131,12 @@ class InactiveStepper:
         self, optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, rate: float
     ) -> None:
         state = optimizer.state.get(parameter, {})
-        exact = combine(parameter, state)
-        exact.add_((gradient.to_dense() if gradient.is_sparse else gradient).float(), alpha=rate)
-        parameter.copy_(exact)
+        change = gradient.to_dense() if gradient.is_sparse else gradient
         if MASTER in state:  # the layer has only just stopped training
+            parameter.copy_(state[MASTER].add_(change.float(), alpha=rate))
             return
         kept = {key: value for key, value in state.items() if key not in AT_REST}
-        optimizer.state[parameter] = {**kept, **split(exact, parameter)}
+        optimizer.state[parameter] = {**kept, **add(parameter, state, change, alpha=rate)}
 
     def _check(self, parameter: Tensor) -> None:
         if not self._looked:  # before anything has moved, once a period: it looks at all objects there are

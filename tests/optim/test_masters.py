@@ -14,7 +14,8 @@ from transformers.optimization import Adafactor
 from layersample import LayerScheduler, create_projection, measure_memory
 from layersample.checkpoints.sharded import load_distributed, save_distributed
 from layersample.choices import StatePolicyName
-from layersample.optim.masters import EXCEPTIONS, MASTER, REMAINDER, combine, follow, split
+from layersample.optim import masters
+from layersample.optim.masters import EXCEPTIONS, MASTER, REMAINDER, add, combine, follow, split
 from layersample.optim.packing import _placed
 from tests.helpers import make_batch, make_llama
 
@@ -58,6 +59,46 @@ def test_every_value_comes_back_to_the_bit(deterministic: bool, request: pytest.
     assert weight.isinf().any()  # the largest numbers round to infinity, and come back
 
 
+def test_what_has_no_zeros_is_kept_as_beside_zeros() -> None:
+    """On CPUs a tensor without zeros is looked at in another, faster way."""
+    exact = every_kind_of_value()
+    exact = exact[exact.bfloat16() != 0]
+    weight = exact.bfloat16()
+    zero = torch.zeros(1)
+    kept, beside = split(exact, weight), split(torch.cat([exact, zero]), torch.cat([weight, zero.bfloat16()]))
+    assert kept.keys() == beside.keys()
+    for key, value in beside.items():
+        assert torch.equal(kept[key], value[:-1] if key == REMAINDER else value)
+    assert torch.equal(combine(weight, kept).view(torch.int32), exact.view(torch.int32))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_adding_in_pieces_is_adding(zeros: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(64, 2**12, generator=generator)
+    if zeros:
+        exact[::7] = 0.0
+    exact[:, ::50] = exact[:, ::50].bfloat16().float()
+    exact.view(torch.int32)[:, ::50] += 2**15  # ties, of which half are exceptions
+    weight = exact.bfloat16()
+    state = split(exact, weight) if trained else {}
+    change = torch.randn(64, 2**12, generator=generator).bfloat16()
+    change[:, ::100] = 0.0  # so that exceptions stay exceptions
+    whole, in_pieces = weight.clone(), weight.clone()
+    monkeypatch.setattr(masters, "_PIECE", 10**9)
+    kept = add(whole, state, change, alpha=-1e-3)
+    monkeypatch.setattr(masters, "_PIECE", 3000)  # not a divisor
+    kept_in_pieces = add(in_pieces, state, change, alpha=-1e-3)
+    assert torch.equal(whole.view(torch.int16), in_pieces.view(torch.int16))
+    assert kept.keys() == kept_in_pieces.keys()
+    assert all(torch.equal(value, kept_in_pieces[key]) for key, value in kept.items())
+    if trained:
+        assert EXCEPTIONS in kept
+        expected = exact.add(change.float(), alpha=-1e-3)
+        assert torch.equal(combine(whole, kept), expected)
+
+
 def test_special_values_come_back() -> None:
     exact = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-45, 3.4e38])
     back = combine(exact.bfloat16(), split(exact, exact.bfloat16()))
@@ -89,7 +130,11 @@ def test_whatever_was_written_to_a_frozen_weight_wins(remainders: Any) -> None:
     """Every bit pattern of a weight against remainders of any other value that it had before."""
     for remainder in remainders:
         kept = {REMAINDER: torch.full(EVERY_WEIGHT.shape, remainder, dtype=torch.int16)}
-        assert_weight_wins(EVERY_WEIGHT, combine(EVERY_WEIGHT, kept))
+        exact = combine(EVERY_WEIGHT, kept)
+        assert_weight_wins(EVERY_WEIGHT, exact)
+        some = (EVERY_WEIGHT != 0) & (exact.bfloat16() == EVERY_WEIGHT) & (remainder > 0)
+        of_some = combine(EVERY_WEIGHT[some], {REMAINDER: kept[REMAINDER][some]})
+        assert torch.equal(of_some.view(torch.int32), exact[some].view(torch.int32))
 
 
 def test_whatever_is_written_between_split_and_combine_wins() -> None:
