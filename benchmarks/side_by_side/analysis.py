@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from layersample.errors import ConfigError
 
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, read_losses
-from .stored_lines import Line, clock_of, has_steps, last_loss, once_seconds, step_seconds
+from .stored_lines import Line, clock_of, has_steps, last_loss, once_seconds, run_seconds, step_seconds
 from .suite import Suite
 
 
@@ -131,9 +131,13 @@ class Row:
 
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that its final runs took, whatever was beside them; the mean over seeds."""
-        return self.mean(
-            lambda run: once_seconds(run, kind) + step_seconds(run, kind) * len(run["training_loss"])
-        )
+        return self.mean(lambda run: run_seconds(run, kind))
+
+    def used_beside(self, other: Row, kind: str) -> float | None:
+        """How many times the seconds of another row its final runs took, the median over the seeds of both."""
+        theirs = {run["seed"]: run_seconds(run, kind) for run in other.runs}
+        shares = [run_seconds(run, kind) / theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
+        return median(shares) if shares else None
 
     @property
     def probabilities(self) -> list[float] | None:
@@ -289,13 +293,17 @@ def _row(
         right=estimate(answers, level) if answers and None not in answers else None,
         right_difference=right_difference,
         margin=margin,
-        timings=tuple(line for line in lines if line["stage"] == "timing" and "error" not in line),
+        timings=_of_stage("whole", lines) or _of_stage("timing", lines),
         given={x["stage"]: x for x in lines if x["stage"] in ("memory", "time") and "error" not in x},
         forgotten=estimate([r["other_loss"]["after"] - r["other_loss"]["before"] for r in runs], level)
         if runs
         else None,
         curve=_curve(runs, level),
     )
+
+
+def _of_stage(stage: str, lines: Iterable[Line]) -> tuple[Line, ...]:
+    return tuple(line for line in lines if line["stage"] == stage and "error" not in line)
 
 
 def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Line]:
@@ -312,6 +320,8 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
             return line["seed"] in suite.seeds and line["learning_rate"] == rate
         if line["stage"] == "timing":
             return line["seed"] < suite.rounds and has_steps(line, suite.timing_steps)
+        if line["stage"] == "whole":
+            return suite.matches_time and suite.timing_whole
         return True
 
     return [line for line in own if counts(line)]

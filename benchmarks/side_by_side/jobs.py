@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["peak", "timing", "search", "rung", "final"]
-_PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "final": "seed"}
+Stage = Literal["peak", "timing", "whole", "search", "rung", "final"]
+_PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "whole": "seed", "final": "seed"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Job:
 
     Args:
         row: Name of the method's row.
-        stage: ``"peak"`` and ``"timing"`` measure what a method takes; ``"search"`` tries a learning rate, measured
-            on the validation split, and ``"rung"`` a recipe; ``"final"`` is measured on the test split.
+        stage: ``"peak"``, ``"timing"`` and ``"whole"`` measure what a method takes, the last one with as many steps as
+            are thought to fit; ``"search"`` tries a learning rate, measured on the validation split, and ``"rung"`` a
+            recipe; ``"final"`` is measured on the test split.
         seed: Seed of data order, dropout and draws; of a timing, its round.
         learning_rate: The peak.
         steps: Optimizer steps.

@@ -10,7 +10,7 @@ from statistics import fmean
 from layersample.errors import ConfigError
 
 from .entries import MethodEntry
-from .jobs import Given, Job
+from .jobs import Given, Job, Stage
 from .memory_match import DoesNotFitError, MemoryPlanner
 from .pool import Pool
 from .results import Results
@@ -26,21 +26,31 @@ class Pace:
     """What a method takes, measured over runs with nothing of the benchmark beside them.
 
     Args:
-        step: Seconds of a step.
+        step: Seconds of a step, the mean.
         once: Seconds of what it does once: what its sampler measures first, and what its first step does besides.
         clock: ``"cpu"``, or ``"wall"`` where a GPU works.
         machine: Its processor, its GPU, and the threads of a run.
+        each: Seconds of each step of a whole run, as far as one was timed: upper layers take less than lower ones.
     """
 
     step: float
     once: float
     clock: str
     machine: str
+    each: tuple[float, ...] = ()
 
     def steps_in(self, seconds: float) -> int:
         """Whole steps that fit some seconds."""
-        # Rounding must not take a step from the reference itself.
-        return max(0, math.floor((seconds - self.once) / self.step + 1e-9))
+        left = (seconds - self.once) * (1 + 1e-9)  # rounding must not take a step from the reference itself
+        for count, step in enumerate(self.each):
+            if step > left:
+                return count
+            left -= step
+        return max(0, len(self.each) + math.floor(left / self.step))
+
+    def seconds_of(self, steps: int) -> float:
+        """Seconds of so many steps and of what is done once."""
+        return self.once + sum(self.each[:steps]) + max(0, steps - len(self.each)) * self.step
 
 
 class Matching:
@@ -72,6 +82,9 @@ class Matching:
         timings = self.timing_jobs()
         more(len(timings) - before)
         pool.run(timings, alone=True)
+        wholes = self.whole_jobs()
+        more(sum(self._results.get(job) is None for job in wholes))
+        pool.run(wholes, alone=True)
         self.fit_time()
 
     def given(self, entry: MethodEntry) -> Given | None:
@@ -172,6 +185,28 @@ class Matching:
                 jobs.append(self._suite.timing_jobs(entry, memory["options"] if memory else {}))
         return [job for turn in zip(*jobs, strict=True) for job in turn]
 
+    def whole_jobs(self) -> list[Job]:
+        """Runs of as many steps as are thought to fit, of the rows that aren't decided yet, and of the reference."""
+        suite = self._suite
+        if not suite.matches_time or not suite.timing_whole:
+            return []
+        stored = {line["method"] for line in self._results.all_lines() if line["stage"] == "whole"}
+        reference_row = [entry for entry in suite.entries if entry.name == suite.match_to]
+        rows = {entry.name: entry for entry in self.undecided()}
+        if not rows or not (reference_row or suite.match_to in stored):
+            return []
+        jobs = []
+        for entry in (rows | {entry.name: entry for entry in reference_row}).values():
+            memory = self._decided(entry.name, "memory")
+            try:
+                reference, own = self._paces(entry.name, "timing")
+            except ConfigError:  # it can't be matched, and will say so
+                continue
+            budget = self._budget(entry.name, reference, max(suite.steps, suite.search_steps))
+            if steps := own.steps_in(budget):
+                jobs.append(suite.whole_job(entry, steps, memory["options"] if memory else {}))
+        return jobs
+
     def fit_time(self) -> None:
         """Decide how many steps fit the reference's time."""
         if not self._suite.matches_time:
@@ -180,19 +215,14 @@ class Matching:
             self._results.add_match(entry.name, "time", self._steps(entry))
 
     def _steps(self, entry: MethodEntry) -> Line:
-        suite, lines = self._suite, self._results.all_lines()
+        suite = self._suite
         try:
-            reference, own = pace(lines, suite.match_to), pace(lines, entry.name)
-            if reference.machine != own.machine:
-                raise ConfigError(
-                    f"{suite.match_to} was timed on {reference.machine}, and {entry.name} on {own.machine}."
-                )
+            wholes = {line["method"] for line in self._results.all_lines() if line["stage"] == "whole"}
+            stage: Stage = "whole" if {suite.match_to, entry.name} <= wholes else "timing"
+            reference, own = self._paces(entry.name, stage)
         except ConfigError as error:
             return {"error": f"Not matched in time: {error}"}
-        share = 1.0 if entry.name == suite.match_to else suite.time_share
-        budgets = [
-            share * (reference.once + steps * reference.step) for steps in (suite.steps, suite.search_steps)
-        ]
+        budgets = [self._budget(entry.name, reference, steps) for steps in (suite.steps, suite.search_steps)]
         steps, search_steps = (own.steps_in(seconds) for seconds in budgets)
         for name, count, seconds in zip(
             ("steps", "search_steps"), (steps, search_steps), budgets, strict=True
@@ -212,19 +242,32 @@ class Matching:
             "clock": own.clock,
         }
 
+    def _paces(self, name: str, stage: Stage) -> tuple[Pace, Pace]:
+        """Those of the reference and of a method."""
+        lines, match_to = self._results.all_lines(), self._suite.match_to
+        reference, own = pace(lines, match_to, stage), pace(lines, name, stage)
+        if reference.machine != own.machine:
+            raise ConfigError(f"{match_to} was timed on {reference.machine}, and {name} on {own.machine}.")
+        return reference, own
+
+    def _budget(self, name: str, reference: Pace, steps: int) -> float:
+        """Seconds that a method is given: the reference's of so many of its steps, or a share of them."""
+        share = 1.0 if name == self._suite.match_to else self._suite.time_share
+        return share * reference.seconds_of(steps)
+
     def _decided(self, row: str, stage: str) -> Line | None:
         return next(
             (x for x in self._results.all_lines() if x["method"] == row and x["stage"] == stage), None
         )
 
 
-def pace(lines: Iterable[Line], name: str) -> Pace:
-    """What a method's timings have measured.
+def pace(lines: Iterable[Line], name: str, stage: Stage = "timing") -> Pace:
+    """What a method's timings have measured, the short ones or the whole one.
 
     Raises:
         ConfigError: If there are none, one failed, or they are of several machines.
     """
-    timings = [line for line in lines if line["method"] == name and line["stage"] == "timing"]
+    timings = [line for line in lines if line["method"] == name and line["stage"] == stage]
     if failed := [line["error"] for line in timings if "error" in line]:
         raise ConfigError(f"timing {name} failed: {failed[0]}")
     if not timings:
@@ -238,6 +281,7 @@ def pace(lines: Iterable[Line], name: str) -> Pace:
         fmean(once_seconds(x, clock) for x in timings),
         clock,
         machines[0],
+        tuple(timings[0]["seconds"]["each"][clock]) if stage == "whole" else (),
     )
 
 

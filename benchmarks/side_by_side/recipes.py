@@ -225,6 +225,7 @@ class RecipeSearch:
                 "baseline": entries[0].name,
                 # A try is timed once: what is reported is timed anew in the confirmation.
                 "timing_rounds": min(1, self._suite.rounds),
+                "timing_whole": False,
                 "recipes": {},
             }
         )

@@ -23,7 +23,7 @@ from .power import CHANCE
 from .power_words import power_table
 from .recipe_runner import read_tried
 from .results import read_results
-from .sections import harness, match_words, matched, sentences, timing_words, tried
+from .sections import harness, match_words, matched, out_of_time, sentences, timing_words, tried
 from .stored_lines import Line
 from .tasks import get_task
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
@@ -170,7 +170,7 @@ def view(
 def findings(analysis: Analysis) -> list[str]:
     """What the numbers say, in sentences that say no more than they do."""
     name, seeds = analysis.suite.reference, max((len(row.runs) for row in analysis.rows), default=0)
-    said = []
+    said = out_of_time(analysis)
     if not any(row.name == name and row.runs for row in analysis.rows):
         said.append(f"Nothing is compared: {name}, the baseline, has no run that ended well.")
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):

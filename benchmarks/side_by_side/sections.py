@@ -11,13 +11,22 @@ from .stored_lines import Line
 from .suite import Suite
 from .wording import DASH, mib, number, part_of, seconds
 
+_TIME_TOLERANCE = 0.1  # as far as seconds of runs repeat that have others beside them
+
 
 def matched(analysis: Analysis) -> list[dict[str, str]]:
     """What each method was given, and what it has used."""
-    return [_matched(row) for row in analysis.finished] if analysis.suite.match != "steps" else []
+    if analysis.suite.match == "steps":
+        return []
+    reference = _reference(analysis)
+    return [_matched(row, reference) for row in analysis.finished]
 
 
-def _matched(row: Row) -> dict[str, str]:
+def _reference(analysis: Analysis) -> Row | None:
+    return next((row for row in analysis.finished if row.name == analysis.suite.match_to), None)
+
+
+def _matched(row: Row, reference: Row | None) -> dict[str, str]:
     time, memory = row.given.get("time"), row.given.get("memory")
     clock = time["clock"] if time else "cpu"
     options = memory["options"] if memory else {}
@@ -27,6 +36,7 @@ def _matched(row: Row) -> dict[str, str]:
         "options": ", ".join(f"{key} {value}" for key, value in options.items()) or DASH,
         "given_seconds": number(time["budget_seconds"] if time else None, "{:.1f}"),
         "used_seconds": number(row.used_seconds(clock), "{:.1f}"),
+        "used_share": number(row.used_beside(reference, clock) if reference else None, "{:.2f}"),
         "step_seconds": seconds(time["step_seconds"] if time else None),
         "given_bytes": mib(memory["budget_bytes"] if memory else None),
         "planned_bytes": f"{mib(memory['bytes'])}{'' if memory['planned'] else ' (measured)'}"
@@ -51,10 +61,30 @@ def sentences(analysis: Analysis) -> list[str]:
     return [*said, *_beyond_their_memory(analysis)]
 
 
+def out_of_time(analysis: Analysis) -> list[str]:
+    """Which methods used more or less than they were given, beside the reference in the same seeds."""
+    suite, reference = analysis.suite, _reference(analysis)
+    if not suite.matches_time or reference is None:
+        return []
+    used = {row.name: row.used_beside(reference, analysis.clock) for row in analysis.finished}
+    out = [
+        f"{name} ({share / suite.time_share:.2f})"
+        for name, share in used.items()
+        if share is not None
+        and name != suite.match_to
+        and abs(share / suite.time_share - 1) > _TIME_TOLERANCE
+    ]
+    if not out:
+        return []
+    return [
+        f"Not at equal time by more than a tenth, in shares of {part_of(suite.time_share)}{suite.match_to}'s seconds "
+        f"in the same seeds: {', '.join(out)}."
+    ]
+
+
 def _beyond_their_memory(analysis: Analysis) -> list[str]:
     """Which methods held more than the reference did, or their share of it: the match is by plans."""
-    suite = analysis.suite
-    reference = next((row for row in analysis.finished if row.name == suite.match_to), None)
+    suite, reference = analysis.suite, _reference(analysis)
     limit = None if reference is None else reference.tensor_bytes()
     if not suite.matches_memory or limit is None:
         return []
@@ -87,9 +117,13 @@ def match_words(suite: Suite) -> str:
 def timing_words(rows: Sequence[Row]) -> str:
     """How the seconds of all methods were measured, in a sentence."""
     alone = {row.timed_alone for row in rows}
+    if whole := [row.name for row in rows if any(run["stage"] == "whole" for run in row.timings)]:
+        those = "a method" if len(whole) == len(rows) else f"each of {', '.join(whole)}"
+        return f"Seconds are of a whole run {those}, with nothing of the benchmark beside it."
     if rounds := max((len(row.timings) for row in rows), default=0):
         with_nothing = ", with nothing of the benchmark beside them," if alone == {True} else ""
-        return f"Seconds are of {rounds} runs a method{with_nothing} in turns with the others'."
+        runs = "a run" if rounds == 1 else f"{rounds} runs"
+        return f"Seconds are of {runs} a method{with_nothing} in turns with the others'."
     if None in alone:
         return "Whether runs were beside others wasn't noted then."
     if alone == {True}:

@@ -21,7 +21,7 @@ class _Part(BaseModel):
 class _Run(_Part):
     key: str
     method: str
-    stage: Literal["peak", "timing", "memory", "time", "search", "rung", "final"]
+    stage: Literal["peak", "timing", "whole", "memory", "time", "search", "rung", "final"]
     seed: int = Field(ge=0, lt=2**32)
     learning_rate: FiniteFloat = Field(ge=0)
     fingerprint: str
@@ -67,6 +67,7 @@ class _Seconds(_Part):
     first_step: dict[str, FiniteFloat] = Field(
         default_factory=dict
     )  # runs of before it was measured have none
+    each: dict[str, list[FiniteFloat]] = Field(default_factory=dict)  # those of stage "whole" alone have them
 
 
 class _Environment(_Part):
@@ -117,6 +118,8 @@ class _Measured(_Run):
     def _whole(self) -> _Measured:
         if self.stage == "final" and self.other_loss is None:
             raise ValueError("is a final run without other_loss")
+        if self.stage == "whole" and any(not self.seconds.each.get(kind) for kind in ("cpu", "wall")):
+            raise ValueError("is a whole run without the seconds of each step")
         if self.stage in ("search", "rung", "final") and self.loss is None:
             raise ValueError(f"is a {self.stage} run without a loss")
         indices = [index for _, _, active in self.active for index in active]
@@ -187,6 +190,11 @@ def once_seconds(line: Line, clock: str) -> float:
     """Seconds that a run takes once: what its sampler measures first, and what its first step does besides."""
     seconds = line["seconds"]
     return float(seconds["before_training"][clock] + seconds.get("first_step", {}).get(clock, 0.0))
+
+
+def run_seconds(line: Line, clock: str) -> float:
+    """Seconds that a run's training took."""
+    return once_seconds(line, clock) + step_seconds(line, clock) * len(line["training_loss"])
 
 
 def _tuples(content: Line) -> Line:

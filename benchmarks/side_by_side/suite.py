@@ -42,7 +42,15 @@ MAY_CHANGE = {
 }
 
 # What decides how much a method is given; of no meaning where all have the same steps.
-_MATCHING = {"match", "match_to", "time_share", "memory_share", "timing_rounds", "timing_steps"}
+_MATCHING = {
+    "match",
+    "match_to",
+    "time_share",
+    "memory_share",
+    "timing_rounds",
+    "timing_steps",
+    "timing_whole",
+}
 
 # What of the Trainer's own arguments the suite sets, or what is measured needs.
 _TRAINER_SET_HERE = {
@@ -110,6 +118,10 @@ class Suite(Options):
         description="Runs a method, in turns and alone, to measure a step; default: 3 where time is matched.",
     )
     timing_steps: int = Field(11, ge=2, le=10**9, description="Optimizer steps of such a run.")
+    timing_whole: bool = Field(
+        True,
+        description="Whether a whole run a method follows where time is matched, and its steps are counted by that.",
+    )
     batch_size: int = Field(4, ge=1, le=10**9, description="Examples of a step.")
     max_length: int = Field(256, ge=8, le=10**9, description="Tokens of an example, at most.")
     learning_rates: list[float] | None = Field(
@@ -330,6 +342,10 @@ class Suite(Options):
         """The runs that measure a step of a method, one a round."""
         job = self._short_job(entry, "timing", 0, options)
         return [replace(job, seed=turn) for turn in range(self.rounds)]
+
+    def whole_job(self, entry: MethodEntry, steps: int, options: Mapping[str, Any]) -> Job:
+        """The run that measures a method's steps from the first to the last: they needn't all cost the same."""
+        return replace(self._short_job(entry, "whole", self.seeds[0], {}), steps=steps, options=options)
 
     def peak_job(self, entry: MethodEntry) -> Job:
         """The run that measures a method's memory, where it can't be planned."""

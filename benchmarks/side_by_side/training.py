@@ -95,7 +95,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,
         "peak_bytes": peak_bytes(recorder),
-        **_times(recorder),
+        **_times(recorder, each=job.stage == "whole"),
         **_layers(recorder, [layer.name for layer in layers]),
         "cpu_seconds": time.process_time(),
         "summary": method.summary,
@@ -173,7 +173,7 @@ def _train(
 
     What is scored is what a user keeps; where it trains with other weights, the last loss is measured both ways.
     """
-    if job.stage in ("peak", "timing"):
+    if job.stage in ("peak", "timing", "whole"):
         trainer.train()
         return {"loss": None, "right": None, "other_loss": None}
     saved, final = as_saved or nullcontext, job.stage == "final"
@@ -292,8 +292,8 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _times(recorder: Recorder) -> dict[str, Any]:
-    """Means over the quiet steps."""
+def _times(recorder: Recorder, *, each: bool) -> dict[str, Any]:
+    """Means over the quiet steps, and, if asked for, those of each step: a mean in place of one that isn't quiet."""
     quiet = recorder.quiet
     seconds = {
         kind: {phase: _mean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
@@ -305,8 +305,22 @@ def _times(recorder: Recorder) -> dict[str, Any]:
             **seconds,
             "before_training": dict(recorder.preparation),
             "first_step": _beyond_others(recorder.steps[0], seconds),
+            **({"each": _each(recorder, seconds)} if each else {}),
         },
         "tokens_per_second": _mean([step["tokens"] for step in quiet]) / wall,
+    }
+
+
+def _each(recorder: Recorder, means: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
+    quiet = [step["step"] for step in recorder.quiet]
+    return {
+        kind: [
+            sum(spent[kind] for spent in step["seconds"].values())
+            if step["step"] in quiet
+            else sum(of.values())
+            for step in recorder.steps
+        ]
+        for kind, of in means.items()
     }
 
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MadeUp = Callable[..., dict[str, Any]]
 STEP = {"lora": 2.0, "lisa": 1.5, "full": 5.0, "slow": 500.0, "owlore": 1.5}
 BEFORE = {"owlore": 31.0}
+MEASURING = ("timing", "whole")
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def started(monkeypatch: pytest.MonkeyPatch, made_up: MadeUp) -> list[Job]:
         spent = {"cpu": seconds, "wall": seconds, "before_training": {"cpu": before, "wall": before}}
         measured = made_up(job, 1.0 + job.seed / 10 + cost / 1000, seconds=spent)
         measured["peak_bytes"]["tensors"]["total"] = (60 if job.row == "lisa" else 100) * 2**20
-        return measured if job.stage != "timing" else {**measured, "loss": None, "other_loss": None}
+        return measured if job.stage not in MEASURING else {**measured, "loss": None, "other_loss": None}
 
     monkeypatch.setattr(pool.Pool, "_measure", measure)
     return seen
@@ -83,8 +84,8 @@ def test_each_method_has_the_steps_that_fit_the_reference_s_seconds(
     assert (shown["lisa"]["given_seconds"], shown["lisa"]["used_seconds"]) == ("40.0", "39.0")
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert "the time of lora at 20 steps" in page and "| lisa | 26 | – | 40.0 | 39.0 | 1.50 |" in page
-    assert "with nothing of the benchmark beside them, in turns with the others'" in page
+    assert "the time of lora at 20 steps" in page and "| lisa | 26 | – | 40.0 | 39.0 | 0.97 | 1.50 |" in page
+    assert "Seconds are of a whole run a method, with nothing of the benchmark beside it" in page
 
 
 def test_the_schedule_is_stretched_to_the_steps(started: list[Job], tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_row_whose_step_takes_longer_than_all_says_so(started: list[Job], tmp_
     assert errors == {
         "match/slow/time": "Not matched in time: a step takes 500 cpu seconds, but lora's steps leave 40. Raise steps."
     }
-    assert {job.row for job in started if job.stage != "timing"} == {"lora"}
+    assert {job.row for job in started if job.stage not in MEASURING} == {"lora"}
     assert said == ["slow: " + errors["match/slow/time"]]
     write_report(tmp_path)
     assert "match/slow/time" in (tmp_path / "report.md").read_text()
@@ -147,7 +148,7 @@ def test_what_is_done_once_counts_but_is_no_part_of_a_step(
     """A basis that is kept: 10 seconds in the first step. The report goes by the timings, and says what runs took."""
 
     def measure(self: Any, job: Job) -> dict[str, Any]:
-        cost = STEP[job.row] * (1.0 if job.stage == "timing" else 1.2)  # beside other runs
+        cost = STEP[job.row] * (1.0 if job.stage in MEASURING else 1.2)  # beside other runs
         phases = {"forward": cost, "backward": 0.0, "optimizer": 0.0, "sampling": 0.0}
         once = {"cpu": 10.0 if job.row == "lisa" else 0.0, "wall": 0.0}
         spent = {
@@ -165,6 +166,62 @@ def test_what_is_done_once_counts_but_is_no_part_of_a_step(
     assert len(lisa.runs[0]["training_loss"]) == 20, "(40 - 10) / 1.5"
     assert (lisa.training_seconds("cpu"), lora.training_seconds("cpu")) == (40.0, 40.0)
     assert lisa.used_seconds("cpu") == pytest.approx(46.0) and lisa.once_seconds("cpu") == 10.0
+
+
+def by_depth(made_up: MadeUp, seen: list[Job]) -> Callable[..., dict[str, Any]]:
+    """LoRA's step takes a second; full's nothing at first, .1 more each time; lisa's 2, and 1 from the fourth on."""
+    costs = {
+        "lora": lambda step: 1.0,
+        "full": lambda step: 0.1 * step,
+        "lisa": lambda step: 2.0 if step < 3 else 1.0,
+    }
+
+    def measure(self: Any, job: Job) -> dict[str, Any]:
+        seen.append(job)
+        each = [costs[job.row](step) for step in range(job.steps)]
+        phases = {"forward": sum(each) / len(each), "backward": 0.0, "optimizer": 0.0, "sampling": 0.0}
+        spent = {"cpu": phases, "wall": phases, "before_training": {"cpu": 0.0, "wall": 0.0}}
+        if job.stage == "whole":
+            spent |= {"each": {"cpu": each, "wall": each}}
+        return made_up(job, 1.0 + job.seed / 10, seconds=spent)
+
+    return measure
+
+
+def test_steps_that_cost_more_and_more_are_counted_one_by_one(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """BAdam goes from the cheapest layer to the dearest, so its first steps say nothing of the others."""
+    seen: list[Job] = []
+    monkeypatch.setattr(pool.Pool, "_measure", by_depth(made_up, seen))
+    asked = suite(search_steps=20, timing_steps=4)
+    run_suite(asked, tmp_path)
+    assert steps_of(seen, "whole") == {"full": {133}, "lisa": {11}, "lora": {20}}, "by four steps"
+    # 0 + .1 + … + 1.9 = 19 seconds; a step more, and it were 21. And 3 × 2 + 14 × 1; the mean of 11 steps would give 15.
+    assert steps_of(seen, "final")["full"] == {20} and steps_of(seen, "final")["lora"] == {20}
+    assert steps_of(seen, "final")["lisa"] == {11 + (20 - 14) * 11 // 14}, "beyond them by the mean"
+    wholes = [job.row for job in seen if job.stage == "whole"]
+    run_suite(asked, tmp_path)
+    assert [job.row for job in seen if job.stage == "whole"] == wholes, "once"
+    assert "Seconds are of a whole run a method" in page_of(tmp_path)
+
+
+def test_by_short_runs_alone_more_is_used_than_given_and_the_page_says_so(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Job] = []
+    monkeypatch.setattr(pool.Pool, "_measure", by_depth(made_up, seen))
+    run_suite(suite(timing_steps=4, timing_whole=False), tmp_path)
+    assert not steps_of(seen, "whole")
+    assert (
+        "Not at equal time by more than a tenth, in shares of lora's seconds in the same seeds: full (43."
+        in page_of(tmp_path)
+    )
+
+
+def page_of(folder: Path) -> str:
+    write_report(folder)
+    return (folder / "report.md").read_text()
 
 
 def test_times_of_two_machines_are_never_compared(

@@ -262,6 +262,16 @@ def test_a_basis_that_is_kept_is_told_apart_from_a_step(make_tiny: Callable[...,
     assert kept > 0 <= full
 
 
+def test_a_whole_run_has_the_seconds_of_each_step(make_tiny: Callable[..., Suite]) -> None:
+    suite = make_tiny(["lisa"], search_steps=5)
+    seconds, short = (run(suite, stage=stage)["seconds"] for stage in ("whole", "timing"))
+    for kind in ("cpu", "wall"):
+        each = seconds["each"][kind]
+        assert len(each) == 5 and min(each) > 0
+        assert sum(each) == pytest.approx(5 * sum(seconds[kind].values())), "the first one like the others"
+    assert "each" not in short
+
+
 def test_a_rate_is_searched_on_the_validation_split(make_tiny: Callable[..., Suite]) -> None:
     suite = make_tiny(["lisa"])
     search, final = run(suite, stage="search"), run(suite, rate=0.0)
