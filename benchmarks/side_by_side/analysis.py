@@ -125,9 +125,8 @@ class Row:
         """Seconds of a run's training: of what it does once, and of its steps, both as they were timed."""
         if not self.runs:
             return None
-        step, once = self.seconds(kind), self.once_seconds(kind)
-        assert step is not None and once is not None
-        return once + step * fmean(len(run["training_loss"]) for run in self.runs)
+        steps = len(self.runs[0]["training_loss"])
+        return fmean(run_seconds(run, kind, steps) for run in self._timed)
 
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that its final runs took, whatever was beside them; the mean over seeds."""
@@ -320,8 +319,6 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
             return line["seed"] in suite.seeds and line["learning_rate"] == rate
         if line["stage"] == "timing":
             return line["seed"] < suite.rounds and has_steps(line, suite.timing_steps)
-        if line["stage"] == "whole":
-            return suite.matches_time and suite.timing_whole
         return True
 
     return [line for line in own if counts(line)]

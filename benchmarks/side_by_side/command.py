@@ -20,7 +20,7 @@ from .entries import MethodEntry
 from .live import LiveBenchmark
 from .seeds import read_seeds
 from .suite import ALL, Suite, make_suite
-from .suite_files import builtin_suites, read_builtin, write_example
+from .suite_files import builtin_suites, read_builtin, read_stored_keys, write_example
 
 _FLAGS = {
     "methods",
@@ -238,7 +238,7 @@ def _sources(suite: str | None, output: Path) -> list[tuple[str, dict[str, Any]]
     if suite is None:
         stored = output / "suite.yaml"
         if stored.is_file():
-            return [(str(stored), read_yaml(stored))]
+            return [(str(stored), read_stored_keys(stored))]
         suite = "default"
     if suite in builtin_suites() or not Path(suite).suffix:
         return [(f"suite {suite}", read_builtin(suite))]

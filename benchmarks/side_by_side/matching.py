@@ -190,13 +190,13 @@ class Matching:
         suite = self._suite
         if not suite.matches_time or not suite.timing_whole:
             return []
-        stored = {line["method"] for line in self._results.all_lines() if line["stage"] == "whole"}
-        reference_row = [entry for entry in suite.entries if entry.name == suite.match_to]
         rows = {entry.name: entry for entry in self.undecided()}
-        if not rows or not (reference_row or suite.match_to in stored):
-            return []
+        if rows and suite.match_to not in self._timed_whole():
+            rows |= {entry.name: entry for entry in suite.entries if entry.name == suite.match_to}
+            if suite.match_to not in rows:  # there is nothing to compare with
+                return []
         jobs = []
-        for entry in (rows | {entry.name: entry for entry in reference_row}).values():
+        for entry in rows.values():
             memory = self._decided(entry.name, "memory")
             try:
                 reference, own = self._paces(entry.name, "timing")
@@ -217,8 +217,7 @@ class Matching:
     def _steps(self, entry: MethodEntry) -> Line:
         suite = self._suite
         try:
-            wholes = {line["method"] for line in self._results.all_lines() if line["stage"] == "whole"}
-            stage: Stage = "whole" if {suite.match_to, entry.name} <= wholes else "timing"
+            stage: Stage = "whole" if {suite.match_to, entry.name} <= self._timed_whole() else "timing"
             reference, own = self._paces(entry.name, stage)
         except ConfigError as error:
             return {"error": f"Not matched in time: {error}"}
@@ -236,11 +235,14 @@ class Matching:
         return {
             "steps": steps,
             "search_steps": search_steps,
-            "step_seconds": own.step,
+            "step_seconds": (own.seconds_of(steps) - own.once) / steps,
             "before_seconds": own.once,
             "budget_seconds": budgets[0],
             "clock": own.clock,
         }
+
+    def _timed_whole(self) -> set[str]:
+        return {line["method"] for line in self._results.all_lines() if line["stage"] == "whole"}
 
     def _paces(self, name: str, stage: Stage) -> tuple[Pace, Pace]:
         """Those of the reference and of a method."""

@@ -13,13 +13,13 @@ from filelock import FileLock, Timeout
 
 from layersample.errors import ConfigError
 from layersample.files import check_output, write_text
-from layersample.option_files import read_yaml
 
 from .entries import MethodEntry
 from .fingerprints import fingerprint
 from .jobs import Job
 from .stored_lines import Line, check_line, has_steps
 from .suite import Suite, make_suite
+from .suite_files import read_stored_keys
 
 SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
 _LOCK = ".lock"
@@ -273,10 +273,7 @@ def read_stored(path: Path) -> Suite:
     Raises:
         ConfigError: If the file is damaged.
     """
-    keys = read_yaml(path)
-    if not keys:
-        raise ConfigError(f"{path}: must be the suite of a benchmark, but it is empty.")
-    return make_suite((str(path), keys))
+    return make_suite((str(path), read_stored_keys(path)))
 
 
 def _in_order(suite: Suite, lines: Iterable[Line]) -> list[Line]:

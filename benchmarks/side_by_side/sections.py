@@ -66,14 +66,14 @@ def out_of_time(analysis: Analysis) -> list[str]:
     suite, reference = analysis.suite, _reference(analysis)
     if not suite.matches_time or reference is None:
         return []
-    used = {row.name: row.used_beside(reference, analysis.clock) for row in analysis.finished}
-    out = [
-        f"{name} ({share / suite.time_share:.2f})"
-        for name, share in used.items()
-        if share is not None
-        and name != suite.match_to
-        and abs(share / suite.time_share - 1) > _TIME_TOLERANCE
-    ]
+    out = []
+    for row in analysis.finished:
+        steps, used = len(row.runs[0]["training_loss"]), row.used_beside(reference, analysis.clock)
+        if used is None or row is reference:
+            continue
+        share = used / suite.time_share
+        if abs(share - 1) > max(_TIME_TOLERANCE, 1 / steps):  # what is left of a step isn't used
+            out.append(f"{row.name} ({share:.2f})")
     if not out:
         return []
     return [

@@ -192,9 +192,18 @@ def once_seconds(line: Line, clock: str) -> float:
     return float(seconds["before_training"][clock] + seconds.get("first_step", {}).get(clock, 0.0))
 
 
-def run_seconds(line: Line, clock: str) -> float:
-    """Seconds that a run's training took."""
-    return once_seconds(line, clock) + step_seconds(line, clock) * len(line["training_loss"])
+def run_seconds(line: Line, clock: str, steps: int | None = None) -> float:
+    """Seconds that a run's training took, or would take.
+
+    Args:
+        line: The run.
+        clock: ``"cpu"`` or ``"wall"``.
+        steps: How many steps, as many as it had by default. The first of a whole run are known one by one, and any
+            other takes the mean.
+    """
+    steps = len(line["training_loss"]) if steps is None else steps
+    each = line["seconds"].get("each", {}).get(clock, [])[:steps]
+    return float(once_seconds(line, clock) + sum(each) + step_seconds(line, clock) * (steps - len(each)))
 
 
 def _tuples(content: Line) -> Line:

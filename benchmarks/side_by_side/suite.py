@@ -206,6 +206,8 @@ class Suite(Options):
         left_out |= set() if self.lm_eval else _HARNESS
         if self.attention is None:  # runs may be stored from before it was a key
             left_out |= {"attention"}
+        if not (self.matches_time and self.timing_whole):  # here too
+            left_out |= {"timing_whole"}
         return self.model_dump(mode="json", exclude=left_out)
 
     def rates(self, entry: MethodEntry) -> list[float]:
@@ -345,7 +347,8 @@ class Suite(Options):
 
     def whole_job(self, entry: MethodEntry, steps: int, options: Mapping[str, Any]) -> Job:
         """The run that measures a method's steps from the first to the last: they needn't all cost the same."""
-        return replace(self._short_job(entry, "whole", self.seeds[0], {}), steps=steps, options=options)
+        # The lowest rate is the likeliest to end well, and takes as long as the others; a pace needs two steps.
+        return Job(entry.name, "whole", self.seeds[0], min(self.rates(entry)), max(2, steps), options)
 
     def peak_job(self, entry: MethodEntry) -> Job:
         """The run that measures a method's memory, where it can't be planned."""

@@ -1,4 +1,4 @@
-"""The suites that come with layersample."""
+"""Files of suites: those that come with layersample, the example, and that of a benchmark's folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import yaml
 
 from layersample.errors import ConfigError, unknown
 from layersample.files import write_text
+from layersample.option_files import read_yaml
 
 _SUITES = Path(__file__).parent / "suites"
 _EXAMPLE = Path(__file__).parent / "templates" / "suite.yaml"
@@ -53,3 +54,15 @@ def write_example(path: Path) -> None:
         write_text(path, read_example())
     except OSError as error:
         raise ConfigError(f"--write-suite must name a file that can be written, but: {error}.") from error
+
+
+def read_stored_keys(path: Path) -> dict[str, Any]:
+    """The keys of the suite of a benchmark's folder.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    keys = read_yaml(path)
+    if not keys:
+        raise ConfigError(f"{path}: must be the suite of a benchmark, but it is empty.")
+    return {"timing_whole": False, **keys}  # a folder of before it was a key had none

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layersample.optim.host_copies import to_host
+from layersample.unwrapping import is_fake
 
 # Keys in an optimizer's state of a parameter, whose other keys are the optimizer's: so none of them may be like these.
 MASTER = "layersample_master"
@@ -44,9 +45,10 @@ def split(master: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """
     difference = master.view(torch.int32) - _bits(weight)
     remainder = difference.to(torch.int16)  # wraps around where it doesn't fit
-    unfit = remainder.to(torch.int32) ^ difference  # anything but zero where it doesn't fit
-    if not (weight.is_cpu and _has_no_zero(weight)):
-        unfit = torch.where(weight == 0, difference, unfit)
+    if _is_on_cpu(weight) and _has_no_zero(weight):
+        unfit = remainder.to(torch.int32).bitwise_xor_(difference)
+    else:
+        unfit = (remainder != difference) | ((weight == 0) & (difference != 0))
     wrong = unfit.flatten().nonzero().flatten()
     exceptions: dict[str, Tensor] = {}
     if wrong.numel():
@@ -83,7 +85,9 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
     # one as well, and a tie rounds to the even neighbour alone.
     written = weight.detach()
     if not (
-        weight.is_cpu and _has_no_zero(written) and _same(_integers(exact.bfloat16()), _integers(written))
+        _is_on_cpu(weight)
+        and _has_no_zero(written)
+        and _same(_integers(exact.bfloat16()), _integers(written))
     ):
         torch.where(_agree(exact, written) & (written != 0), exact, written, out=exact)
     if EXCEPTIONS in state:
@@ -99,11 +103,11 @@ def combine(weight: Tensor, state: dict[str, Any]) -> Tensor:
 def add(weight: Tensor, state: dict[str, Any], change: Tensor, *, alpha: float) -> dict[str, Tensor]:
     """Add to the exact values of a frozen bf16 weight, and round it anew in place.
 
-    On a CPU it is done in pieces that stay in its cache, since it takes a dozen passes: that is faster, and takes next
-    to no memory.
+    On a CPU it is done in pieces that stay in its cache, since it takes a dozen passes: that is faster, and takes
+    little memory besides the result.
 
     Args:
-        weight: The weight, any shape.
+        weight: The weight, any shape; not a DTensor, whose pieces would be copies.
         state: What :func:`split` kept of it; may hold other keys, but no master.
         change: What is added, any floating-point type, the same shape.
         alpha: By what it is multiplied before.
@@ -111,29 +115,32 @@ def add(weight: Tensor, state: dict[str, Any], change: Tensor, *, alpha: float) 
     Returns:
         What :func:`split` keeps of the result.
     """
-    if not weight.is_cpu or not weight.is_contiguous() or weight.numel() <= _PIECE:
+    if not _is_on_cpu(weight) or not weight.is_contiguous() or weight.numel() <= _PIECE:
         exact = combine(weight, state)
         exact.add_(change.float(), alpha=alpha)
         weight.copy_(exact)
         return split(exact, weight)
     flat, changes = weight.view(-1), change.flatten()
-    found: dict[str, list[Tensor]] = {}
+    before = {key: value.flatten() for key, value in at_rest(state).items()}
+    remainder, exceptions = torch.empty_like(flat, dtype=torch.int16), []
     for begin in range(0, flat.numel(), _PIECE):
         end = begin + _PIECE
-        kept = add(flat[begin:end], _part(state, begin, end), changes[begin:end], alpha=alpha)
+        kept = add(flat[begin:end], _part(before, begin, end), changes[begin:end], alpha=alpha)
+        remainder[begin:end] = kept[REMAINDER]
         if EXCEPTIONS in kept:
-            kept[EXCEPTIONS] += begin
-        for key, value in kept.items():
-            found.setdefault(key, []).append(value)
-    joined = {key: torch.cat(values) for key, values in found.items()}
-    return {**joined, REMAINDER: joined[REMAINDER].view(weight.shape)}
+            exceptions.append((kept[EXCEPTIONS] + begin, kept[EXCEPTION_VALUES]))
+    after = {REMAINDER: remainder.view(weight.shape)}
+    if exceptions:
+        places, values = zip(*exceptions, strict=True)
+        after |= {EXCEPTIONS: torch.cat(places), EXCEPTION_VALUES: torch.cat(values)}
+    return after
 
 
-def _part(state: dict[str, Any], begin: int, end: int) -> dict[str, Tensor]:
-    """What :func:`split` would have kept of some elements of a flattened weight."""
+def _part(state: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+    """What :func:`split` would have kept of some elements, of what it kept of a flat weight."""
     part: dict[str, Tensor] = {}
     if REMAINDER in state:
-        part[REMAINDER] = state[REMAINDER].flatten()[begin:end]
+        part[REMAINDER] = state[REMAINDER][begin:end]
     if EXCEPTIONS in state:
         first, last = torch.searchsorted(
             state[EXCEPTIONS], torch.tensor([begin, end])
@@ -170,6 +177,11 @@ def _agree(exact: Tensor, weight: Tensor) -> Tensor:
 
 # Nearly always no weight is a special case. Integers find that in a fraction of the time of comparisons, which CPUs
 # don't vectorize. A GPU would wait for the answer.
+
+
+def _is_on_cpu(weight: Tensor) -> bool:
+    """Whether a weight's values are on a CPU; those of a plan are nowhere, and are planned for a GPU."""
+    return weight.is_cpu and not is_fake(weight)
 
 
 def _has_no_zero(weight: Tensor) -> bool:

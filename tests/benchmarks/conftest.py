@@ -50,7 +50,7 @@ def made_up() -> Callable[..., dict[str, Any]]:
     def make(job: Job, loss: float, **more: Any) -> dict[str, Any]:
         kinds = {"weights": 100, "gradients": 20, "optimizer_state": 40, "activations": 40}
         phases = {"forward": 1.0, "backward": 2.0, "optimizer": 0.5, "sampling": 0.01}
-        measured = {
+        measured: dict[str, Any] = {
             "loss": {"steps": [0, job.steps], "held_out": [loss + 1, loss]},
             "training_loss": [loss] * job.steps,
             "right": None,
@@ -76,7 +76,7 @@ def made_up() -> Callable[..., dict[str, Any]]:
                 "python": "3.11", "processor": "cpu", "threads": 1, "gpu": None, "versions": {"torch": "2"}, "git": "abc",
             },
         }  # fmt: skip
-        measured |= more
+        measured.update(more)
         if job.stage == "whole":  # each step takes as long
             spent = measured["seconds"]
             each = {kind: [sum(spent[kind].values())] * job.steps for kind in ("cpu", "wall")}

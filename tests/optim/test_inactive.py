@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layersample import ConfigError, LayerScheduler, StepInBackward, find_layers
 from layersample.choices import Granularity, Inactive, InactiveScope
 from layersample.layers.units import split_layers
+from layersample.optim import masters
 from layersample.optim.inactive import moving_units
 from layersample.sampling.sampler import LayerSampler, Measurement, SamplingContext
 from layersample.versions import checkpoint_activations
@@ -221,8 +222,12 @@ def test_with_every_layer_active_it_is_full_fine_tuning(rule: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_bf16_weights_move_exactly_on_what_they_hold_beyond_16_bits() -> None:
+@pytest.mark.parametrize("piece", [100, 2**18])
+def test_bf16_weights_move_exactly_on_what_they_hold_beyond_16_bits(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against fp32 copies of inactive weights, whose bf16 parts are what the model computes with."""
+    monkeypatch.setattr(masters, "_PIECE", piece)
     model = make_llama(4, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scheduler = LayerScheduler(

@@ -93,6 +93,10 @@ def test_adding_in_pieces_is_adding(zeros: bool, trained: bool, monkeypatch: pyt
     assert torch.equal(whole.view(torch.int16), in_pieces.view(torch.int16))
     assert kept.keys() == kept_in_pieces.keys()
     assert all(torch.equal(value, kept_in_pieces[key]) for key, value in kept.items())
+    rows = weight.t().clone().t()  # not contiguous
+    assert torch.equal(
+        combine(rows, add(rows, state, change, alpha=-1e-3)), combine(in_pieces, kept_in_pieces)
+    )
     if trained:
         assert EXCEPTIONS in kept
         expected = exact.add(change.float(), alpha=-1e-3)
@@ -106,6 +110,10 @@ def test_special_values_come_back() -> None:
 
 
 EVERY_WEIGHT = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def _never(*args: Any) -> Tensor:
+    raise AssertionError("compares values")
 
 
 def assert_weight_wins(weight: Tensor, exact: Tensor) -> None:
@@ -126,14 +134,21 @@ SOME_REMAINDERS = sorted({0, 1, -1, 2**15 - 1, -(2**15), -(2**15) + 1, *range(-(
         pytest.param(range(-(2**15), 2**15), id="all", marks=pytest.mark.slow),
     ],
 )
-def test_whatever_was_written_to_a_frozen_weight_wins(remainders: Any) -> None:
+def test_whatever_was_written_to_a_frozen_weight_wins(
+    remainders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every bit pattern of a weight against remainders of any other value that it had before."""
     for remainder in remainders:
         kept = {REMAINDER: torch.full(EVERY_WEIGHT.shape, remainder, dtype=torch.int16)}
         exact = combine(EVERY_WEIGHT, kept)
         assert_weight_wins(EVERY_WEIGHT, exact)
-        some = (EVERY_WEIGHT != 0) & (exact.bfloat16() == EVERY_WEIGHT) & (remainder > 0)
-        of_some = combine(EVERY_WEIGHT[some], {REMAINDER: kept[REMAINDER][some]})
+        # Those that it could be of, without zeros: on CPUs they are looked at in another, faster way.
+        theirs = exact.view(torch.int32) - masters._bits(EVERY_WEIGHT) == remainder
+        some = (EVERY_WEIGHT != 0) & theirs & ~EVERY_WEIGHT.isnan()
+        assert some.any()
+        with monkeypatch.context() as patch:
+            patch.setattr(masters, "_agree", _never)
+            of_some = combine(EVERY_WEIGHT[some], {REMAINDER: kept[REMAINDER][some]})
         assert torch.equal(of_some.view(torch.int32), exact[some].view(torch.int32))
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from layersample import ChunkedLoss, ConfigError, LayerSampler, LayerScheduler, SelectiveRecompute
 from layersample.cli import app as cli
 from layersample.config import TrainConfig
+from layersample.optim import masters
 from layersample.optim.memory_use import measure_memory
 from layersample.planning.active_sets import find_active_sets
 from layersample.planning.budget import choose_num_active, parse_budget
@@ -127,6 +128,14 @@ def test_layers_that_move_without_state_add_one_parameter_s_gradient() -> None:
     assert moving.moments["backward"]["gradients"] <= frozen.moments["backward"]["gradients"] + most
     # A weight that moves needs its input; what is kept for that is planned as well.
     assert moving.peak_bytes > frozen.peak_bytes
+
+
+def test_exact_weights_that_move_are_planned_as_a_gpu_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a CPU does it in pieces, which take less memory, and whose simulation would take minutes."""
+    options = config(inactive="sgd", step_in_backward=True, clip_by="running", precision="bf16")
+    whole = simulate_step(TINY, options, (0,))
+    monkeypatch.setattr(masters, "_PIECE", 10)
+    assert simulate_step(TINY, options, (0,)).peak_bytes == whole.peak_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])

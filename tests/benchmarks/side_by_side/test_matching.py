@@ -170,7 +170,7 @@ def test_what_is_done_once_counts_but_is_no_part_of_a_step(
 
 def by_depth(made_up: MadeUp, seen: list[Job]) -> Callable[..., dict[str, Any]]:
     """LoRA's step takes a second; full's nothing at first, .1 more each time; lisa's 2, and 1 from the fourth on."""
-    costs = {
+    costs: dict[str, Callable[[int], float]] = {
         "lora": lambda step: 1.0,
         "full": lambda step: 0.1 * step,
         "lisa": lambda step: 2.0 if step < 3 else 1.0,
@@ -180,7 +180,7 @@ def by_depth(made_up: MadeUp, seen: list[Job]) -> Callable[..., dict[str, Any]]:
         seen.append(job)
         each = [costs[job.row](step) for step in range(job.steps)]
         phases = {"forward": sum(each) / len(each), "backward": 0.0, "optimizer": 0.0, "sampling": 0.0}
-        spent = {"cpu": phases, "wall": phases, "before_training": {"cpu": 0.0, "wall": 0.0}}
+        spent: dict[str, Any] = {"cpu": phases, "wall": phases, "before_training": {"cpu": 0.0, "wall": 0.0}}
         if job.stage == "whole":
             spent |= {"each": {"cpu": each, "wall": each}}
         return made_up(job, 1.0 + job.seed / 10, seconds=spent)
@@ -204,6 +204,48 @@ def test_steps_that_cost_more_and_more_are_counted_one_by_one(
     run_suite(asked, tmp_path)
     assert [job.row for job in seen if job.stage == "whole"] == wholes, "once"
     assert "Seconds are of a whole run a method" in page_of(tmp_path)
+    assert analyze(*read_results(tmp_path)).row("full").training_seconds("cpu") == pytest.approx(19.0)
+    given = {line["key"]: line for line in read_results(tmp_path)[1]}["match/full/time"]
+    assert given["step_seconds"] == pytest.approx(19 / 20)
+    # Stopped in the middle of them, it decides the same.
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{x}\n" for x in lines if '"timing/' in x or '"whole/lisa' in x))
+    run_suite(asked, tmp_path)
+    assert {line["key"]: line for line in read_results(tmp_path)[1]}["match/full/time"] == given
+    assert [job.row for job in seen if job.stage == "whole"] == [*wholes, "full", "lora"]
+
+
+def test_a_whole_run_has_the_lowest_rate_and_one_that_fails_says_so(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Job] = []
+    measure = by_depth(made_up, seen)
+
+    def fail(self: Any, job: Job) -> dict[str, Any]:
+        if job.stage == "whole" and job.row == "lisa":
+            seen.append(job)
+            return {"error": "no more"}
+        return measure(self, job)
+
+    monkeypatch.setattr(pool.Pool, "_measure", fail)
+    run_suite(suite(timing_steps=4), tmp_path)
+    assert {job.learning_rate for job in seen if job.stage == "whole"} == {1e-3}
+    assert steps_of(seen, "final").keys() == {"full", "lora"}
+    assert "Not matched in time: timing lisa failed: no more" in page_of(tmp_path)
+
+
+def test_folders_of_before_whole_runs_go_on_without_them(started: list[Job], tmp_path: Path) -> None:
+    run_suite(suite(timing_whole=False), tmp_path)
+    stored = tmp_path / "suite.yaml"
+    stored.write_text(stored.read_text().replace("timing_whole: false\n", ""))
+    before = len(started)
+    run_suite(suite(timing_whole=False, seeds=[0, 1, 2]), tmp_path)
+    assert {job.key for job in started[before:]} == {
+        f"final/{row}/seed-2" for row in ("full", "lisa", "lora")
+    }
+    with pytest.raises(ConfigError, match="its timing_whole is False, but True is asked for now"):
+        run_suite(suite(), tmp_path)
 
 
 def test_by_short_runs_alone_more_is_used_than_given_and_the_page_says_so(
