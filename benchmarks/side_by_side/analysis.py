@@ -10,17 +10,18 @@ from layersample.errors import ConfigError
 
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
-from .rates import choose_rate, read_losses
+from .rates import choose_rate, mean_losses, read_losses, read_runoffs
 from .stored_lines import Line, clock_of, has_steps, last_loss, once_seconds, run_seconds, step_seconds
 from .suite import Suite
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate that was tried: its loss on the validation split, ``None`` where the run failed."""
+    """A learning rate that was tried: its mean loss on the validation split, ``None`` where a run failed."""
 
     rate: float
     loss: float | None
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,9 @@ def _row(
     margin: Margin | None,
 ) -> Row:
     level = suite.confidence
-    trials = [Trial(rate, loss) for rate, loss in sorted(read_losses(lines, entry.name).items())]
+    runoffs = read_runoffs(lines, entry.name)
+    losses = mean_losses(read_losses(lines, entry.name), runoffs)
+    trials = [Trial(rate, loss, 1 + len(runoffs.get(rate, ()))) for rate, loss in sorted(losses.items())]
     answers = [run["right"] for run in runs]
     as_trained = [run["loss"].get("as_trained") for run in runs]
     return Row(
@@ -312,7 +315,8 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
     and its rate.
     """
     own = [line for line in lines if line["method"] == entry.name]
-    rate = choose_rate(entry.learning_rates or suite.learning_rates, read_losses(own, entry.name))
+    given = entry.learning_rates or suite.learning_rates
+    rate = choose_rate(given, read_losses(own, entry.name), read_runoffs(own, entry.name))
 
     def counts(line: Line) -> bool:
         if line["stage"] == "final":

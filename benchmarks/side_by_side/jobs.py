@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["peak", "timing", "whole", "search", "rung", "final"]
+Stage = Literal["peak", "timing", "whole", "search", "runoff", "rung", "final"]
 _PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "whole": "seed", "final": "seed"}
 
 
@@ -32,8 +32,8 @@ class Job:
     Args:
         row: Name of the method's row.
         stage: ``"peak"``, ``"timing"`` and ``"whole"`` measure what a method takes, the last one with as many steps as
-            are thought to fit; ``"search"`` tries a learning rate, measured on the validation split, and ``"rung"`` a
-            recipe; ``"final"`` is measured on the test split.
+            are thought to fit; ``"search"`` tries a learning rate, measured on the validation split, ``"runoff"`` one
+            of the best two with another seed, and ``"rung"`` a recipe; ``"final"`` is measured on the test split.
         seed: Seed of data order, dropout and draws; of a timing, its round.
         learning_rate: The peak.
         steps: Optimizer steps.
@@ -52,6 +52,8 @@ class Job:
         """Its name among all runs of a benchmark."""
         if self.stage == "search":
             return f"search/{self.row}/rate-{self.learning_rate:g}"
+        if self.stage == "runoff":
+            return f"runoff/{self.row}/rate-{self.learning_rate:g}/seed-{self.seed}"
         if self.stage == "rung":
             return f"rung/{self.row}/steps-{self.steps}/seed-{self.seed}"
         return f"{self.stage}/{self.row}/{_PARTS[self.stage]}-{self.seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from .stored_lines import last_loss
@@ -46,14 +47,36 @@ def best_rate(losses: Losses) -> float | None:
     return min(known, key=known.__getitem__) if known else None
 
 
-def choose_rate(given: Sequence[float] | None, losses: Losses) -> float | None:
+def find_finalists(losses: Losses) -> list[float]:
+    """The two rates with the lowest losses, which are tried with more seeds: on one, luck may decide between them."""
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return sorted(known, key=known.__getitem__)[:2]
+
+
+def choose_rate(
+    given: Sequence[float] | None, losses: Losses, runoffs: Mapping[float, Sequence[float | None]]
+) -> float | None:
     """The rate that a method is measured with: the only one that was given, or the best of those tried.
 
     Args:
         given: The grid that was asked for; ``None`` where none was.
-        losses: Those that were tried, as in :func:`find_rates`.
+        losses: Those that were tried with the first seed, as in :func:`find_rates`.
+        runoffs: Losses of some with more seeds: these rates go before the others, and the mean counts.
     """
-    return given[0] if given is not None and len(given) == 1 else best_rate(losses)
+    if given is not None and len(given) == 1:
+        return given[0]
+    means = mean_losses(losses, runoffs)
+    best = best_rate({rate: means[rate] for rate in runoffs if rate in means})
+    return best_rate(means) if best is None else best
+
+
+def mean_losses(losses: Losses, runoffs: Mapping[float, Sequence[float | None]]) -> dict[float, float | None]:
+    """The mean loss of each rate over the seeds that it was tried with; ``None`` where a run failed."""
+    means: dict[float, float | None] = {}
+    for rate, first in losses.items():
+        known = [loss for loss in (first, *runoffs.get(rate, ())) if loss is not None]
+        means[rate] = fmean(known) if len(known) == 1 + len(runoffs.get(rate, ())) else None
+    return means
 
 
 def read_losses(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, float | None]:
@@ -63,6 +86,15 @@ def read_losses(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, 
         for line in lines
         if line["method"] == method and line["stage"] == "search"
     }
+
+
+def read_runoffs(lines: Iterable[Mapping[str, Any]], method: str) -> dict[float, list[float | None]]:
+    """What the runs with more seeds have measured on the validation split, by rate."""
+    found: dict[float, list[float | None]] = {}
+    for line in lines:
+        if line["method"] == method and line["stage"] == "runoff":
+            found.setdefault(line["learning_rate"], []).append(None if "error" in line else last_loss(line))
+    return found
 
 
 def _round(rate: float) -> float:

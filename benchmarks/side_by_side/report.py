@@ -261,7 +261,9 @@ def _trainable(row: Row) -> str:
 
 def _rates(row: Row) -> dict[str, Any]:
     tried = [
-        f"{trial.rate:g}: {'failed' if trial.loss is None else f'{trial.loss:.3f}'}" for trial in row.trials
+        f"{trial.rate:g}: {'failed' if trial.loss is None else f'{trial.loss:.3f}'}"
+        f"{f' ({trial.seeds} seeds)' if trial.seeds > 1 else ''}"
+        for trial in row.trials
     ]
     return {"name": row.name, "tried": tried, "chosen": "none" if row.rate is None else f"{row.rate:g}"}
 

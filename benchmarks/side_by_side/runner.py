@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from layersample.errors import ConfigError
 
 from .analysis import analyze
-from .jobs import Job
+from .entries import MethodEntry
+from .jobs import Given, Job
 from .matching import Matching
 from .pool import BenchmarkProgress, Pool
 from .power_words import power_beforehand
-from .rates import choose_rate, find_rates, read_losses
+from .rates import choose_rate, find_finalists, find_rates, read_losses, read_runoffs
 from .results import Results
 from .suite import Suite
 
@@ -74,7 +75,7 @@ class _Run:
         timings, searches = self._matching.timing_jobs(), self._searches(planned=True)
         runs = len(timings) + len(searches) + len(self._suite.entries) * len(self._suite.seeds)
         if self._progress is not None:
-            tried = sum(line["stage"] == "search" for line in self._results.lines())
+            tried = sum(line["stage"] in ("search", "runoff") for line in self._results.lines())
             finals = [job for seed in self._finals() for job in seed]
             done = sum(self._results.get(job) is not None for job in [*timings, *finals])
             stored = self._results.lines()
@@ -115,14 +116,28 @@ class _Run:
             rates = find_rates(self._suite.rates(entry), losses, self._suite.search_extensions)
             if len(rates) > 1:
                 jobs += [self._suite.search_job(entry, rate, given) for rate in rates if rate not in losses]
+            if len(rates) > 1 and losses.keys() >= set(rates):
+                jobs += self._runoffs(entry, losses, given)
         return jobs
+
+    def _runoffs(
+        self, entry: MethodEntry, losses: Mapping[float, float | None], given: Given | None
+    ) -> list[Job]:
+        """The runs that try the best two rates of a method with more seeds, of those that haven't been run yet."""
+        rates = find_finalists(losses)
+        if len(rates) < 2:
+            return []
+        jobs = [job for rate in rates for job in self._suite.runoff_jobs(entry, rate, given)]
+        stored = {line["key"] for line in self._results.lines()}
+        return [job for job in jobs if job.key not in stored]
 
     def _finals(self) -> Iterable[tuple[Job, ...]]:
         """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""
         chosen, lines = [], self._results.lines()
         for entry in self._suite.entries:
             given = self._matching.given(entry)
-            rate = choose_rate(self._suite.rates(entry), read_losses(lines, entry.name))
+            losses, runoffs = read_losses(lines, entry.name), read_runoffs(lines, entry.name)
+            rate = choose_rate(self._suite.rates(entry), losses, runoffs)
             if rate is not None and given is not None:
                 chosen.append(self._suite.final_jobs(entry, rate, given))
         return zip(*chosen, strict=True)

@@ -21,7 +21,7 @@ class _Part(BaseModel):
 class _Run(_Part):
     key: str
     method: str
-    stage: Literal["peak", "timing", "whole", "memory", "time", "search", "rung", "final"]
+    stage: Literal["peak", "timing", "whole", "memory", "time", "search", "runoff", "rung", "final"]
     seed: int = Field(ge=0, lt=2**32)
     learning_rate: FiniteFloat = Field(ge=0)
     fingerprint: str
@@ -120,7 +120,7 @@ class _Measured(_Run):
             raise ValueError("is a final run without other_loss")
         if self.stage == "whole" and any(not self.seconds.each.get(kind) for kind in ("cpu", "wall")):
             raise ValueError("is a whole run without the seconds of each step")
-        if self.stage in ("search", "rung", "final") and self.loss is None:
+        if self.stage in ("search", "runoff", "rung", "final") and self.loss is None:
             raise ValueError(f"is a {self.stage} run without a loss")
         indices = [index for _, _, active in self.active for index in active]
         if any(not 0 <= index < len(self.layers) for index in indices):

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "seeds",
     "learning_rates",
     "search_extensions",
+    "search_seeds",
     "baseline",
     "confidence",
     "equivalence",
@@ -134,6 +135,12 @@ class Suite(Options):
         ge=0,
         le=10**9,
         description="Rates to try beyond those, at most, where the best is the lowest or highest.",
+    )
+    search_seeds: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Seeds of the search: the first for all rates, the others for the best two, whose means decide.",
     )
     search_steps: int = Field(
         30, ge=1, le=10**9, description="Optimizer steps of a run that tries a learning rate."
@@ -365,6 +372,13 @@ class Suite(Options):
         """The run that tries a learning rate of a method, with the first seed."""
         given = given or Given(self.steps, self.search_steps)
         return Job(entry.name, "search", self.seeds[0], learning_rate, given.search_steps, given.options)
+
+    def runoff_jobs(self, entry: MethodEntry, learning_rate: float, given: Given | None) -> list[Job]:
+        """The runs that try a learning rate of a method with more seeds."""
+        first = self.search_job(entry, learning_rate, given)
+        return [
+            replace(first, stage="runoff", seed=first.seed + more) for more in range(1, self.search_seeds)
+        ]
 
     def final_jobs(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> list[Job]:
         """The runs of a method with its chosen learning rate, one a seed."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from layersample_benchmarks.side_by_side.rates import best_rate, find_rates
+from layersample_benchmarks.side_by_side.rates import best_rate, choose_rate, find_finalists, find_rates
 
 GRID = (1e-4, 3e-4, 1e-3)
 
@@ -35,3 +35,15 @@ def test_a_single_rate_stays_alone() -> None:
 def test_the_best_rate() -> None:
     assert best_rate({1e-3: 2.0, 1e-2: 1.0, 1e-1: None}) == 1e-2
     assert best_rate({1e-3: None}) is None and best_rate({}) is None
+
+
+def test_more_seeds_decide_between_the_best_two() -> None:
+    losses = {1e-4: 3.0, 3e-4: 2.0, 1e-3: 1.0, 3e-3: None}
+    assert find_finalists(losses) == [1e-3, 3e-4] and find_finalists({1e-3: None}) == []
+    assert choose_rate(None, losses, {}) == 1e-3
+    assert choose_rate(None, losses, {1e-3: [4.0, 4.0], 3e-4: [2.0, 2.0]}) == 3e-4
+    # The mean of more seeds goes before the luck of one, and a rate that failed with one of them is out.
+    assert choose_rate(None, losses, {1e-3: [9.0], 3e-4: [9.0]}) == 1e-3
+    assert choose_rate(None, losses, {1e-3: [0.0, None], 3e-4: [9.0, 9.0]}) == 3e-4
+    assert choose_rate(None, losses, {1e-3: [None], 3e-4: [None]}) == 1e-4
+    assert choose_rate([5e-4], losses, {}) == 5e-4

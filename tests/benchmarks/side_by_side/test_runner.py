@@ -20,6 +20,7 @@ from layersample import ConfigError
 from layersample_benchmarks.side_by_side import pool
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.report import write_report
 from layersample_benchmarks.side_by_side.results import read_results
 from layersample_benchmarks.side_by_side.runner import run_suite
 from layersample_benchmarks.side_by_side.suite import Suite
@@ -343,6 +344,33 @@ def test_a_best_rate_at_the_edge_is_searched_beyond(
     assert finals == best
     again = in_place(lambda job: made_up(job, 1.0))
     run_suite(suite(search_extensions=2), tmp_path)
+    assert again == []
+
+
+def test_the_best_two_rates_are_tried_with_more_seeds(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The first seed is lucky with the highest rate, which the others are not."""
+    losses = {1e-4: 3.0, 1e-3: 2.0, 1e-2: 2.8}
+
+    def measure(job: Job) -> dict[str, Any]:
+        lucky = job.stage == "search" and job.learning_rate == 1e-2
+        return made_up(job, 1.0 if lucky else losses[job.learning_rate])
+
+    asked = suite(methods=["lisa"], learning_rates=[*losses], seeds=[5, 6], search_seeds=3)
+    started = in_place(measure)
+    results = run_suite(asked, tmp_path)
+    assert started[3:7] == [
+        *("runoff/lisa/rate-0.01/seed-6", "runoff/lisa/rate-0.01/seed-7"),
+        *("runoff/lisa/rate-0.001/seed-6", "runoff/lisa/rate-0.001/seed-7"),
+    ]
+    finals = [line for line in results.lines() if line["stage"] == "final"]
+    assert [line["learning_rate"] for line in finals] == [1e-3, 1e-3]
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "0.001: 2.000 (3 seeds); 0.01: 2.200 (3 seeds)" in page and "with 2 more seeds each" in page
+    again = in_place(measure)
+    run_suite(asked, tmp_path)
     assert again == []
 
 
