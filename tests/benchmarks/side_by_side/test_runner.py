@@ -355,7 +355,8 @@ def test_the_best_two_rates_are_tried_with_more_seeds(
 
     def measure(job: Job) -> dict[str, Any]:
         lucky = job.stage == "search" and job.learning_rate == 1e-2
-        return made_up(job, 1.0 if lucky else losses[job.learning_rate])
+        measured: dict[str, Any] = made_up(job, 1.0 if lucky else losses[job.learning_rate])
+        return measured
 
     asked = suite(methods=["lisa"], learning_rates=[*losses], seeds=[5, 6], search_seeds=3)
     started = in_place(measure)
