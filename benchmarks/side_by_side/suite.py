@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Field
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
 from layersample.option_files import Options, make_options
-from layersample.options import Role, names_with
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.training.data import load_data
 
@@ -21,56 +20,13 @@ from .entries import MethodEntry, named_entry
 from .jobs import Given, Job, Stage
 from .recipe_space import RecipeSpace
 from .seeds import as_seeds
+from .suite_keys import HARNESS, MATCHING, MAY_CHANGE, SET_HERE, TRAINER_SET_HERE
 from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
 _USUAL_BASELINE = "full"
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Match = Literal["steps", "time", "memory", "both"]
-
-# What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
-MAY_CHANGE = {
-    "methods",
-    "seeds",
-    "learning_rates",
-    "search_extensions",
-    "search_seeds",
-    "baseline",
-    "confidence",
-    "equivalence",
-    "plugin",
-    "recipes",
-}
-
-# What decides how much a method is given; of no meaning where all have the same steps.
-_MATCHING = {
-    "match",
-    "match_to",
-    "time_share",
-    "memory_share",
-    "timing_rounds",
-    "timing_steps",
-    "timing_whole",
-}
-
-# What of the Trainer's own arguments the suite sets, or what is measured needs.
-_TRAINER_SET_HERE = {
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "learning_rate",
-    "max_length",
-    "seed",
-    "data_seed",
-    "logging_steps",
-    "logging_strategy",
-    "logging_first_step",
-}
-
-# What the benchmark sets itself, so that every method has the same.
-_SET_HERE = names_with(TrainConfig, Role.SUITE)
-
-_HARNESS = {"lm_eval", "lm_eval_tasks", "lm_eval_limit"}  # and here where no such task is
 
 
 class Suite(Options):
@@ -209,8 +165,8 @@ class Suite(Options):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of all methods."""
-        left_out = MAY_CHANGE | (_MATCHING if self.match == "steps" else set())
-        left_out |= set() if self.lm_eval else _HARNESS
+        left_out = MAY_CHANGE | (MATCHING if self.match == "steps" else set())
+        left_out |= set() if self.lm_eval else HARNESS
         if self.attention is None:  # runs may be stored from before it was a key
             left_out |= {"attention"}
         if not (self.matches_time and self.timing_whole):  # here too
@@ -275,9 +231,9 @@ class Suite(Options):
         for entry in self.entries:
             entry.definition.check_installed()
             for options in (self.options, entry.options):
-                taken = _SET_HERE & options.keys()
+                taken = SET_HERE & options.keys()
                 if isinstance(trainer := options.get("trainer"), Mapping):
-                    taken |= _TRAINER_SET_HERE & trainer.keys()
+                    taken |= TRAINER_SET_HERE & trainer.keys()
                 if taken:
                     raise ConfigError(
                         f"options of {entry.name!r} must leave out {', '.join(sorted(taken))}, which the suite sets "
