@@ -41,7 +41,7 @@ class Row:
         right: Share of right answers, from 0 to 1.
         right_difference: Difference of the right answers to the baseline's.
         margin: Whether its loss is as good as the baseline's, but for the suite's ``equivalence``.
-        timings: Its runs that measured a step, alone and in turns with the others'.
+        timings: Its runs that measured steps alone: the whole one where there is, or else the short ones.
         given: What a match gave it: its lines of the stages ``memory`` and ``time``, by stage.
         forgotten: Loss on other text after training minus before, in nats a token.
         curve: Held-out loss along the run: pairs of a step and an estimate.

@@ -14,7 +14,7 @@ from .jobs import Given, Job, Stage
 from .memory_match import DoesNotFitError, MemoryPlanner
 from .pool import Pool
 from .results import Results
-from .stored_lines import Line, clock_of, once_seconds, step_seconds
+from .stored_lines import Line, clock_of, once_seconds, seconds_of, step_seconds
 from .suite import Suite
 from .wording import part_of
 
@@ -50,7 +50,7 @@ class Pace:
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of so many steps and of what is done once."""
-        return self.once + sum(self.each[:steps]) + max(0, steps - len(self.each)) * self.step
+        return seconds_of(steps, self.once, self.step, self.each)
 
 
 class Matching:

@@ -128,8 +128,7 @@ class _Run:
         if len(rates) < 2:
             return []
         jobs = [job for rate in rates for job in self._suite.runoff_jobs(entry, rate, given)]
-        stored = {line["key"] for line in self._results.lines()}
-        return [job for job in jobs if job.key not in stored]
+        return [job for job in jobs if self._results.get(job) is None]
 
     def _finals(self) -> Iterable[tuple[Job, ...]]:
         """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""

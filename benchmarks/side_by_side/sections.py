@@ -117,9 +117,8 @@ def match_words(suite: Suite) -> str:
 def timing_words(rows: Sequence[Row]) -> str:
     """How the seconds of all methods were measured, in a sentence."""
     alone = {row.timed_alone for row in rows}
-    if whole := [row.name for row in rows if any(run["stage"] == "whole" for run in row.timings)]:
-        those = "a method" if len(whole) == len(rows) else f"each of {', '.join(whole)}"
-        return f"Seconds are of a whole run {those}, with nothing of the benchmark beside it."
+    if any(run["stage"] == "whole" for row in rows for run in row.timings):
+        return "Seconds are of a whole run a method, with nothing of the benchmark beside it."
     if rounds := max((len(row.timings) for row in rows), default=0):
         with_nothing = ", with nothing of the benchmark beside them," if alone == {True} else ""
         runs = "a run" if rounds == 1 else f"{rounds} runs"

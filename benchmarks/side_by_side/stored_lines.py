@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -202,8 +202,14 @@ def run_seconds(line: Line, clock: str, steps: int | None = None) -> float:
             other takes the mean.
     """
     steps = len(line["training_loss"]) if steps is None else steps
-    each = line["seconds"].get("each", {}).get(clock, [])[:steps]
-    return float(once_seconds(line, clock) + sum(each) + step_seconds(line, clock) * (steps - len(each)))
+    each = line["seconds"].get("each", {}).get(clock, [])
+    return seconds_of(steps, once_seconds(line, clock), step_seconds(line, clock), each)
+
+
+def seconds_of(steps: int, once: float, step: float, each: Sequence[float]) -> float:
+    """Seconds of so many steps and of what is done once: of each step as far as it is known, then of the mean one."""
+    known = each[:steps]
+    return once + sum(known) + step * (steps - len(known))
 
 
 def _tuples(content: Line) -> Line:

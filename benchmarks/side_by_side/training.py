@@ -312,7 +312,7 @@ def _times(recorder: Recorder, *, each: bool) -> dict[str, Any]:
 
 
 def _each(recorder: Recorder, means: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
-    quiet = [step["step"] for step in recorder.quiet]
+    quiet = {step["step"] for step in recorder.quiet}
     return {
         kind: [
             sum(spent[kind] for spent in step["seconds"].values())

@@ -132,12 +132,23 @@ def test_a_token_isn_t_shown() -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_the_loss_of_a_run_is_that_of_the_best_model_which_it_saves(short_run: dict[str, Any]) -> None:
+def test_the_loss_of_a_run_is_that_of_the_best_model_which_it_saves(
+    short_run: dict[str, Any], tmp_path: Path
+) -> None:
+    # A model that learns digits gets worse at letters with every step, on any machine: the first one is the best.
+    letters = tmp_path / "letters.jsonl"
+    letters.write_text(json.dumps({"prompt": "=", "completion": "abcdefghijk"}) + "\n", encoding="utf-8")
     trainer = {**BEST, "eval_steps": 2}
-    options = {**short_run, "learning_rate": 3.0, "save_steps": 2, "steps": 6, "trainer": trainer}
+    options = {
+        **short_run,
+        "learning_rate": 0.1,
+        "eval_data": str(letters),
+        "save_steps": 2,
+        "trainer": trainer,
+    }
     summary = finetune(make_config(("test", options)))
     lines = (Path(short_run["output"]) / "metrics.jsonl").read_text().splitlines()
     held_out = [line["held_out_loss"] for line in map(json.loads, lines) if "held_out_loss" in line]
     evaluated = held_out[1:4]
-    assert min(evaluated) < evaluated[-1], "the last model isn't the best"
-    assert summary["held_out_loss"]["after"] == held_out[-1] == pytest.approx(min(evaluated), rel=1e-6)
+    assert evaluated[0] < evaluated[1] < evaluated[2], "the model gets better at letters"
+    assert summary["held_out_loss"]["after"] == held_out[-1] == pytest.approx(evaluated[0], rel=1e-6)

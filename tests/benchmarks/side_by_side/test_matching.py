@@ -63,6 +63,11 @@ def suite(**more: Any) -> Suite:
     return Suite(**{**keys, **more})
 
 
+def page_of(folder: Path) -> str:
+    write_report(folder)
+    return (folder / "report.md").read_text()
+
+
 def steps_of(jobs: list[Job], stage: str) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for job in jobs:
@@ -82,8 +87,7 @@ def test_each_method_has_the_steps_that_fit_the_reference_s_seconds(
     assert steps_of(started, "search") == {"full": {4}, "lisa": {13}, "lora": {10}}
     shown = {row["name"]: row for row in matched(analyze(*read_results(tmp_path)))}
     assert (shown["lisa"]["given_seconds"], shown["lisa"]["used_seconds"]) == ("40.0", "39.0")
-    write_report(tmp_path)
-    page = (tmp_path / "report.md").read_text()
+    page = page_of(tmp_path)
     assert "the time of lora at 20 steps" in page and "| lisa | 26 | – | 40.0 | 39.0 | 0.97 | 1.50 |" in page
     assert "Seconds are of a whole run a method, with nothing of the benchmark beside it" in page
 
@@ -112,8 +116,7 @@ def test_a_row_whose_step_takes_longer_than_all_says_so(started: list[Job], tmp_
     }
     assert {job.row for job in started if job.stage not in MEASURING} == {"lora"}
     assert said == ["slow: " + errors["match/slow/time"]]
-    write_report(tmp_path)
-    assert "match/slow/time" in (tmp_path / "report.md").read_text()
+    assert "match/slow/time" in page_of(tmp_path)
 
 
 def test_what_was_decided_stays_and_only_missing_runs_are_run(started: list[Job], tmp_path: Path) -> None:
@@ -261,11 +264,6 @@ def test_by_short_runs_alone_more_is_used_than_given_and_the_page_says_so(
     )
 
 
-def page_of(folder: Path) -> str:
-    write_report(folder)
-    return (folder / "report.md").read_text()
-
-
 def test_times_of_two_machines_are_never_compared(
     started: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,8 +373,7 @@ def test_what_held_more_than_the_reference_is_named(
     """Plans are for the longest examples, and real ones needn't be alike."""
     lisa = {"name": "lisa", "options": {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}}
     run_suite(make_tiny(["lora", lisa], match="memory", memory_share=0.59), tmp_path)
-    write_report(tmp_path)
-    page = (tmp_path / "report.md").read_text()
+    page = page_of(tmp_path)
     assert "0.59 of the planned memory of lora at 4 steps, which itself has all of it" in page
     assert "Held more MiB than 0.59 of lora's 100: lisa (60)." in page
 
