@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,21 @@ def qlora(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2305.14314.
     """
+    return _prepare(model, config)
+
+
+@register_baseline("qlora-4bit", rate_scale=5.0, extra=("bitsandbytes", "quantized"))
+def qlora_4bit(model: nn.Module, config: TrainConfig) -> Prepared:
+    """Train as ``qlora`` does, and keep the base in 4 bits: it is what the adapters are scored on, as in the paper.
+
+    References:
+        arXiv 2305.14314.
+    """
+    return dataclasses.replace(_prepare(model, config), as_saved=None)
+
+
+def _prepare(model: nn.Module, config: TrainConfig) -> Prepared:
+    """Adapters beside layers in 4 bits, whose exact weights can come back to be scored."""
     from peft import prepare_model_for_kbit_training
 
     exact = _quantize(model, config)
