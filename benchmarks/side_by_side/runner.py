@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
 from layersample.errors import ConfigError
 
 from .analysis import analyze
-from .entries import MethodEntry
-from .jobs import Given, Job
+from .jobs import Job
 from .matching import Matching
 from .pool import BenchmarkProgress, Pool
 from .power_words import power_beforehand
-from .rates import choose_rate, find_finalists, find_rates, read_losses, read_runoffs
+from .rates import choose_rate, plan_search, read_losses, read_runoffs
 from .results import Results
 from .suite import Suite
 
@@ -113,22 +112,23 @@ class _Run:
             if given is None and not planned:
                 continue
             losses = read_losses(lines, entry.name)
-            rates = find_rates(self._suite.rates(entry), losses, self._suite.search_extensions)
-            if len(rates) > 1:
-                jobs += [self._suite.search_job(entry, rate, given) for rate in rates if rate not in losses]
-            if len(rates) > 1 and losses.keys() >= set(rates):
-                jobs += self._runoffs(entry, losses, given)
+            search = plan_search(
+                self._suite.rates(entry),
+                losses,
+                read_runoffs(lines, entry.name),
+                extensions=self._suite.search_extensions,
+                seeds=self._suite.search_seeds,
+            )
+            if len(search.rates) == 1:
+                continue
+            untried = [rate for rate in search.rates if rate not in losses]
+            jobs += [self._suite.search_job(entry, rate, given) for rate in untried]
+            if not untried and len(search.finalists) > 1:
+                more = [
+                    job for rate in search.finalists for job in self._suite.runoff_jobs(entry, rate, given)
+                ]
+                jobs += [job for job in more if self._results.get(job) is None]
         return jobs
-
-    def _runoffs(
-        self, entry: MethodEntry, losses: Mapping[float, float | None], given: Given | None
-    ) -> list[Job]:
-        """The runs that try the best two rates of a method with more seeds, of those that haven't been run yet."""
-        rates = find_finalists(losses)
-        if len(rates) < 2:
-            return []
-        jobs = [job for rate in rates for job in self._suite.runoff_jobs(entry, rate, given)]
-        return [job for job in jobs if self._results.get(job) is None]
 
     def _finals(self) -> Iterable[tuple[Job, ...]]:
         """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""

@@ -375,6 +375,28 @@ def test_the_best_two_rates_are_tried_with_more_seeds(
     assert again == []
 
 
+def test_a_rate_at_the_edge_that_more_seeds_choose_is_searched_beyond(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    """On the first seed the best rate is in the middle; on the others it is one above the highest."""
+
+    def measure(job: Job) -> dict[str, Any]:
+        best = 2e-3 if job.seed == 5 else 0.1
+        return dict(made_up(job, abs(math.log(job.learning_rate / best))))
+
+    asked = suite(
+        methods=["lisa"], learning_rates=[1e-4, 1e-3, 1e-2], seeds=[5], search_seeds=3, search_extensions=2
+    )
+    started = in_place(measure)
+    run_suite(asked, tmp_path)
+    assert "search/lisa/rate-0.1" in started and "runoff/lisa/rate-0.1/seed-7" in started
+    shown = analyze(*read_results(tmp_path)).rows[0]
+    assert shown.rate == 0.1 and not shown.at_edge
+    again = in_place(measure)
+    run_suite(asked, tmp_path)
+    assert again == []
+
+
 def test_a_final_run_of_a_rate_that_is_no_longer_the_best_is_run_again(
     in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
 ) -> None:
