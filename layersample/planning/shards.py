@@ -95,7 +95,7 @@ def stream(memory: StepMemory, sets: ActiveSets, active: Sequence[int], config: 
             held["weights"] = held["temporary"] = 0
         moments[name] = held
     state = memory.moments["optimizer"]["optimizer_state"]
-    host_bytes = int(kept * (sets.parameters + sets.trainable(active))) + state
+    host_bytes = int(kept * (sets.parameters + sets.trainable(active))) + state + memory.host_state
     return replace(memory, moments=moments, host_bytes=host_bytes)
 
 

@@ -39,10 +39,12 @@ class StepMemory:
         host_bytes: Bytes in the host's memory, which is the same one where a CPU trains: exact values of frozen
             weights, what makes masters of bf16 weights exact while these are frozen, offloaded state; or what is
             streamed from there.
+        host_state: Of them, bytes of offloaded state.
     """
 
     moments: dict[str, dict[Kind, int]]
     host_bytes: int = 0
+    host_state: int = 0
 
     @property
     def peak_moment(self) -> str:
@@ -91,7 +93,7 @@ def simulate_step(
         live = LiveMemory(vocabulary=getattr(shape.get_text_config(), "vocab_size", None))
         live.label([*model.parameters(), *model.buffers()], "weights")
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
-        host_bytes = 0
+        host_bytes = host_state = 0
         if lora_rank is None:
             before: Sequence[int] | Literal["all"] = "all" if trained is None else sorted({*active, *trained})
             first = before if _leaves_something(config) else None
@@ -99,7 +101,9 @@ def simulate_step(
             with live:
                 _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
             scheduler.step()  # from the set that has left its state to the one that trains
-            host_bytes = _put_away(optimizer, live, offloads=config.state == "offload")
+            host_bytes = _put_away(optimizer)
+            if config.state == "offload":
+                host_state = _offload(optimizer, live)
             if scheduler.sampler.needs_projection:  # that state has begun anew
                 with live:
                     _fill_state(model, optimizer, live, without=scheduler.moving_parameters)
@@ -124,7 +128,8 @@ def simulate_step(
             if lora_rank is not None:
                 _fill_state(model, optimizer, live)
             _step(model, optimizer, config, kind.make_batch(shape, config), live)
-        return StepMemory({name: live.moments[name] for name in MOMENTS}, host_bytes)
+        moments = {name: live.moments[name] for name in MOMENTS}
+        return StepMemory(moments, host_bytes + host_state, host_state)
 
 
 def _leaves_something(config: TrainConfig) -> bool:
@@ -133,14 +138,17 @@ def _leaves_something(config: TrainConfig) -> bool:
     return masters or config.state != "drop"
 
 
-def _put_away(optimizer: torch.optim.Optimizer, live: LiveMemory, *, offloads: bool) -> int:
-    """Count the state of frozen parameters not at all, as far as it is in the host's memory; its bytes there."""
-    total = 0
-    for parameter, state in optimizer.state.items():
-        total += sum(state.pop(key).nbytes for key in AT_REST if key in state)
-        if offloads and not parameter.requires_grad:
-            total += live.leave_out(value for value in state.values() if isinstance(value, Tensor))
-    return total
+def _put_away(optimizer: torch.optim.Optimizer) -> int:
+    """Count not at all what makes masters of frozen parameters exact: it is in the host's memory; its bytes there."""
+    return sum(state.pop(key).nbytes for state in optimizer.state.values() for key in AT_REST if key in state)
+
+
+def _offload(optimizer: torch.optim.Optimizer, live: LiveMemory) -> int:
+    """Count the state of frozen parameters not at all, which is in the host's memory; its bytes there."""
+    frozen = [state for parameter, state in optimizer.state.items() if not parameter.requires_grad]
+    return sum(
+        live.leave_out(value for value in state.values() if isinstance(value, Tensor)) for state in frozen
+    )
 
 
 def _hold_frozen(model: nn.Module, live: LiveMemory, scheduler: LayerScheduler, *, masters: bool) -> int:

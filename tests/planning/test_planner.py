@@ -257,6 +257,10 @@ def test_offloaded_weights_are_on_the_host_but_for_what_is_gathered() -> None:
     assert held.moments["backward"]["gradients"] == pytest.approx(gradient, rel=0.01)
     state = whole.moments["optimizer"]["optimizer_state"]
     assert held.host_bytes == 4 * (sets.parameters + sets.trainable((0, 1))) + state
+    kept = config(precision="bf16", num_active=2, state="offload")
+    frozen = 2 * (2 * 4 * LAYER + 9 * 4)  # the moments of the other two layers
+    more = stream(simulate_step(TINY, kept, (0, 1)), sets, (0, 1), kept)
+    assert more.host_bytes == held.host_bytes + frozen and more.moments == held.moments
     lean = config(precision="bf16", num_active=2, master_weights=False)
     less = stream(simulate_step(TINY, lean, (0, 1)), sets, (0, 1), lean)
     assert less.host_bytes < held.host_bytes and less.peak_bytes <= held.peak_bytes
