@@ -20,9 +20,13 @@ def get_method(name: str) -> Method:
     """The method of a name: a baseline, a sampler, or SAMPLER+PROJECTION.
 
     Raises:
-        ConfigError: If there is none; it lists them all and the closest one.
+        ConfigError: If there is none; it lists them all and the closest one. If a baseline has a sampler's name.
     """
     baselines, samplers = list_baselines(), list_samplers()
+    if name in baselines and name in samplers:
+        raise ConfigError(
+            f"A baseline must have a name that no sampler has, but {name!r} is both: rename it."
+        )
     if name in baselines:
         return baselines[name]
     sampler, joint, projection = name.partition(_JOINT)

@@ -11,7 +11,16 @@ from layersample.errors import ConfigError
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, mean_losses, read_losses, read_runoffs
-from .stored_lines import Line, clock_of, has_steps, last_loss, once_seconds, run_seconds, step_seconds
+from .stored_lines import (
+    Line,
+    clock_of,
+    has_steps,
+    last_loss,
+    machine_of,
+    once_seconds,
+    run_seconds,
+    step_seconds,
+)
 from .suite import Suite
 
 
@@ -103,31 +112,32 @@ class Row:
 
     def seconds(self, kind: str, phase: str | None = None) -> float | None:
         """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part: of its timings, where there are."""
-        values = [step_seconds(run, kind, phase) for run in self._timed]
+        values = [step_seconds(run, kind, phase) for run in self.timed]
         return fmean(values) if values else None
 
     def once_seconds(self, kind: str) -> float | None:
         """Seconds of what a run does once: what its sampler measures first, and what its first step does besides."""
-        values = [once_seconds(run, kind) for run in self._timed]
+        values = [once_seconds(run, kind) for run in self.timed]
         return fmean(values) if values else None
 
     @property
-    def _timed(self) -> tuple[Line, ...]:
+    def timed(self) -> tuple[Line, ...]:
         """The runs that its seconds are of: its timings where there are, or else its final ones."""
         return self.timings or self.runs
 
     @property
     def timed_alone(self) -> bool | None:
         """Whether no other run of the benchmark was beside those that its seconds are of; ``None``: not noted."""
-        noted = [run.get("runs_at_once") for run in self._timed]
+        noted = [run.get("runs_at_once") for run in self.timed]
         return None if None in noted else all(count == 1 for count in noted)
 
     def training_seconds(self, kind: str) -> float | None:
         """Seconds of a run's training: of what it does once, and of its steps, both as they were timed."""
-        if not self.runs:
-            return None
-        steps = len(self.runs[0]["training_loss"])
-        return fmean(run_seconds(run, kind, steps) for run in self._timed)
+        return self.seconds_at(len(self.runs[0]["training_loss"]), kind) if self.runs else None
+
+    def seconds_at(self, step: int, kind: str) -> float:
+        """Seconds until the end of a step, with what a run does once, as they were timed."""
+        return fmean(run_seconds(run, kind, step) for run in self.timed)
 
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that its final runs took, whatever was beside them; the mean over seeds."""
@@ -170,6 +180,7 @@ class Analysis:
         rows: One a method, in the suite's order.
         front: Names of the methods that no other beats in both memory and loss, from the smallest memory.
         fast_front: The same of the seconds of training and loss, from the fewest seconds.
+        machines: Those that the seconds are of; of several, they say nothing of one another, and no front is drawn.
         clock: What seconds are: ``"cpu"``, or ``"wall"`` where a GPU worked.
         planned: Runs that the suite asks for at the end, not counting those that try learning rates.
     """
@@ -178,6 +189,7 @@ class Analysis:
     rows: tuple[Row, ...]
     front: tuple[str, ...]
     fast_front: tuple[str, ...]
+    machines: tuple[str, ...]
     clock: str
     planned: int
 
@@ -244,11 +256,15 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         for entry in suite.entries
     )
     clock = clock_of(run for row in rows for run in row.runs)
+    machines = tuple(sorted({machine_of(run) for row in rows if row.runs for run in row.timed}))
     return Analysis(
         suite,
         rows,
         front=_front({row.name: (row.memory_bytes, row.loss) for row in rows}),
-        fast_front=_front({row.name: (row.training_seconds(clock), row.loss) for row in rows}),
+        fast_front=_front({row.name: (row.training_seconds(clock), row.loss) for row in rows})
+        if len(machines) < 2
+        else (),
+        machines=machines,
         clock=clock,
         planned=len(suite.seeds) * len(rows),
     )

@@ -84,7 +84,7 @@ def differences(analysis: Analysis) -> str:
 def memory_and_loss(analysis: Analysis) -> str:
     """Peak memory against held-out loss, with the Pareto front."""
     points = {row.name: row.memory_bytes / 2**20 for row in analysis.finished if row.memory_bytes is not None}
-    return _against(analysis, points, analysis.front, "peak memory (MiB)", "Memory against loss")
+    return _against(analysis, points, analysis.front, "peak memory (MiB)", "MiB", "Memory against loss")
 
 
 def time_and_loss(analysis: Analysis) -> str:
@@ -95,11 +95,11 @@ def time_and_loss(analysis: Analysis) -> str:
         if (seconds := row.training_seconds(analysis.clock)) is not None
     }
     label = f"{'CPU' if analysis.clock == 'cpu' else 'wall'} seconds of training"
-    return _against(analysis, points, analysis.fast_front, label, "Time against loss")
+    return _against(analysis, points, analysis.fast_front, label, "s", "Time against loss")
 
 
 def _against(
-    analysis: Analysis, costs: dict[str, float], front: Sequence[str], label: str, title: str
+    analysis: Analysis, costs: dict[str, float], front: Sequence[str], label: str, unit: str, title: str
 ) -> str:
     rows = [row for row in analysis.finished if row.name in costs and row.loss is not None]
     points = {row.name: (costs[row.name], row.loss.mean) for row in rows if row.loss is not None}
@@ -111,7 +111,7 @@ def _against(
             mark = "D" if row.name == analysis.suite.reference else "o"
             size = 7 if row.name in front else 5
             (point,) = axes.plot(x, y, mark, color=color_of(row, analysis), markersize=size)
-            _name(point, row.name, f"{row.name}: {y:.3f} nats, {x:,.0f} {label.split()[-1].strip('()')}")
+            _name(point, row.name, f"{row.name}: {y:.3f} nats, {x:,.0f} {unit}")
         axes.set(xlabel=label, ylabel="held-out loss (nats a token)")
         axes.margins(0.14)
         axes.grid(linewidth=0.6)
@@ -149,9 +149,10 @@ def all_curves(analysis: Analysis) -> str:
 
     def draw(axes: Axes) -> None:
         for row in reversed(analysis.finished):
-            step = row.seconds(analysis.clock) if by_time else 1.0
             is_baseline = row.name == analysis.suite.reference
-            points = [(number * (step or 1.0), e.mean) for number, e in row.curve]
+            points = [
+                (row.seconds_at(step, analysis.clock) if by_time else step, e.mean) for step, e in row.curve
+            ]
             (line,) = axes.plot(
                 *_columns(points),
                 color=color_of(row, analysis),

@@ -134,7 +134,7 @@ def benchmark(
         **parse_pairs(set_key or [], "--set"),
     }
     if option:
-        given["options"] = {**sources[-1][1].get("options", {}), **parse_pairs(option, "--option")}
+        given["options"] = {**make_suite(*sources).options, **parse_pairs(option, "--option")}
     asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
     if lr_grid is not None:  # for every method, so those of rows don't win
         rows = [

@@ -23,8 +23,9 @@ _PART = 2**20  # bytes of each end of a large file; training changes all of its 
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
 
-    The content of files counts: of the data, of other text, of a model's folder, and of the plug-in that the method,
-    its sampler or its projection comes from. Of a file above 2 MiB its size and both ends count.
+    The content of files counts: of the data, of other text, of a model's folder, of tasks for the harness, and of the
+    plug-in that the method, its sampler or its projection comes from. Of a file above 2 MiB its size and both ends
+    count.
 
     Raises:
         ConfigError: If a file of data is missing.
@@ -37,6 +38,7 @@ def fingerprint(suite: Suite, entry: MethodEntry) -> str:
         *_data_files(suite.other_text),
         *_model_files(Path(suite.model)),
         *_plugins_of(definition, {**suite.options, **options}),
+        *_harness_files(suite),
     ]
     digests = [_digest(path, path.stat().st_mtime_ns) for path in files]
     text = json.dumps([suite.identity(), own, suite.seeds[0], *digests], sort_keys=True, default=str)
@@ -64,6 +66,12 @@ def _model_files(model: Path) -> list[Path]:
     if model.is_file():
         return [model]
     return sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+
+
+def _harness_files(suite: Suite) -> list[Path]:
+    """The files of the user's tasks, where the harness scores any."""
+    folder = suite.lm_eval_tasks if suite.lm_eval else None
+    return [] if folder is None else sorted(path for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _plugins_of(method: Method, options: Mapping[str, Any]) -> list[Path]:

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Stage = Literal["peak", "timing", "whole", "search", "runoff", "rung", "final"]
+WITHOUT_RATE: tuple[Stage, ...] = (
+    "peak",
+    "timing",
+    "whole",
+)  # what these measure is the same at any learning rate
 _PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "whole": "seed", "final": "seed"}
 
 
@@ -33,7 +38,7 @@ class Job:
         row: Name of the method's row.
         stage: ``"peak"``, ``"timing"`` and ``"whole"`` measure what a method takes, the last one with as many steps as
             are thought to fit; ``"search"`` tries a learning rate, measured on the validation split, ``"runoff"`` one
-            of the best two with another seed, and ``"rung"`` a recipe; ``"final"`` is measured on the test split.
+            of the best with another seed, and ``"rung"`` a recipe; ``"final"`` is measured on the test split.
         seed: Seed of data order, dropout and draws; of a timing, its round.
         learning_rate: The peak.
         steps: Optimizer steps.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layersample.planning.live_memory import FollowsStorages
 
-Kind = Literal["weights", "gradients", "optimizer_state", "activations"]
-KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer_state", "activations")
+from .stored_lines import KINDS, Kind
 
 
 @dataclass(frozen=True)

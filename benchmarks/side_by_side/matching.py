@@ -14,9 +14,9 @@ from .jobs import Given, Job, Stage
 from .memory_match import DoesNotFitError, MemoryPlanner
 from .pool import Pool
 from .results import Results
-from .stored_lines import Line, clock_of, once_seconds, seconds_of, step_seconds
+from .stored_lines import Line, clock_of, machine_of, once_seconds, seconds_of, step_seconds
 from .suite import Suite
-from .wording import part_of
+from .wording import exact_mib, part_of
 
 _COMPARABLE = {"num_active", "rank"}  # what a row may fix itself, and is then not chosen for it
 
@@ -155,11 +155,11 @@ class Matching:
             else:
                 options, taken = {}, limit if entry.name == reference.name else self._measured(entry.name)
             if taken > limit:
-                raise DoesNotFitError(f"takes {taken / 2**20:,.1f} MiB, and nothing of it can be chosen")
+                raise DoesNotFitError(f"takes {exact_mib(taken)}, and nothing of it can be chosen")
         except DoesNotFitError as error:
             return {
                 "error": f"Not matched in memory: it {error}, but {part_of(share)}{reference.name}'s peak is "
-                f"{limit / 2**20:,.1f} MiB."
+                f"{exact_mib(limit)}."
             }
         except ConfigError as error:
             return {"error": f"Not matched in memory: {error}"}
@@ -274,7 +274,7 @@ def pace(lines: Iterable[Line], name: str, stage: Stage = "timing") -> Pace:
         raise ConfigError(f"timing {name} failed: {failed[0]}")
     if not timings:
         raise ConfigError(f"the time of {name} hasn't been measured")
-    machines = sorted({_machine(x) for x in timings})
+    machines = sorted({machine_of(x) for x in timings})
     if len(machines) > 1:
         raise ConfigError(f"{name} was timed on several machines: {'; '.join(machines)}")
     clock = clock_of(timings)
@@ -285,13 +285,6 @@ def pace(lines: Iterable[Line], name: str, stage: Stage = "timing") -> Pace:
         machines[0],
         tuple(timings[0]["seconds"]["each"][clock]) if stage == "whole" else (),
     )
-
-
-def _machine(line: Line) -> str:
-    its = line["environment"]
-    count = its["threads"]
-    threads = f"{count} thread" if count == 1 else f"{count} threads"
-    return ", ".join(filter(None, (its["processor"], its["gpu"], threads)))
 
 
 def _is_good(line: Line | None) -> bool:

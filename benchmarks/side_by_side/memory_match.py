@@ -16,6 +16,7 @@ from layersample.planning.target import Target, find_target
 from layersample.registry import create_sampler
 
 from ..methods.method import Method
+from .wording import exact_mib
 
 _HIGHEST_RANK = 1024  # beyond it, low rank saves nothing on the models that are compared
 
@@ -98,7 +99,7 @@ class MemoryPlanner:
                     if knob
                     else "and has no number of layers to choose"
                 )
-                raise DoesNotFitError(f"takes {_mib(taken)} {why}")
+                raise DoesNotFitError(f"takes {exact_mib(taken)} {why}")
             return Fit({}, taken)
 
         def cost(value: int) -> int:
@@ -107,7 +108,7 @@ class MemoryPlanner:
         chosen = _most_within(cost, limit, self._highest(knob, config))
         if chosen is None:
             least = "one layer" if knob == "num_active" else "rank 1"
-            raise DoesNotFitError(f"takes at least {_mib(cost(1))}, with {least}")
+            raise DoesNotFitError(f"takes at least {exact_mib(cost(1))}, with {least}")
         return Fit({knob: chosen}, cost(chosen))
 
     def _highest(self, knob: str, config: TrainConfig) -> int:
@@ -166,7 +167,3 @@ def _within(cost: Callable[[int], int], value: int, limit: int) -> bool:
         return cost(value) <= limit
     except ConfigError:  # a rank above what the smallest matrix has
         return False
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -216,7 +216,10 @@ class Worker:
         except BrokenPipeError:
             return None, self._process.wait()  # it ended at once, and its log says why
         for text in self._process.stdout:
-            event = json.loads(text)
+            try:
+                event = json.loads(text)
+            except ValueError:  # a blank line, or one that a killed run hasn't ended
+                continue
             if "step" in event:
                 show(event)
             elif "result" in event:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from layersample.errors import ConfigError
 from layersample.files import check_output
 
 from .entries import MethodEntry
 from .pool import BenchmarkProgress
-from .recipe_space import RecipeSpace
-from .recipes import TRIED, RecipeSearch, make_study
+from .recipes import RecipeSearch, make_study
 from .results import SEARCHES, Results
 from .runner import run_suite, threads_of
 from .suite import Suite
+from .tried import read_tried
 
 
 def run_recipes(
@@ -39,6 +37,7 @@ def run_recipes(
     Raises:
         ConfigError: If the suite or the folder can't be used, Optuna isn't installed, or no try came to its end.
     """
+    threads = threads_of(suite, jobs)
     suite = suite.model_copy(update={"methods": _without_chosen(suite, folder)})
     check_recipes(suite)
     suite.check()
@@ -46,23 +45,23 @@ def run_recipes(
     check_output(folder)
     # What can't be used is said before hours of search.
     _check_same_searches(suite, folder)
-    threads = threads_of(suite, jobs)
+    chosen = []
+    # Held all along: no other benchmark may run beside what is timed alone, or take the folder before the end.
     with closing(Results(folder, suite).open()) as results:
         results.check_threads(threads)
-    chosen = []
-    for name, space in suite.recipes.items():
-        search = RecipeSearch(
-            name,
-            space,
-            suite,
-            folder / SEARCHES / name,
-            jobs=jobs,
-            threads=threads,
-            progress=progress,
-        )
-        chosen.append(search.run())
-        if progress is not None:
-            progress.say(f"{name}: {_words(chosen[-1])}")
+        for name, space in suite.recipes.items():
+            search = RecipeSearch(
+                name,
+                space,
+                suite,
+                folder / SEARCHES / name,
+                jobs=jobs,
+                threads=threads,
+                progress=progress,
+            )
+            chosen.append(search.run())
+            if progress is not None:
+                progress.say(f"{name}: {_words(chosen[-1])}")
     whole = suite.model_copy(update={"methods": [*suite.methods, *chosen]})
     return run_suite(whole, folder, jobs=jobs, command=command, progress=progress)
 
@@ -90,30 +89,6 @@ def check_recipes(suite: Suite) -> None:
             )
         row = MethodEntry(name=name, method=space.method or name, options=space.options)
         suite.model_copy(update={"methods": [row], "baseline": name, "match": "steps"}).check()
-
-
-def read_tried(folder: Path) -> list[dict[str, Any]]:
-    """What each search of a benchmark's folder has tried.
-
-    Raises:
-        ConfigError: If a file of them is damaged.
-    """
-    return [_read_tried(path) for path in sorted((folder / SEARCHES).glob(f"*/{TRIED}"))]
-
-
-def _read_tried(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        RecipeSpace(**stored["space"])
-        MethodEntry(**stored["chosen"])
-        for one in stored["tries"]:
-            _ = one["chosen"], one["losses"], one["error"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ConfigError(
-            f"{path}: must be what a search has tried, but it is damaged ({type(error).__name__}). Remove it, and the "
-            "search's command writes it anew from its runs."
-        ) from error
-    return dict(stored)
 
 
 def _check_same_searches(suite: Suite, folder: Path) -> None:

@@ -23,11 +23,10 @@ from .recipe_space import RATE, Range, RecipeSpace
 from .results import Results
 from .stored_lines import last_loss
 from .suite import Suite
+from .tried import TRIED
 
 if TYPE_CHECKING:
     import optuna
-
-TRIED = "tried.json"
 
 
 @dataclass

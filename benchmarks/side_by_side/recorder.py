@@ -16,7 +16,8 @@ from layersample.training.recording import peak_device_bytes, peak_process_bytes
 from layersample.training.trainer import CheckedTrainer
 
 from .clock import PhaseClock
-from .live_bytes import KINDS, LiveBytes, PeakBytes
+from .live_bytes import LiveBytes, PeakBytes
+from .stored_lines import KINDS
 
 Tensors = Callable[[], Iterable[Tensor]]
 

@@ -17,15 +17,14 @@ from . import charts
 from .analysis import Analysis, Row, analyze
 from .clock import PHASES
 from .comparison import Difference
-from .live_bytes import KINDS
 from .plain_words import as_csv, best_trade_offs, describe, table
 from .power import CHANCE
 from .power_words import power_table
-from .recipe_runner import read_tried
 from .results import read_results
 from .sections import harness, match_words, matched, out_of_time, sentences, timing_words, tried
-from .stored_lines import Line
+from .stored_lines import KINDS, Line, machine_of
 from .tasks import get_task
+from .tried import read_tried
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
 
 PICTURES = {
@@ -127,7 +126,8 @@ def view(
     suite = analysis.suite
     finished = analysis.finished
     baseline = next((row for row in finished if row.name == suite.reference), None)
-    any_run = next((line for line in lines if "environment" in line), None)
+    measured = [line for line in lines if "environment" in line]
+    environments = [line["environment"] for line in measured]
     return {
         "suite": suite,
         "task": get_task(suite.task, suite.answer_marker).name,
@@ -157,11 +157,14 @@ def view(
         "pictures": {name: Markup(charts.themed(svg)) for name, svg in pictures.items()},
         "methods": [_method(row, baseline, analysis) for row in finished],
         "names": [(row.name, charts.VARIABLES[charts.color_of(row, analysis)]) for row in finished],
-        "environment": any_run["environment"] if any_run else None,
-        "revisions": sorted(
-            {line["environment"]["git"] or "none" for line in lines if "environment" in line}
-        ),
-        "parameters": any_run["parameters"] if any_run else None,
+        "machines": sorted({machine_of(line) for line in measured}),
+        "versions": {
+            name: sorted({its["versions"][name] for its in environments if name in its["versions"]})
+            for name in dict.fromkeys(name for its in environments for name in its["versions"])
+        },
+        "pythons": sorted({its["python"] for its in environments}),
+        "revisions": sorted({its["git"] or "none" for its in environments}),
+        "parameters": measured[0]["parameters"] if measured else None,
         "traced": _traced(suite.trace_every),
         "percent": f"{100 * suite.confidence:g}%",
     }
@@ -190,6 +193,10 @@ def findings(analysis: Analysis) -> list[str]:
         said.append(f"Not tested, for want of seeds that differ: {', '.join(row.name for row in rows)}.")
     if len(analysis.front) > 1:
         said.append(f"No method has both less memory and less loss than: {', '.join(analysis.front)}.")
+    if len(analysis.machines) > 1:
+        said.append(
+            f"Seconds are of several machines ({'; '.join(analysis.machines)}), so don't compare them."
+        )
     if edges := [row.name for row in analysis.finished if row.at_edge]:
         said.append(
             f"Best at the lowest or highest rate tried, so perhaps better beyond: {', '.join(edges)}."

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 
 import yaml
-from filelock import FileLock, Timeout
 
 from layersample.errors import ConfigError
-from layersample.files import check_output, write_text
+from layersample.files import LOCK, check_output, only_one, write_text
 
 from .entries import MethodEntry
 from .fingerprints import fingerprint
-from .jobs import Job
+from .jobs import WITHOUT_RATE, Job
 from .stored_lines import Line, check_line, has_steps
 from .suite import Suite, make_suite
 from .suite_files import read_stored_keys
 
 SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
-_LOCK = ".lock"
-_Key = tuple[str, float]  # a final run's own key leaves out the learning rate
+_Key = tuple[
+    str, float
+]  # a final run's own key leaves out the learning rate, on which a timing doesn't depend
 
 
 class Results:
@@ -43,7 +44,7 @@ class Results:
         self._whole = suite  # with the rows of before
         self._lines: dict[_Key, Line] = {}
         self._lock = Lock()
-        self._only_one = FileLock(folder / _LOCK)
+        self._held = ExitStack()
 
     @property
     def path(self) -> Path:
@@ -71,16 +72,12 @@ class Results:
             self.suite.check_references()
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            self._only_one.acquire(blocking=False)
+            self._held.enter_context(only_one(self.folder))
             # Under the lock: another benchmark may just have added its rows. One without a good run binds nothing.
             if stored.is_file() and any("error" not in line for line in read_lines(self.path)):
                 self._whole = self._with_rows_of(read_stored(stored))
             self._whole.check_references()
             self._write(self._whole, command)
-        except Timeout as error:
-            raise ConfigError(
-                f"Another benchmark writes into {self.folder}: wait until it has ended."
-            ) from error
         except OSError as error:
             self.close()
             raise ConfigError(f"The output folder must be writable, but: {error}.") from error
@@ -103,7 +100,7 @@ class Results:
 
     def close(self) -> None:
         """Let another benchmark write into the folder."""
-        self._only_one.release()
+        self._held.close()
 
     def check_threads(self, threads: int) -> None:
         """Make sure that runs have as many threads as those that are stored.
@@ -127,7 +124,7 @@ class Results:
 
     def get(self, job: Job) -> Line | None:
         """What a run has measured; ``None`` where it hasn't been run with that learning rate, or with other steps."""
-        line = self._lines.get((job.key, job.learning_rate))
+        line = self._lines.get(_key_of(job.key, job.stage, job.learning_rate))
         # The key of a timing says nothing of its steps, which may change where all methods have the same ones.
         return line if line is not None and has_steps(line, job.steps) else None
 
@@ -283,9 +280,13 @@ def _in_order(suite: Suite, lines: Iterable[Line]) -> list[Line]:
 
 
 def _key(line: Line) -> _Key:
-    return line["key"], line["learning_rate"]
+    return _key_of(line["key"], line["stage"], line["learning_rate"])
+
+
+def _key_of(key: str, stage: str, learning_rate: float) -> _Key:
+    return key, 0.0 if stage in WITHOUT_RATE else learning_rate
 
 
 def _is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing, or what :meth:`Results.open` makes first."""
-    return folder.is_dir() and all(path.name in (_LOCK, "logs", SEARCHES) for path in folder.iterdir())
+    return folder.is_dir() and all(path.name in (LOCK, "logs", SEARCHES) for path in folder.iterdir())

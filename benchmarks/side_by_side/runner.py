@@ -46,12 +46,10 @@ def run_suite(
     Raises:
         ConfigError: If the suite or the folder can't be used; nothing has been run then.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, but got {jobs}.")
+    threads = threads_of(suite, jobs)
     suite.check()
     suite.check_data()
     with closing(Results(folder, suite).open(command)) as results:
-        threads = threads_of(suite, jobs)
         with closing(Pool(results, threads, jobs, progress, keep_workers=keep_workers)) as pool:
             _Run(suite, results, pool, progress).all()
     return results
@@ -143,6 +141,12 @@ class _Run:
 
 
 def threads_of(suite: Suite, jobs: int) -> int:
-    """Threads of a run, where some run at a time."""
+    """Threads of a run, where some run at a time.
+
+    Raises:
+        ConfigError: If ``jobs`` is none.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, but got {jobs}.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return suite.threads or max(1, cores // jobs)

@@ -9,7 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from layersample.errors import ConfigError, short
 
+from .jobs import Stage
+
 Line = dict[str, Any]
+Kind = Literal["weights", "gradients", "optimizer_state", "activations"]
+KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer_state", "activations")
 
 
 class _Part(BaseModel):
@@ -21,7 +25,7 @@ class _Part(BaseModel):
 class _Run(_Part):
     key: str
     method: str
-    stage: Literal["peak", "timing", "whole", "memory", "time", "search", "runoff", "rung", "final"]
+    stage: Literal[Stage, "memory", "time"]
     seed: int = Field(ge=0, lt=2**32)
     learning_rate: FiniteFloat = Field(ge=0)
     fingerprint: str
@@ -50,9 +54,7 @@ class _OtherLoss(_Part):
 
 class _Tensors(_Part):
     total: int = Field(ge=0)
-    at_peak: dict[Literal["weights", "gradients", "optimizer_state", "activations"], int] = Field(
-        min_length=4
-    )
+    at_peak: dict[Kind, int] = Field(min_length=len(KINDS))
 
 
 class _Peak(_Part):
@@ -173,6 +175,14 @@ def clock_of(lines: Iterable[Line]) -> str:
 def has_steps(line: Line, steps: int) -> bool:
     """Whether a run has so many steps; one that failed may be of any number."""
     return "training_loss" not in line or len(line["training_loss"]) == steps
+
+
+def machine_of(line: Line) -> str:
+    """The machine of a run, and its threads, in words."""
+    its = line["environment"]
+    count = its["threads"]
+    threads = f"{count} thread" if count == 1 else f"{count} threads"
+    return ", ".join(filter(None, (its["processor"], its["gpu"], threads)))
 
 
 def step_seconds(line: Line, clock: str, phase: str | None = None) -> float:

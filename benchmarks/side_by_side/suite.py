@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
 from layersample.errors import ConfigError, unknown
@@ -27,6 +27,8 @@ ALL = "all"
 _USUAL_BASELINE = "full"
 DEFAULT_RATES = (1e-4, 3e-4, 1e-3)
 Match = Literal["steps", "time", "memory", "both"]
+# A folder's name, and with a digest of 9 letters behind it that of a row.
+SearchName = Annotated[str, StringConstraints(min_length=1, max_length=91, pattern=r"^[^/\s|<>.][^/\s|<>]*$")]
 
 
 class Suite(Options):
@@ -96,7 +98,8 @@ class Suite(Options):
         1,
         ge=1,
         le=1000,
-        description="Seeds of the search: the first for all rates, the others for the best two, whose means decide.",
+        description="Seeds of the search: the first for all rates, the others for the best two, whose means "
+        "decide, and for those beyond an edge that these choose.",
     )
     search_steps: int = Field(
         30, ge=1, le=10**9, description="Optimizer steps of a run that tries a learning rate."
@@ -128,7 +131,7 @@ class Suite(Options):
     )
     threads: int | None = Field(None, ge=1, le=10**9, description="Threads of a run; default: cores / jobs.")
     options: dict[str, Any] = Field({}, description="Options of `layersample train` for every method.")
-    recipes: dict[str, RecipeSpace] = Field(
+    recipes: dict[SearchName, RecipeSpace] = Field(
         {}, description="Searches for the best options of a method, by `layersample benchmark recipes`."
     )
     plugin: Path | None = Field(None, description="Python file with samplers or baselines of your own.")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -282,8 +282,9 @@ class LossCurve(TrainerCallback):
             self.as_trained = self._measure_as_trained()
 
 
+@cache
 def git_revision() -> str | None:
-    """The commit of this code; ``None`` where it isn't in a git repository."""
+    """The commit of this code when it was asked for first; ``None`` where it isn't in a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

@@ -45,6 +45,11 @@ def mib(count: float | None) -> str:
     return number(None if count is None else count / 2**20, "{:,.0f}")
 
 
+def exact_mib(count: int) -> str:
+    """Bytes as MiB, for limits that are missed by little."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
 def seconds(value: float | None) -> str:
     """Seconds."""
     return number(value, "{:.2f}")

@@ -29,7 +29,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print must not get between the events
 
     def send(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
+        events.write(f"\n{json.dumps(event)}\n")  # behind a line that a killed run hasn't ended
 
     warm_up()
     for given in _read_jobs():
@@ -55,9 +55,10 @@ def warm_up() -> None:
     from layersample.planning import budget  # noqa: F401
     from layersample.registry import list_samplers
 
-    from . import training  # noqa: F401
+    from . import training
 
     list_samplers()  # imports the modules of all that are installed
+    training.git_revision()  # of this code, which runs of hours later have too
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -54,6 +54,16 @@ def test_a_baseline_of_ones_own_is_a_method() -> None:
         register_baseline("lora")(nothing)
 
 
+def test_a_baseline_never_stands_for_a_sampler() -> None:
+    @register_baseline("lisa")  # type: ignore[untyped-decorator]
+    def other(model: nn.Module, config: TrainConfig) -> Prepared:
+        """Change nothing."""
+        return Prepared(model)
+
+    with pytest.raises(ConfigError, match="a name that no sampler has, but 'lisa' is both"):
+        get_method("lisa")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

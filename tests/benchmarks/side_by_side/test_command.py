@@ -47,6 +47,14 @@ def test_without_options_it_is_the_default_suite(given: list[Any]) -> None:
     assert (output, jobs) == (Path("runs/benchmark"), 1)
 
 
+def test_options_that_are_none_are_named(given: list[Any], tmp_path: Path) -> None:
+    for text in ("null", "5"):
+        (tmp_path / "own.yaml").write_text(f"options: {text}\n")
+        with pytest.raises(ConfigError, match="options"):
+            invoke("--suite", str(tmp_path / "own.yaml"), "--option", "period=2")
+    assert not given
+
+
 def test_flags(given: list[Any], tmp_path: Path) -> None:
     invoke(
         *("--methods", "lisa, owlore+galore,mine", "--plugin", "mine.py", "--seeds", "2", "--steps", "100"),

@@ -11,11 +11,12 @@ import pytest
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side import pool
 from layersample_benchmarks.side_by_side.jobs import Job
-from layersample_benchmarks.side_by_side.recipe_runner import read_tried, run_recipes
+from layersample_benchmarks.side_by_side.recipe_runner import run_recipes
 from layersample_benchmarks.side_by_side.report import write_report
-from layersample_benchmarks.side_by_side.results import read_results
+from layersample_benchmarks.side_by_side.results import Results, read_results
 from layersample_benchmarks.side_by_side.suite import Suite, make_suite
 from layersample_benchmarks.side_by_side.training import run_job
+from layersample_benchmarks.side_by_side.tried import read_tried
 
 pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
@@ -167,6 +168,36 @@ def test_a_search_that_was_interrupted_goes_on(
     before = len(started)
     run_recipes(read_results(tmp_path / "parts")[0], tmp_path / "parts")  # as the folder has it
     assert len(started) == before
+
+
+def test_a_search_holds_the_folder_all_along(
+    started: list[Job], make_tiny: Callable[..., Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = pool.Pool._measure
+    other, refused = make_tiny(["lisa"]), []
+
+    def meddle(self: Any, job: Job) -> Any:
+        with pytest.raises(ConfigError, match="is in use by another one"):
+            Results(tmp_path, other).open()
+        refused.append(job.stage)
+        return measure(self, job)
+
+    monkeypatch.setattr(pool.Pool, "_measure", meddle)
+    run_recipes(suite(make_tiny), tmp_path)
+    assert {"rung", "final"} <= set(refused)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "two words", "x" * 92, ""])
+def test_a_search_has_the_name_of_a_folder_and_a_row(name: str) -> None:
+    with pytest.raises(ConfigError, match="recipes"):
+        make_suite(("suite.yaml", {"recipes": {name: SEARCH}}))
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_a_search_needs_a_job(jobs: int, make_tiny: Callable[..., Suite], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"jobs must be at least 1, but got {jobs}"):
+        run_recipes(suite(make_tiny), tmp_path / "new", jobs=jobs)
+    assert not (tmp_path / "new").exists()
 
 
 def test_recipes_that_cannot_be_run_are_tries_that_failed(

@@ -53,6 +53,26 @@ def folder(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> Path:
     return stored
 
 
+def test_seconds_of_several_machines_are_not_compared(tmp_path: Path, made_up: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lora"], seeds=[0, 1], learning_rates=[1e-3], steps=6)
+    results = Results(tmp_path, suite).open()
+    for entry in suite.entries:
+        for job in suite.final_jobs(entry, 1e-3):
+            line = made_up(job, 1.0 + job.seed)
+            line["environment"] = {**line["environment"], "processor": f"of {entry.name}"}
+            results.add(job, line)
+    results.close()
+    shown = analyze(*read_results(tmp_path))
+    assert shown.fast_front == () and shown.front
+    told = "Seconds are of several machines (of full, 1 thread; of lora, 1 thread), so don't compare them."
+    assert told in findings(shown)
+    write_report(tmp_path)
+    assert (
+        "On of full, 1 thread a run; or on of lora, 1 thread a run, Python"
+        in (tmp_path / "report.md").read_text()
+    )
+
+
 class Page(HTMLParser):
     """Text of the cells of each table, and everything that a page would load."""
 

@@ -132,9 +132,25 @@ def test_final_runs_of_two_rates_are_both_kept(
     again.close()
 
 
+def test_timings_depend_on_no_rate(suite: Suite, tmp_path: Path, made_up: Callable[..., Any]) -> None:
+    """Rates may be added to a folder later: nothing is timed twice, and means are of one set."""
+    suite = suite.model_copy(update={"timing_rounds": 1})
+    more = suite.model_copy(update={"learning_rates": [1e-4, 1e-3, 1e-2]})
+    results = Results(tmp_path, suite).open()
+    for number, asked in enumerate((suite, more)):
+        for one in (
+            asked.timing_jobs(suite.entries[0], {})[0],
+            asked.whole_job(suite.entries[0], 6, {}),
+        ):
+            assert (results.get(one) is None) == (number == 0)
+            results.add(one, made_up(one, 1.0))
+    results.close()
+    assert len(read_results(tmp_path)[1]) == 2
+
+
 def test_two_benchmarks_in_one_folder(suite: Suite, tmp_path: Path) -> None:
     first = Results(tmp_path, suite).open()
-    with pytest.raises(ConfigError, match="Another benchmark writes into"):
+    with pytest.raises(ConfigError, match="One run at a time may write into a folder"):
         Results(tmp_path, suite).open()
     first.close()
     Results(tmp_path, suite).open().close()

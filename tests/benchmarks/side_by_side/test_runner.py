@@ -329,6 +329,18 @@ def test_a_worker_s_log_says_nothing_of_an_earlier_one(
     assert [line["error"] for line in results.lines()] == ["The process ended with code 1: it said nothing"]
 
 
+def test_a_run_that_is_killed_while_it_says_its_result_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = tmp_path / "worker"
+    said.write_text('#!/bin/sh\nread job\nprintf \'\\n{"result": {"lo\'\nprintf \'\\n{"ended": -9}\\n\'\n')
+    said.chmod(0o755)
+    monkeypatch.setattr(pool.sys, "executable", str(said))
+    worker = pool.Worker(tmp_path / "log", 1)
+    assert worker.do({}, lambda event: None) == (None, -9)
+    worker.end()
+
+
 def test_a_best_rate_at_the_edge_is_searched_beyond(
     in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
 ) -> None:

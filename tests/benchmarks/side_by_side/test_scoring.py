@@ -66,7 +66,16 @@ def test_prompts_of_like_length_go_through_the_model_together(
 def test_a_real_model_generates_no_more_than_it_may(tiny_model: Path, tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
     rows = [{"prompt": "1+1=", "completion": "#### 2"}, {"prompt": "10+10=", "completion": "#### 20"}]
-    assert 0 <= share_right(model, tokenizer, get_task("gsm_symbolic"), rows, 4) <= 1
+    made, generate = [], model.generate
+
+    def watched(**given: Any) -> torch.Tensor:
+        answers: torch.Tensor = generate(**given)
+        made.append(answers.shape[1] - given["input_ids"].shape[1])
+        return answers
+
+    model.generate = watched
+    share_right(model, tokenizer, get_task("gsm_symbolic"), rows, 4)
+    assert made and max(made) <= 4
     assert model.training, "left as it was"
 
 

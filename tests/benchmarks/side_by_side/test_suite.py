@@ -155,21 +155,22 @@ def test_the_fingerprint_knows_what_decides_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("kind", ["file", "files", "folder", "other text", "model"])
+@pytest.mark.parametrize("kind", ["file", "files", "folder", "other text", "model", "tasks"])
 def test_the_content_of_files_decides_too(kind: str, large: bool, tmp_path: Path) -> None:
     path, other = tmp_path / "data" / "own.jsonl", tmp_path / "more.jsonl"
     path.parent.mkdir()
     fill = "x" * (3 * 2**20 if large else 1)
     for each in (path, other):
         each.write_text(f'{{"text": "{fill}1"}}\n')
-    keys = {
+    keys: dict[str, dict[str, Any]] = {
         "file": {"task": str(path)},
         "files": {"task": f"{other},{path}"},
         "folder": {"task": str(path.parent)},
         "other text": {"other_text": str(path)},
         "model": {"model": str(path.parent)},
-    }[kind]
-    suite = Suite(methods=["lisa"], **keys)
+        "tasks": {"lm_eval": ["own"], "lm_eval_tasks": str(tmp_path)},
+    }
+    suite = Suite(methods=["lisa"], **keys[kind])
     before = fingerprint(suite, suite.entries[0])
     assert fingerprint(suite, suite.entries[0]) == before
     path.write_text(f'{{"text": "{fill}2"}}\n')
