@@ -198,12 +198,14 @@ def report(
 
 def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -> None:
     # Seconds of imports that writing a report doesn't need.
+    from layersample.cli.quiet import quiet_libraries
     from layersample.environment import slow_bf16_warning
 
     from .recipe_runner import run_recipes
     from .report import write_report
     from .runner import run_suite
 
+    quiet_libraries(reads_data=True)
     run = run_recipes if with_recipes else run_suite
     if ALL in suite.methods:
         for method in list_baselines().values():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
+from layersample.config import TrainConfig
 from layersample.errors import ConfigError
 
 from .entries import MethodEntry
+from .example_length import longest_example
 from .jobs import Given, Job, Stage
 from .memory_match import DoesNotFitError, MemoryPlanner
 from .pool import Pool
@@ -150,7 +153,7 @@ class Matching:
             limit = int(share * (self._planned(reference) if planned else self._measured(reference.name)))
             if planned and entry.name != reference.name:
                 own = frozenset(_COMPARABLE & entry.options.keys())
-                fit = self._planner.fit(entry.definition, suite.final_config(entry), limit, own)
+                fit = self._planner.fit(entry.definition, self._as_long_as_data(entry), limit, own)
                 options, taken = fit.options, fit.bytes
             else:
                 options, taken = {}, limit if entry.name == reference.name else self._measured(entry.name)
@@ -166,7 +169,20 @@ class Matching:
         return {"options": options, "bytes": taken, "budget_bytes": limit, "planned": planned}
 
     def _planned(self, entry: MethodEntry) -> int:
-        return self._planner.peak(entry.definition, self._suite.final_config(entry))
+        return self._planner.peak(entry.definition, self._as_long_as_data(entry))
+
+    def _as_long_as_data(self, entry: MethodEntry) -> TrainConfig:
+        """A row's configuration, with no longer examples than there are.
+
+        What a method holds grows with them in its own way: planned for ``max_length``, short headlines would give the
+        others more than the reference's memory.
+        """
+        config = self._suite.final_config(entry)
+        return config.model_copy(update={"max_length": min(config.max_length, self._longest)})
+
+    @cached_property
+    def _longest(self) -> int:
+        return longest_example(self._suite)
 
     def _measured(self, name: str) -> int:
         for line in self._results.all_lines():

@@ -13,6 +13,7 @@ from layersample import ConfigError
 from layersample_benchmarks.methods.catalog import get_method
 from layersample_benchmarks.side_by_side import pool
 from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.example_length import longest_example
 from layersample_benchmarks.side_by_side.jobs import Job
 from layersample_benchmarks.side_by_side.memory_match import DoesNotFitError, MemoryPlanner
 from layersample_benchmarks.side_by_side.report import write_report
@@ -343,7 +344,9 @@ def test_memory_is_planned_for_all_alike(
         entry = tiny.entries[row]
         chosen = lines[entry.name]["options"][knob]
         for value, fits in ((chosen, True), (chosen + 1, False)):
-            config = tiny.config(tiny.search_job(entry, 1e-2)).model_copy(update={knob: value})
+            config = tiny.config(tiny.search_job(entry, 1e-2)).model_copy(
+                update={knob: value, "max_length": longest_example(tiny)}
+            )
             if knob == "rank" or value <= layers:
                 assert (planner.peak(entry.definition, config) <= limit) == fits
     assert (
