@@ -21,6 +21,10 @@ from .stored_lines import Line, clock_of, machine_of, once_seconds, seconds_of, 
 from .suite import Suite
 from .wording import exact_mib, part_of
 
+# Steps beyond a whole run are thought to take its mean. Where there are many, a longer one is timed: what is done once
+# in many steps, such as an SVD, may not have come yet.
+_FURTHER = 1.1
+_WHOLE_RUNS = 3
 _COMPARABLE = {"num_active", "rank"}  # what a row may fix itself, and is then not chosen for it
 
 
@@ -85,9 +89,10 @@ class Matching:
         timings = self.timing_jobs()
         more(len(timings) - before)
         pool.run(timings, alone=True)
-        wholes = self.whole_jobs()
-        more(sum(self._results.get(job) is None for job in wholes))
-        pool.run(wholes, alone=True)
+        for _ in range(_WHOLE_RUNS):
+            wholes = [job for job in self.whole_jobs() if self._results.get(job) is None]
+            more(len(wholes))
+            pool.run(wholes, alone=True)
         self.fit_time()
 
     def given(self, entry: MethodEntry) -> Given | None:
@@ -212,16 +217,27 @@ class Matching:
             if suite.match_to not in rows:  # there is nothing to compare with
                 return []
         jobs = []
+        lines = (line for line in self._results.all_lines() if line["stage"] == "whole" and _is_good(line))
+        whole = {line["method"]: len(line["training_loss"]) for line in lines}
         for entry in rows.values():
             memory = self._decided(entry.name, "memory")
             try:
-                reference, own = self._paces(entry.name, "timing")
+                steps = self._steps_of(entry.name, *self._paces(entry.name, "timing"))
+                if known := whole.get(entry.name):
+                    steps = known
+                    if suite.match_to in whole:
+                        counted = self._steps_of(entry.name, *self._paces(entry.name, "whole"))
+                        steps = counted if counted > _FURTHER * known else known
             except ConfigError:  # it can't be matched, and will say so
                 continue
-            budget = self._budget(entry.name, reference, max(suite.steps, suite.search_steps))
-            if steps := own.steps_in(budget):
+            if steps:
                 jobs.append(suite.whole_job(entry, steps, memory["options"] if memory else {}))
         return jobs
+
+    def _steps_of(self, name: str, reference: Pace, own: Pace) -> int:
+        """The most steps that a run of a row may have."""
+        steps = max(self._suite.steps, self._suite.search_steps)
+        return own.steps_in(self._budget(name, reference, steps))
 
     def fit_time(self) -> None:
         """Decide how many steps fit the reference's time."""

@@ -94,6 +94,12 @@ class Suite(Options):
         le=10**9,
         description="Rates to try beyond those, at most, where the best is the lowest or highest.",
     )
+    search_seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="First seed of the search for rates; default: the first that is measured.",
+    )
     search_seeds: int = Field(
         1,
         ge=1,
@@ -231,6 +237,11 @@ class Suite(Options):
                 raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             raise ConfigError(f"seeds must be between 0 and 2**32 - 1, but got {wrong[0]}.")
+        first = self.search_seed
+        if first is not None and (both := sorted({*range(first, first + self.search_seeds)} & {*self.seeds})):
+            raise ConfigError(
+                f"search_seed must begin seeds of which none is measured, but {both[0]} is among both: give another."
+            )
         for entry in self.entries:
             entry.definition.check_installed()
             for options in (self.options, entry.options):
@@ -328,9 +339,10 @@ class Suite(Options):
         return Job(entry.name, stage, seed, rates[len(rates) // 2], self.timing_steps, given)
 
     def search_job(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> Job:
-        """The run that tries a learning rate of a method, with the first seed."""
+        """The run that tries a learning rate of a method, with the search's first seed."""
         given = given or Given(self.steps, self.search_steps)
-        return Job(entry.name, "search", self.seeds[0], learning_rate, given.search_steps, given.options)
+        seed = self.seeds[0] if self.search_seed is None else self.search_seed
+        return Job(entry.name, "search", seed, learning_rate, given.search_steps, given.options)
 
     def runoff_jobs(self, entry: MethodEntry, learning_rate: float, given: Given | None) -> list[Job]:
         """The runs that try a learning rate of a method with more seeds."""

@@ -11,6 +11,7 @@ MAY_CHANGE = {
     "seeds",
     "learning_rates",
     "search_extensions",
+    "search_seed",
     "search_seeds",
     "baseline",
     "confidence",

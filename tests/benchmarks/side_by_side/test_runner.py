@@ -387,6 +387,23 @@ def test_the_best_two_rates_are_tried_with_more_seeds(
     assert again == []
 
 
+def test_rates_may_be_tried_with_seeds_of_their_own(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    started = in_place(lambda job: made_up(job, 1.0 + job.learning_rate))
+    results = run_suite(suite(methods=["lisa"], seeds=[0, 1], search_seed=7, search_seeds=2), tmp_path)
+    seeds: dict[str, set[int]] = {}
+    for line in results.lines():
+        seeds.setdefault(line["stage"], set()).add(line["seed"])
+    assert seeds == {"search": {7}, "runoff": {8}, "final": {0, 1}} and started
+    with pytest.raises(
+        ConfigError, match="search_seed must begin seeds of which none is measured, but 1 is among"
+    ):
+        suite(methods=["lisa"], seeds=[0, 1], search_seed=0, search_seeds=2).model_copy(
+            update={"seeds": [1, 9]}
+        ).check()
+
+
 def test_a_rate_at_the_edge_that_more_seeds_choose_is_searched_beyond(
     in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
 ) -> None:
