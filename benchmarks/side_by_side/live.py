@@ -69,7 +69,7 @@ class LiveBenchmark:
         if self._runs is None or not self._bar.disable:
             return ""
         task = self._all_runs
-        left = int((task.total or 0) - task.completed)
+        left = max(0, int((task.total or 0) - task.completed))  # rates may change, and final runs with them
         seconds = left * (self._now() - self._started) / self._ended
         when = f", about {_duration(seconds)} left" if left else ""
         return f"{int(task.completed)} of {int(task.total or 0)}{when}: "
