@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Stage = Literal["peak", "timing", "whole", "search", "runoff", "rung", "final"]
-WITHOUT_RATE: tuple[Stage, ...] = (
-    "peak",
-    "timing",
-    "whole",
-)  # what these measure is the same at any learning rate
+# What these measure is the same at any learning rate.
+WITHOUT_RATE: tuple[Stage, ...] = ("peak", "timing", "whole")
 _PARTS: dict[Stage, str] = {"peak": "seed", "timing": "round", "whole": "seed", "final": "seed"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -222,17 +222,30 @@ class Matching:
         for entry in rows.values():
             memory = self._decided(entry.name, "memory")
             try:
-                steps = self._steps_of(entry.name, *self._paces(entry.name, "timing"))
-                if known := whole.get(entry.name):
-                    steps = known
-                    if suite.match_to in whole:
-                        counted = self._steps_of(entry.name, *self._paces(entry.name, "whole"))
-                        steps = counted if counted > _FURTHER * known else known
+                steps = self._whole_steps(entry.name, whole)
             except ConfigError:  # it can't be matched, and will say so
                 continue
             if steps:
                 jobs.append(suite.whole_job(entry, steps, memory["options"] if memory else {}))
         return jobs
+
+    def _whole_steps(self, name: str, whole: Mapping[str, int]) -> int:
+        """Steps of a row's whole run: those of the one that there is, unless that says that many more fit.
+
+        Args:
+            name: The row.
+            whole: Steps of the whole runs that there are.
+
+        Raises:
+            ConfigError: If it can't be matched.
+        """
+        known = whole.get(name)
+        if known is None:
+            return self._steps_of(name, *self._paces(name, "timing"))
+        if self._suite.match_to not in whole:
+            return known
+        counted = self._steps_of(name, *self._paces(name, "whole"))
+        return counted if counted > _FURTHER * known else known
 
     def _steps_of(self, name: str, reference: Pace, own: Pace) -> int:
         """The most steps that a run of a row may have."""

@@ -52,7 +52,7 @@ def plan_search(
 
     while all(rate in losses for rate in rates) and go_on({rate: losses[rate] for rate in rates}):
         pass
-    finalists = _best_two({rate: losses.get(rate) for rate in rates})
+    finalists = _from_the_best({rate: losses.get(rate) for rate in rates})[:2]
 
     def known(rate: float) -> bool:
         return rate in losses and (losses[rate] is None or len(runoffs.get(rate, ())) >= seeds - 1)
@@ -76,15 +76,15 @@ def _go_beyond(rates: list[float], best: float | None) -> bool:
     return True
 
 
-def _best_two(losses: Losses) -> list[float]:
-    known = {rate: loss for rate, loss in losses.items() if loss is not None}
-    return sorted(known, key=known.__getitem__)[:2]
-
-
 def best_rate(losses: Losses) -> float | None:
     """The rate with the lowest loss; ``None`` where all failed, or none was tried."""
+    return next(iter(_from_the_best(losses)), None)
+
+
+def _from_the_best(losses: Losses) -> list[float]:
+    """Rates that didn't fail, the lowest loss first."""
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
-    return min(known, key=known.__getitem__) if known else None
+    return sorted(known, key=known.__getitem__)
 
 
 def choose_rate(given: Sequence[float] | None, losses: Losses, runoffs: Runoffs) -> float | None:

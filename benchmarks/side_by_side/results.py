@@ -22,9 +22,8 @@ from .suite import Suite, make_suite
 from .suite_files import read_stored_keys
 
 SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
-_Key = tuple[
-    str, float
-]  # a final run's own key leaves out the learning rate, on which a timing doesn't depend
+# A final run's own key leaves out the learning rate, on which a timing doesn't depend.
+_Key = tuple[str, float]
 
 
 class Results:
