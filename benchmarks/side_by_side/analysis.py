@@ -126,6 +126,12 @@ class Row:
         return self.timings or self.runs
 
     @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The machines of its final runs, where they aren't those that its seconds are of; else none."""
+        machines = {machine_of(run) for run in self.runs}
+        return () if machines <= {machine_of(run) for run in self.timed} else tuple(sorted(machines))
+
+    @property
     def timed_alone(self) -> bool | None:
         """Whether no other run of the benchmark was beside those that its seconds are of; ``None``: not noted."""
         noted = [run.get("runs_at_once") for run in self.timed]
@@ -140,14 +146,25 @@ class Row:
         return fmean(run_seconds(run, kind, step) for run in self.timed)
 
     def used_seconds(self, kind: str) -> float | None:
-        """Seconds that its final runs took, whatever was beside them; the mean over seeds."""
-        return self.mean(lambda run: run_seconds(run, kind))
+        """Seconds that its final runs took, whatever was beside them, the mean over seeds.
+
+        Where they were on another machine, those of as many steps as they were timed: seconds there say nothing of these.
+        """
+        return self.training_seconds(kind) if self.elsewhere else self.mean(lambda run: run_seconds(run, kind))
 
     def used_beside(self, other: Row, kind: str) -> float | None:
         """How many times the seconds of another row its final runs took, the median over the seeds of both."""
+        if self.elsewhere or other.elsewhere:
+            own, its = self.used_seconds(kind), other.used_seconds(kind)
+            return own / its if own and its else None
         theirs = {run["seed"]: run_seconds(run, kind) for run in other.runs}
         shares = [run_seconds(run, kind) / theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
         return median(shares) if shares else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens that go through a step in a second, as its seconds are timed."""
+        return fmean(run["tokens_per_second"] for run in self.timed) if self.timed else None
 
     @property
     def probabilities(self) -> list[float] | None:
@@ -255,7 +272,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         )
         for entry in suite.entries
     )
-    clock = clock_of(run for row in rows for run in row.runs)
+    clock = clock_of(run for row in rows if row.runs for run in row.timed)
     machines = tuple(sorted({machine_of(run) for row in rows if row.runs for run in row.timed}))
     return Analysis(
         suite,

@@ -251,7 +251,7 @@ def _cost(row: Row) -> dict[str, Any]:
         "phases": [seconds(row.seconds("cpu", phase)) for phase in PHASES],
         "wall": seconds(row.seconds("wall")),
         "once": seconds(row.once_seconds("cpu")),
-        "tokens": number(row.mean(lambda run: run["tokens_per_second"]), "{:,.0f}"),
+        "tokens": number(row.tokens_per_second, "{:,.0f}"),
         "trainable": _trainable(row),
         "coverage": number(row.mean(lambda run: 100 * run["coverage"]), "{:.0f}%"),
         "staleness": number(row.mean(lambda run: run["staleness"]), "{:.1f}"),

@@ -115,7 +115,17 @@ def match_words(suite: Suite) -> str:
 
 
 def timing_words(rows: Sequence[Row]) -> str:
-    """How the seconds of all methods were measured, in a sentence."""
+    """How the seconds of all methods were measured, and where their losses, if that was elsewhere."""
+    others = sorted({machine for row in rows for machine in row.elsewhere})
+    if not others:
+        return _timing(rows)
+    return (
+        f"{_timing(rows)} Losses and memory are of other runs, with the same seeds and as many steps, on "
+        f"{'; '.join(others)}."
+    )
+
+
+def _timing(rows: Sequence[Row]) -> str:
     alone = {row.timed_alone for row in rows}
     if any(run["stage"] == "whole" for row in rows for run in row.timings):
         return "Seconds are of a whole run a method, with nothing of the benchmark beside it."

@@ -33,9 +33,8 @@ def main() -> None:
 
     warm_up()
     for given in _read_jobs():
-        if (
-            _has_gpu()
-        ):  # CUDA doesn't outlive a fork: this process does the one job, and the runner starts another
+        # CUDA that has begun doesn't outlive a fork: this process does the one job, and the runner starts another.
+        if _has_begun_cuda():
             threading.Thread(target=_end_with, args=(0,), daemon=True).start()
             _do(given, send)
         send({"ended": _fork(given, send)})
@@ -135,10 +134,10 @@ def _read_jobs() -> Iterator[Given]:
             yield json.loads(line)
 
 
-def _has_gpu() -> bool:
+def _has_begun_cuda() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_initialized()
 
 
 def _end_with(descriptor: int) -> None:

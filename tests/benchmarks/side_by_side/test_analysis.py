@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.sections import timing_words
 from layersample_benchmarks.side_by_side.suite import Suite
 
 
@@ -105,3 +106,29 @@ def test_seeds_that_are_no_longer_asked_for_do_not_count(lines: Callable[..., An
     analysis = analyze(suite.model_copy(update={"seeds": [0, 1]}), stored)
     assert (analysis.done, analysis.planned) == (4, 4)
     assert analysis.rows[0].loss is not None and analysis.rows[0].loss.mean == pytest.approx(1.05)
+
+
+def test_losses_of_another_machine_leave_the_seconds_to_the_one_that_was_timed(
+    lines: Callable[..., Any], made_up: Callable[..., Any]
+) -> None:
+    suite = Suite(methods=["full", "lora"], seeds=[0, 1], steps=4, match="time", match_to="lora", learning_rates=[1e-3])
+    found = lines(suite, {"full": [1.0, 1.0], "lora": [2.0, 2.0]})
+    for line in found:
+        line["environment"] = {**line["environment"], "processor": "other", "gpu": "a GPU"}
+        line["seconds"] = {**line["seconds"], "cpu": {"forward": 0.1}, "wall": {"forward": 0.1}}
+    before = analyze(suite, found)
+    assert before.clock == "wall" and before.rows[0].elsewhere == ()
+    for name, step in (("full", 6.0), ("lora", 3.0)):
+        job = suite.whole_job(suite.entry(name), 4, {})
+        spent = {"cpu": {"forward": step}, "wall": {"forward": step}, "before_training": {"cpu": 0.0, "wall": 0.0}}
+        measured = made_up(job, 1.0, seconds=spent, tokens_per_second=7.0)
+        found.append({"method": name, "stage": "whole", "seed": 0, "learning_rate": 1e-3, **measured})
+    analysis = analyze(suite, found)
+    full, lora = analysis.rows
+    assert analysis.clock == "cpu" and analysis.machines == ("cpu, 1 thread",)
+    assert full.elsewhere == lora.elsewhere == ("other, a GPU, 1 thread",)
+    assert full.training_seconds("cpu") == full.used_seconds("cpu") == pytest.approx(24.0)
+    assert full.used_beside(lora, "cpu") == pytest.approx(2.0) and full.tokens_per_second == 7.0
+    assert analysis.fast_front == ("full",)
+    assert timing_words(analysis.rows).endswith("on other, a GPU, 1 thread.")
+    assert "other" not in timing_words(before.rows)
