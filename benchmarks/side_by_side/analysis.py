@@ -150,7 +150,9 @@ class Row:
 
         Where they were on another machine, those of as many steps as they were timed: seconds there say nothing of these.
         """
-        return self.training_seconds(kind) if self.elsewhere else self.mean(lambda run: run_seconds(run, kind))
+        return (
+            self.training_seconds(kind) if self.elsewhere else self.mean(lambda run: run_seconds(run, kind))
+        )
 
     def used_beside(self, other: Row, kind: str) -> float | None:
         """How many times the seconds of another row its final runs took, the median over the seeds of both."""

@@ -72,14 +72,28 @@ def load_gguf_config(file: Path) -> PretrainedConfig:
 
 
 def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file.
+    """The tokenizer in a GGUF file, with the special tokens that its header names.
 
     Raises:
         ConfigError: If the package that reads them isn't installed.
     """
     _need_gguf()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers 5.17 took the first token for the last one: a model then never learns to stop.
+    for kind, number in _special_tokens(file).items():
+        if 0 <= number < len(tokenizer) and getattr(tokenizer, f"{kind}_id") != number:
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(number))
     return tokenizer
+
+
+def _special_tokens(file: Path) -> dict[str, int]:
+    """The special tokens that a file's header names: of each kind its number."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    kinds = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    known = {kind: fields.get(f"tokenizer.ggml.{its}_token_id") for kind, its in kinds.items()}
+    return {kind: int(field.contents()) for kind, field in known.items() if field is not None}
 
 
 def _need_gguf() -> None:

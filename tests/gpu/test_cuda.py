@@ -1,4 +1,4 @@
-"""The branches that only a CUDA device takes. They have not run on one yet."""
+"""The branches that only a CUDA device takes."""
 
 from __future__ import annotations
 
