@@ -148,7 +148,7 @@ class Row:
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that its final runs took, whatever was beside them, the mean over seeds.
 
-        Where they were on another machine, those of as many steps as they were timed: seconds there say nothing of these.
+        Where they were on another machine, those of as many steps as they were timed.
         """
         return (
             self.training_seconds(kind) if self.elsewhere else self.mean(lambda run: run_seconds(run, kind))
