@@ -126,10 +126,14 @@ class Row:
         return self.timings or self.runs
 
     @property
-    def elsewhere(self) -> tuple[str, ...]:
-        """The machines of its final runs, where they aren't those that its seconds are of; else none."""
-        machines = {machine_of(run) for run in self.runs}
-        return () if machines <= {machine_of(run) for run in self.timed} else tuple(sorted(machines))
+    def machines(self) -> frozenset[str]:
+        """Those of its final runs; its seconds may be of another one."""
+        return frozenset(machine_of(run) for run in self.runs)
+
+    @property
+    def timed_elsewhere(self) -> bool:
+        """Whether its seconds are of another machine than its losses."""
+        return not self.machines <= {machine_of(run) for run in self.timed}
 
     @property
     def timed_alone(self) -> bool | None:
@@ -148,17 +152,14 @@ class Row:
     def used_seconds(self, kind: str) -> float | None:
         """Seconds that its final runs took, whatever was beside them, the mean over seeds.
 
-        Where they were on another machine, those of as many steps as they were timed.
+        ``None`` where they were on another machine than its timings, whose seconds these can't be compared with.
         """
-        return (
-            self.training_seconds(kind) if self.elsewhere else self.mean(lambda run: run_seconds(run, kind))
-        )
+        return None if self.timed_elsewhere else self.mean(lambda run: run_seconds(run, kind))
 
     def used_beside(self, other: Row, kind: str) -> float | None:
         """How many times the seconds of another row its final runs took, the median over the seeds of both."""
-        if self.elsewhere or other.elsewhere:
-            own, its = self.used_seconds(kind), other.used_seconds(kind)
-            return own / its if own and its else None
+        if self.machines != other.machines or self.timed_elsewhere:
+            return None
         theirs = {run["seed"]: run_seconds(run, kind) for run in other.runs}
         shares = [run_seconds(run, kind) / theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
         return median(shares) if shares else None

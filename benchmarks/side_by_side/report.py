@@ -197,6 +197,10 @@ def findings(analysis: Analysis) -> list[str]:
         said.append(
             f"Seconds are of several machines ({'; '.join(analysis.machines)}), so don't compare them."
         )
+    if len(machines := sorted({machine for row in analysis.rows for machine in row.machines})) > 1:
+        said.append(
+            f"Losses are of several machines ({'; '.join(machines)}): the differences hold what these do to them."
+        )
     if edges := [row.name for row in analysis.finished if row.at_edge]:
         said.append(
             f"Best at the lowest or highest rate tried, so perhaps better beyond: {', '.join(edges)}."

@@ -115,14 +115,13 @@ def match_words(suite: Suite) -> str:
 
 
 def timing_words(rows: Sequence[Row]) -> str:
-    """How the seconds of all methods were measured, and where their losses, if that was elsewhere."""
-    others = sorted({machine for row in rows for machine in row.elsewhere})
+    """How the seconds of all methods were measured, and which of them are of another machine than the losses."""
+    others = [row for row in rows if row.timed_elsewhere]
     if not others:
         return _timing(rows)
-    return (
-        f"{_timing(rows)} Losses and memory are of other runs, with the same seeds and as many steps, on "
-        f"{'; '.join(others)}."
-    )
+    whose = "" if len(others) == len(rows) else f" of {', '.join(row.name for row in others)}"
+    machines = sorted({machine for row in others for machine in row.machines})
+    return f"{_timing(rows)} Losses and memory{whose} are of runs on another machine: {'; '.join(machines)}."
 
 
 def _timing(rows: Sequence[Row]) -> str:

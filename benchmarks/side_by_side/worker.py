@@ -32,9 +32,9 @@ def main() -> None:
         events.write(f"\n{json.dumps(event)}\n")  # behind a line that a killed run hasn't ended
 
     warm_up()
+    may_fork = _may_fork()
     for given in _read_jobs():
-        # CUDA that has begun doesn't outlive a fork: this process does the one job, and the runner starts another.
-        if _has_begun_cuda():
+        if not may_fork:  # this process does the one job, and the runner starts another
             threading.Thread(target=_end_with, args=(0,), daemon=True).start()
             _do(given, send)
         send({"ended": _fork(given, send)})
@@ -134,10 +134,14 @@ def _read_jobs() -> Iterator[Given]:
             yield json.loads(line)
 
 
-def _has_begun_cuda() -> bool:
+def _may_fork() -> bool:
+    """Whether a fork of this process could use a GPU: not once CUDA has begun here, if only to count devices."""
     import torch
 
-    return torch.cuda.is_initialized()
+    process = os.fork()
+    if process == 0:
+        os._exit(torch.cuda._is_in_bad_fork())
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 def _end_with(descriptor: int) -> None:

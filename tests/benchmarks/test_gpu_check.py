@@ -51,6 +51,17 @@ def test_every_line_runs_on_a_cpu_and_gives_no_figure_of_a_gpu(name: str, tmp_pa
         assert rows[0].figures["whole"] == rows[0].figures["resumed"] != ""
 
 
+def test_products_are_those_of_plain_attention() -> None:
+    """A fused kernel isn't counted, or ends in an error where keys have fewer heads than queries."""
+    base = BENCH.model(BENCH.shape("tinyllama-1.1b"), torch.bfloat16)
+    tokens = BENCH.tokens(base.config, 2, 64)
+    counted = []
+    for attention in ("sdpa", "eager"):
+        base.set_attn_implementation(attention)
+        counted.append(step_times._products(BENCH, base, step_times.WAYS["full fine-tuning"], tokens))
+    assert counted[0] == counted[1] > 0
+
+
 def test_a_miss_is_printed_as_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(flat_memory, "BOUND", -0.5)
     found = _invoke(tmp_path, "flat_memory")

@@ -44,7 +44,8 @@ def test_special_tokens_are_those_of_the_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    tokenizer.eos_token, tokenizer.pad_token, before = tokenizer.bos_token, None, tokenizer.unk_token
+    before = tokenizer.unk_token
+    tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token = tokenizer.bos_token, None, None
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     loaded = load_gguf_tokenizer(tmp_path / "model.gguf")
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (first, last, last)

