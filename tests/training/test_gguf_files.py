@@ -26,30 +26,50 @@ def test_which_file_is_meant(tmp_path: Path, tiny_model: Path) -> None:
     assert find_gguf(tmp_path) is None, "a folder with config.json is a model of transformers"
 
 
+def write_header(file: Path, **numbers: int) -> None:
+    """A GGUF file with nothing but the numbers of special tokens."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "llama")
+    for kind, number in numbers.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 def test_special_tokens_are_those_of_the_file(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers 5.17 took the first token for the last one."""
-    from gguf import GGUFWriter
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     first, last, beyond = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)
     assert first != last
-    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_bos_token_id(first)
-    writer.add_eos_token_id(last)
-    writer.add_pad_token_id(last)
-    writer.add_unk_token_id(beyond)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    write_header(tmp_path / "model.gguf", bos=first, eos=last, pad=last, unk=beyond)
     before = tokenizer.unk_token
     tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token = tokenizer.bos_token, None, None
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     loaded = load_gguf_tokenizer(tmp_path / "model.gguf")
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (first, last, last)
     assert loaded.unk_token == before, "a number that no token has says nothing"
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 reads a saved one so that spaces are unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<unk>": 0, "There": 1, "are": 2}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    write_header(tmp_path / "model.gguf", unk=0)
+    with pytest.raises(
+        ConfigError, match=r"can't read the tokenizer of model.gguf: .* comes back as 'There are <unk>"
+    ):
+        load_gguf_tokenizer(tmp_path / "model.gguf")
 
 
 @pytest.mark.slow
