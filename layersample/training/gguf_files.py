@@ -102,7 +102,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     Raises:
         ConfigError: If it doesn't.
     """
-    back = tokenizer.decode(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+    back = str(tokenizer.decode(tokenizer(_TEXT, add_special_tokens=False)["input_ids"]))
     if "".join(back.split()) != "".join(_TEXT.split()):
         raise ConfigError(
             f"transformers {transformers.__version__} can't read the tokenizer of {name}: {_TEXT!r} comes back as "
