@@ -126,14 +126,14 @@ class Row:
         return self.timings or self.runs
 
     @property
-    def machines(self) -> frozenset[str]:
+    def run_machines(self) -> frozenset[str]:
         """Those of its final runs; its seconds may be of another one."""
         return frozenset(machine_of(run) for run in self.runs)
 
     @property
     def timed_elsewhere(self) -> bool:
         """Whether its seconds are of another machine than its losses."""
-        return not self.machines <= {machine_of(run) for run in self.timed}
+        return not self.run_machines <= {machine_of(run) for run in self.timed}
 
     @property
     def timed_alone(self) -> bool | None:
@@ -158,7 +158,7 @@ class Row:
 
     def used_beside(self, other: Row, kind: str) -> float | None:
         """How many times the seconds of another row its final runs took, the median over the seeds of both."""
-        if self.machines != other.machines or self.timed_elsewhere:
+        if self.run_machines != other.run_machines or self.timed_elsewhere:
             return None
         theirs = {run["seed"]: run_seconds(run, kind) for run in other.runs}
         shares = [run_seconds(run, kind) / theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]

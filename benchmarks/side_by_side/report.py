@@ -197,7 +197,7 @@ def findings(analysis: Analysis) -> list[str]:
         said.append(
             f"Seconds are of several machines ({'; '.join(analysis.machines)}), so don't compare them."
         )
-    if len(machines := sorted({machine for row in analysis.rows for machine in row.machines})) > 1:
+    if len(machines := sorted({machine for row in analysis.rows for machine in row.run_machines})) > 1:
         said.append(
             f"Losses are of several machines ({'; '.join(machines)}): the differences hold what these do to them."
         )

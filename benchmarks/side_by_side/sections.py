@@ -120,7 +120,7 @@ def timing_words(rows: Sequence[Row]) -> str:
     if not others:
         return _timing(rows)
     whose = "" if len(others) == len(rows) else f" of {', '.join(row.name for row in others)}"
-    machines = sorted({machine for row in others for machine in row.machines})
+    machines = sorted({machine for row in others for machine in row.run_machines})
     return f"{_timing(rows)} Losses and memory{whose} are of runs on another machine: {'; '.join(machines)}."
 
 

@@ -133,7 +133,7 @@ def test_losses_of_another_machine_leave_the_seconds_to_the_one_that_was_timed(
     analysis = analyze(suite, found)
     full, lora = analysis.rows
     assert analysis.clock == "cpu" and analysis.machines == ("cpu, 1 thread",)
-    assert full.timed_elsewhere and full.machines == lora.machines == {"other, a GPU, 1 thread"}
+    assert full.timed_elsewhere and full.run_machines == lora.run_machines == {"other, a GPU, 1 thread"}
     assert full.training_seconds("cpu") == pytest.approx(24.0) and full.tokens_per_second == 7.0
     assert full.used_seconds("cpu") is None and full.used_beside(lora, "cpu") is None
     assert analysis.fast_front == ("lora", "full")
