@@ -146,7 +146,7 @@ def load_model(
         if gguf:
             in_file, tokenizer = load_gguf(gguf, dtype)
             return _checked(in_file, None, name, report), tokenizer
-        tokenizer = _read_tokenizer(path, name)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         # Shapes that don't fit are named by us: transformers points to a table in its log.
         both: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -173,14 +173,7 @@ def load_tokenizer(name: str, report: Report = logger.info) -> PreTrainedTokeniz
     with loading(name, _INSTEAD):
         if gguf := find_gguf(Path(path)):
             return load_gguf_tokenizer(gguf)
-        return _read_tokenizer(path, name)
-
-
-def _read_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer; a built-in model's, which came from a GGUF file, must give a text back."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    if name in BUILTIN_MODELS:
-        check_tokenizer(tokenizer, name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
 
 
@@ -301,10 +294,10 @@ def is_cached(name: str) -> bool:
     """Whether a built-in model is here already, as its file says."""
     folder = cache_folder() / "models" / name
     try:
-        stored = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (folder / "config.json").is_file() and stored.get("eos_token") == BUILTIN_MODELS[name].end
+    return (folder / "config.json").is_file() and tokenizer.get("eos_token") == BUILTIN_MODELS[name].end
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:
@@ -344,3 +337,4 @@ def _convert(file: Path, target: Path) -> None:
     model, tokenizer = load_gguf(file, torch.float32)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    check_tokenizer(AutoTokenizer.from_pretrained(target), file.name)
