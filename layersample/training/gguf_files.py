@@ -93,7 +93,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Make sure that a text comes back from its tokens.
 
-    transformers 5.0 and 5.1 read a saved tokenizer of a GGUF file as one of another kind, in which spaces are unknown.
+    transformers 5.0 and 5.1 save a tokenizer of a GGUF file as one of another kind, in which spaces are unknown.
 
     Args:
         tokenizer: What was made of the file, or read back from a folder.

@@ -294,10 +294,10 @@ def is_cached(name: str) -> bool:
     """Whether a built-in model is here already, as its file says."""
     folder = cache_folder() / "models" / name
     try:
-        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (folder / "config.json").is_file() and tokenizer.get("eos_token") == BUILTIN_MODELS[name].end
+    return (folder / "config.json").is_file() and stored.get("eos_token") == BUILTIN_MODELS[name].end
 
 
 def fetch_builtin(name: str, report: Report = logger.info) -> Path:
@@ -337,4 +337,5 @@ def _convert(file: Path, target: Path) -> None:
     model, tokenizer = load_gguf(file, torch.float32)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    # Before it is in the cache, where a later transformers would read it wrongly too.
     check_tokenizer(AutoTokenizer.from_pretrained(target), file.name)

@@ -57,7 +57,7 @@ def test_special_tokens_are_those_of_the_file(
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.0 reads a saved one so that spaces are unknown."""
+    """transformers 5.0 saves one so that spaces are unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
