@@ -184,6 +184,10 @@ def report(
         typer.Option(help="The method that the others are compared with, in place of the suite's."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help=f"Of these seeds alone. {_SEEDS_HELP}")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Of these rows alone, with commas: corrected for comparisons among them."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write it to, in place of the benchmark's own.")
     ] = None,
@@ -192,7 +196,8 @@ def report(
     from .report import write_report
 
     chosen = None if seeds is None else read_seeds(seeds)
-    written = ", ".join(write_report(folder, baseline, chosen, output))
+    rows = None if methods is None else _split(methods)
+    written = ", ".join(write_report(folder, baseline, chosen, output, rows))
     console.print(f"Written to {plain(output or folder)}: {written}", highlight=False, soft_wrap=True)
 
 

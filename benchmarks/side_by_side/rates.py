@@ -62,7 +62,8 @@ def plan_search(
         if not go_on({rate: means[rate] for rate in finalists}):
             break
         finalists += set(rates) - before
-    return RateSearch(tuple(rates), tuple(finalists))
+    # A rate that was added and failed is never chosen: further seeds would be for nothing.
+    return RateSearch(tuple(rates), tuple(rate for rate in finalists if losses.get(rate, 0.0) is not None))
 
 
 def _go_beyond(rates: list[float], best: float | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, unknown
 from layersample.files import check_output, write_text
 
 from . import charts
@@ -23,6 +23,7 @@ from .power_words import power_table
 from .results import read_results
 from .sections import harness, match_words, matched, out_of_time, sentences, timing_words, tried
 from .stored_lines import KINDS, Line, machine_of
+from .suite import Suite
 from .tasks import get_task
 from .tried import read_tried
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
@@ -40,6 +41,7 @@ def write_report(
     baseline: str | None = None,
     seeds: Sequence[int] | None = None,
     output: Path | None = None,
+    methods: Sequence[str] | None = None,
 ) -> list[str]:
     """Write ``report.html``, ``report.md`` and its pictures from what a benchmark's folder holds.
 
@@ -48,28 +50,27 @@ def write_report(
         baseline: The method that the others are compared with; that of the suite by default.
         seeds: Those that count; all of the suite by default.
         output: A folder to write them to, new, empty or of an earlier report; the benchmark's own by default.
+        methods: Names of the rows that count, in any order; all of the suite by default. Differences are corrected for
+            comparisons among them alone.
 
     Returns:
         Names of the files.
 
     Raises:
-        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, a seed isn't one of
-            the suite, or it can't be written.
+        ConfigError: If the folder holds no benchmark, no run has ended, no row is the baseline, a seed or a method
+            isn't one of the suite, the methods lack one that others are compared with, or it can't be written.
     """
-    suite, lines = read_results(folder)
+    whole, lines = read_results(folder)
     if output is not None:
         _check_place(output)
-    all_seeds = len(suite.seeds)
+    suite = whole
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
         suite.check_references()
     if seeds is not None:
-        other = next((seed for seed in seeds if seed not in suite.seeds), None)
-        if other is not None:
-            raise ConfigError(
-                f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {other}."
-            )
-        suite = suite.model_copy(update={"seeds": [seed for seed in suite.seeds if seed in seeds]})
+        suite = _of_seeds(suite, seeds, folder)
+    if methods is not None:
+        suite = _of_methods(suite, methods)
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."
@@ -81,7 +82,8 @@ def write_report(
     stored = {f"{name}.svg": _alone(svg) for name, svg in pictures.items() if svg}
     shown = {
         **view(analysis, lines, commands, pictures),
-        "all_seeds": None if seeds is None else all_seeds,
+        "all_seeds": None if seeds is None else len(whole.seeds),
+        "all_rows": None if methods is None else len(whole.entries),
         "searches": [tried(x) for x in read_tried(folder)],
     }
     files = {
@@ -101,6 +103,39 @@ def write_report(
     except OSError as error:
         raise ConfigError(f"The output folder must be writable, but: {error}.") from error
     return list(files)
+
+
+def _of_seeds(suite: Suite, seeds: Sequence[int], folder: Path) -> Suite:
+    """The suite with some of its seeds alone.
+
+    Raises:
+        ConfigError: If one isn't among them.
+    """
+    other = next((seed for seed in seeds if seed not in suite.seeds), None)
+    if other is not None:
+        raise ConfigError(
+            f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {other}."
+        )
+    return suite.model_copy(update={"seeds": [seed for seed in suite.seeds if seed in seeds]})
+
+
+def _of_methods(suite: Suite, methods: Sequence[str]) -> Suite:
+    """The suite with some of its rows alone.
+
+    Raises:
+        ConfigError: If one isn't among them, or one is left out that the others are compared with or matched to.
+    """
+    names = [entry.name for entry in suite.entries]
+    for name in methods:
+        if name not in names:
+            raise ConfigError(f"methods: {unknown('method of this suite', name, names)}")
+    needed = {suite.reference} | ({suite.match_to} if suite.match != "steps" else set())
+    if missing := sorted(needed - {*methods}):
+        raise ConfigError(
+            f"methods must hold {' and '.join(missing)}, which the others are compared with or matched to, but got "
+            f"{', '.join(methods) or 'none'}."
+        )
+    return suite.model_copy(update={"methods": [entry for entry in suite.entries if entry.name in methods]})
 
 
 def _check_place(output: Path) -> None:

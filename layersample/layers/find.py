@@ -45,7 +45,6 @@ class ModelLayers:
         frozen: Parameters of the towers beside a language model (vision, audio): they train only where all of the
             model does.
         tied_head: Whether the head shares the embedding's weight.
-        num_stacks: How many separate stacks the layers come from: 2 for an encoder with a decoder.
         towers: Paths of the modules that :attr:`frozen` is of.
     """
 
@@ -53,7 +52,6 @@ class ModelLayers:
     groups: dict[GroupName, Layer]
     frozen: tuple[str, ...]
     tied_head: bool
-    num_stacks: int
     towers: tuple[str, ...] = ()
 
 
@@ -93,11 +91,11 @@ def find_layers(model: nn.Module, layers: str | Sequence[str | nn.Module] | None
             f"No layers found in {type(model).__name__}: it has no ModuleList of transformer blocks. Name them with "
             f"layers=: the path of a ModuleList, or a list of paths. It has: {some(map(repr, list_paths(modules)))}."
         )
-    return _sort_parameters(model, modules, paths, towers, num_stacks=len(stacks))
+    return _sort_parameters(model, modules, paths, towers)
 
 
 def _sort_parameters(
-    model: nn.Module, modules: dict[str, nn.Module], paths: list[str], towers: list[str], num_stacks: int
+    model: nn.Module, modules: dict[str, nn.Module], paths: list[str], towers: list[str]
 ) -> ModelLayers:
     shared = _shared_parameters(modules, paths)
     by_layer: dict[str, list[str]] = {path: [] for path in paths}
@@ -125,7 +123,6 @@ def _sort_parameters(
         groups={group: Layer(group, tuple(names)) for group, names in by_group.items()},
         frozen=tuple(frozen),
         tied_head=tied_head,
-        num_stacks=num_stacks,
         towers=tuple(towers),
     )
 

@@ -152,8 +152,10 @@ def test_parameters_that_layers_share_are_no_layer_s_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_encoder_and_decoder_are_two_stacks() -> None:
-    assert find_layers(on_meta("t5", "T5ForConditionalGeneration")).num_stacks == 2
+def test_layers_of_an_encoder_and_its_decoder_are_found_in_order() -> None:
+    found = find_layers(on_meta("t5", "T5ForConditionalGeneration"))
+    stacks = [layer.name.split(".")[0] for layer in found.layers]
+    assert stacks == sorted(stacks, reverse=True) and set(stacks) == {"encoder", "decoder"}
 
 
 def test_groups_of_a_llama() -> None:
@@ -272,7 +274,7 @@ def test_a_module_around_two_models_has_the_layers_of_both() -> None:
         *(f"query.model.layers.{i}" for i in range(2)),
         *(f"document.model.layers.{i}" for i in range(3)),
     ]
-    assert found.num_stacks == 2 and found.frozen == ()
+    assert found.frozen == ()
 
 
 def test_a_dictionary_of_layers() -> None:

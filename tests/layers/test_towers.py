@@ -60,7 +60,7 @@ def test_both_encoders_of_two_that_are_compared_are_layers(
 ) -> None:
     model = make_dual(kind)
     found = find_layers(model)
-    assert len(found.layers) == 4 and found.num_stacks == 2 and not found.frozen
+    assert len(found.layers) == 4 and not found.frozen
     assert {"text" in layer.name for layer in found.layers} == {True, False}
     assert step(model, "full") == {name for name, _ in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

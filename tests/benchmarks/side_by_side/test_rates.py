@@ -78,6 +78,7 @@ def test_the_rate_beyond_is_tried_with_all_seeds_and_may_be_followed_by_another(
     assert plan_search(GRID, losses, runoffs, extensions=2, seeds=3).rates == (*GRID, 3.3e-3)
     runoffs[3.3e-3] = [0.5, 0.5]
     assert plan_search(GRID, losses, runoffs, extensions=2, seeds=3).rates == (*GRID, 3.3e-3, 1.1e-2)
-    losses[1.1e-2] = None  # it diverged
-    assert plan_search(GRID, losses, runoffs, extensions=3, seeds=3).rates == (*GRID, 3.3e-3, 1.1e-2)
+    losses[1.1e-2] = None  # it diverged: further seeds aren't tried
+    search = plan_search(GRID, losses, runoffs, extensions=3, seeds=3)
+    assert search.rates == (*GRID, 3.3e-3, 1.1e-2) and search.finalists == (3e-4, 1e-3, 3.3e-3)
     assert choose_rate(None, losses, runoffs) == 3.3e-3

@@ -307,6 +307,34 @@ def test_a_report_of_some_seeds(tmp_path: Path, made_up: Callable[..., dict[str,
             write_report(tmp_path, seeds=others)
 
 
+def test_a_report_of_some_methods(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
+    suite = Suite(methods=["full", "lora", "lisa", "cyclic"], seeds=4, learning_rates=[1e-3], match="time")
+    results = Results(tmp_path, suite).open()
+    for place, entry in enumerate(suite.entries):
+        for job in suite.final_jobs(entry, 1e-3):
+            results.add(job, made_up(job, 1.0 + 0.1 * place + 0.04 * (place + 1) * (job.seed % 2)))
+
+    def rows(**options: Any) -> dict[str, str]:
+        write_report(tmp_path, **options)
+        table = Page((tmp_path / "report.html").read_text()).tables["quality"]
+        return {name.split()[-1]: p for name, _, _, _, p, *_ in table[1:]}
+
+    every, some = rows(), rows(methods=["lisa", "lora", "full"])
+    assert set(some) == {"full", "lora", "lisa"} and set(every) == {*some, "cyclic"}
+    text = (tmp_path / "report.md").read_text()
+    assert "3 ways to fine-tune" in text and "These rows were chosen from 4." in text
+    assert "12 of 12 runs are done" in text and "or choosing rows, finds" in text and "cyclic" not in text
+    assert float(some["lisa"]) < float(every["lisa"]), "corrected for one comparison less"
+    with pytest.raises(
+        ConfigError, match="methods: Unknown method of this suite 'lissa'. Did you mean 'lisa'?"
+    ):
+        write_report(tmp_path, methods=["full", "lissa"])
+    with pytest.raises(ConfigError, match="methods must hold lora, which .* but got full, lisa"):
+        write_report(tmp_path, methods=["full", "lisa"])
+    with pytest.raises(ConfigError, match="methods must hold full and lora, .* but got none"):
+        write_report(tmp_path, methods=[])
+
+
 def test_a_report_of_an_unfinished_benchmark(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
     suite = Suite(methods=["full", "lisa"], learning_rates=[1e-3, 1e-2])
     results = Results(tmp_path, suite).open()
