@@ -30,6 +30,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "layersample",  # the same picture, the same bytes
     "font.size": 11,
+    "text.parse_math": False,  # a row's name may hold dollars
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -57,8 +58,10 @@ def color_of(row: Row, analysis: Analysis) -> str:
 
 
 def differences(analysis: Analysis) -> str:
-    """Each method's difference in held-out loss to the baseline, with its interval."""
+    """Each method's difference in held-out loss to the baseline, with its interval; ``""`` where there is none."""
     rows = [row for row in analysis.rows if row.difference is not None]
+    if not rows:
+        return ""
     rows.sort(key=lambda row: row.difference.mean if row.difference else 0.0)
 
     def draw(axes: Axes) -> None:

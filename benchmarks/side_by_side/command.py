@@ -208,6 +208,7 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
 
     from .recipe_runner import run_recipes
     from .report import write_report
+    from .results import has_runs
     from .runner import run_suite
 
     quiet_libraries(reads_data=True)
@@ -227,10 +228,8 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
         results = run(suite, output, jobs=jobs, command=command, progress=progress)
     except KeyboardInterrupt as error:
         progress.end()
-        errors.print(
-            f"Interrupted. The same command goes on; layersample benchmark report {output} shows what is done.",
-            soft_wrap=True,
-        )
+        shown = f"; layersample benchmark report {output} shows what is done" if has_runs(output) else ""
+        errors.print(f"Interrupted. The same command goes on{shown}.", soft_wrap=True)
         raise typer.Exit(130) from error
     finally:
         progress.end()

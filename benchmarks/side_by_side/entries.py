@@ -22,7 +22,7 @@ class MethodEntry(Options):
         learning_rates: Its own learning rates, in place of the suite's.
     """
 
-    name: str = Field(min_length=1, max_length=100, pattern=r"^[^/\s|<>]+$")
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[^/\s|<>,]+$")
     method: str = ""
     options: dict[str, Any] = {}
     learning_rates: list[float] | None = Field(None, min_length=1)

@@ -273,9 +273,10 @@ class Matching:
         ):
             if count < 1:
                 once = f" after {own.once:.3g} of what is done once" if own.once > 0.01 * own.step else ""
+                more = f"Raise {name}{' or time_share' if suite.time_share < 1 else ''}."
                 return {
                     "error": f"Not matched in time: a step takes {own.step:.3g} {own.clock} seconds{once}, but "
-                    f"{suite.match_to}'s {name} leave {seconds:.3g}. Raise {name}."
+                    f"{part_of(suite.time_share)}{suite.match_to}'s {name} leave {seconds:.3g}. {more}"
                 }
         return {
             "steps": steps,

@@ -28,7 +28,7 @@ def best_trade_offs(analysis: Analysis) -> str | None:
         kinds = [kind for kind, front in fronts.items() if name in front]
         told.append(f"{name} ({' and '.join(kinds)})")
     return (
-        f"Best trade-offs: {', '.join(told)}. No other method has less loss and takes less of what stands in "
+        f"Best trade-offs: {', '.join(told)}. No other method here has less loss and takes less of what stands in "
         "brackets; how sure that is, say the intervals."
     )
 

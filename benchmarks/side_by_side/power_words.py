@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .analysis import Analysis
 from .power import CHANCE, seeds_needed, smallest_difference
@@ -11,14 +11,20 @@ from .suite import Suite
 from .wording import DASH, p_value
 
 
-def level_of(suite: Suite) -> float:
-    """The strictest level at which Holm's method tests a difference."""
-    return (1 - suite.confidence) / max(1, len(suite.entries) - 1)
+def _level(suite: Suite, comparisons: int) -> float:
+    """The strictest level at which Holm's method tests one of some differences."""
+    return (1 - suite.confidence) / max(1, comparisons)
+
+
+def _level_of(analysis: Analysis) -> float:
+    """The strictest level at which a difference was tested: rows without runs count in no correction."""
+    tested = [row for row in analysis.rows if row.difference is not None and row.difference.p is not None]
+    return _level(analysis.suite, len(tested))
 
 
 def power_table(analysis: Analysis) -> list[dict[str, str]]:
     """For each method, the smallest difference that its seeds could have shown, and whether it is as good."""
-    level = level_of(analysis.suite)
+    level = _level_of(analysis)
     rows = []
     for row in analysis.finished:
         difference = row.difference
@@ -57,7 +63,7 @@ def power_afterwards(analysis: Analysis) -> str | None:
     known, seeds = _spreads(analysis), max((len(row.runs) for row in analysis.rows), default=0)
     if not known or seeds < 2:
         return None
-    level, spread = level_of(analysis.suite), statistics.median(known)
+    level, spread = _level_of(analysis), statistics.median(known)
     smallest, needed = _smallest(spread, seeds, level)
     half = "" if needed is None else f"; one half as large needs {needed} seeds"
     return (
@@ -66,14 +72,16 @@ def power_afterwards(analysis: Analysis) -> str | None:
     )
 
 
-def power_beforehand(suite: Suite, known: Analysis | None) -> str:
+def power_beforehand(suite: Suite, known: Analysis | None, others: Collection[str] = ()) -> str:
     """What a suite's seeds will be able to show, in a sentence, before they are run.
 
     Args:
         suite: What is asked for.
         known: What is stored already; of no use without two seeds of two methods.
+        others: Names of rows that have been run, and count as comparisons too.
     """
-    seeds, level = len(suite.seeds), level_of(suite)
+    rows = {entry.name for entry in suite.entries} | {*others}
+    seeds, level = len(suite.seeds), _level(suite, len(rows) - 1)
     if seeds < 2:
         return "With 1 seed no difference is tested: give at least 2."
     spread = statistics.median(_spreads(known)) if known is not None and _spreads(known) else None

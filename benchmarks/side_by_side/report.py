@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from layersample.errors import ConfigError, unknown
+from layersample.errors import ConfigError
 from layersample.files import check_output, write_text
 
 from . import charts
@@ -22,8 +22,8 @@ from .power import CHANCE
 from .power_words import power_table
 from .results import read_results
 from .sections import harness, match_words, matched, out_of_time, sentences, timing_words, tried
+from .selection import select
 from .stored_lines import KINDS, Line, machine_of
-from .suite import Suite
 from .tasks import get_task
 from .tried import read_tried
 from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
@@ -34,6 +34,7 @@ PICTURES = {
     "differences": charts.differences,
     "curves": charts.all_curves,
 }
+_OWN = {"report.html", "report.md", "table.csv", "table.json", *(f"{name}.svg" for name in PICTURES)}
 
 
 def write_report(
@@ -67,10 +68,7 @@ def write_report(
     if baseline is not None:
         suite = suite.model_copy(update={"baseline": baseline})
         suite.check_references()
-    if seeds is not None:
-        suite = _of_seeds(suite, seeds, folder)
-    if methods is not None:
-        suite = _of_methods(suite, methods)
+    suite, lines = select(suite, lines, seeds=seeds, methods=methods)
     if not lines:
         raise ConfigError(
             f"At least one run must have ended, but {folder} holds none. Run the benchmark first."
@@ -80,11 +78,12 @@ def write_report(
     commands = command.read_text(encoding="utf-8", errors="replace").splitlines() if command.is_file() else []
     pictures = {name: draw(analysis) for name, draw in PICTURES.items()} if analysis.finished else {}
     stored = {f"{name}.svg": _alone(svg) for name, svg in pictures.items() if svg}
+    names = {entry.name for entry in suite.entries}
     shown = {
         **view(analysis, lines, commands, pictures),
         "all_seeds": None if seeds is None else len(whole.seeds),
-        "all_rows": None if methods is None else len(whole.entries),
-        "searches": [tried(x) for x in read_tried(folder)],
+        "all_rows": len(whole.entries) if len(suite.entries) < len(whole.entries) else None,
+        "searches": [tried(x) for x in read_tried(folder) if x["chosen"]["name"] in names],
     }
     files = {
         "report.html": _template("report.html.jinja", autoescape=True).render(shown),
@@ -100,42 +99,11 @@ def write_report(
         place.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             write_text(place / name, text)
+        for name in _OWN - files.keys():  # pictures of an earlier report
+            (place / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"The output folder must be writable, but: {error}.") from error
     return list(files)
-
-
-def _of_seeds(suite: Suite, seeds: Sequence[int], folder: Path) -> Suite:
-    """The suite with some of its seeds alone.
-
-    Raises:
-        ConfigError: If one isn't among them.
-    """
-    other = next((seed for seed in seeds if seed not in suite.seeds), None)
-    if other is not None:
-        raise ConfigError(
-            f"seeds must be among those of {folder}, {', '.join(map(str, suite.seeds))}, but got {other}."
-        )
-    return suite.model_copy(update={"seeds": [seed for seed in suite.seeds if seed in seeds]})
-
-
-def _of_methods(suite: Suite, methods: Sequence[str]) -> Suite:
-    """The suite with some of its rows alone.
-
-    Raises:
-        ConfigError: If one isn't among them, or one is left out that the others are compared with or matched to.
-    """
-    names = [entry.name for entry in suite.entries]
-    for name in methods:
-        if name not in names:
-            raise ConfigError(f"methods: {unknown('method of this suite', name, names)}")
-    needed = {suite.reference} | ({suite.match_to} if suite.match != "steps" else set())
-    if missing := sorted(needed - {*methods}):
-        raise ConfigError(
-            f"methods must hold {' and '.join(missing)}, which the others are compared with or matched to, but got "
-            f"{', '.join(methods) or 'none'}."
-        )
-    return suite.model_copy(update={"methods": [entry for entry in suite.entries if entry.name in methods]})
 
 
 def _check_place(output: Path) -> None:
@@ -145,8 +113,7 @@ def _check_place(output: Path) -> None:
         ConfigError: If there is something else, or it can't be written.
     """
     check_output(output)
-    own = {"report.html", "report.md", "table.csv", "table.json", *(f"{name}.svg" for name in PICTURES)}
-    other = sorted(path.name for path in output.iterdir() if path.name not in own) if output.is_dir() else []
+    other = sorted(path.name for path in output.iterdir() if path.name not in _OWN) if output.is_dir() else []
     if other or output.is_file():
         held = f"it holds {other[0]}" if other else "it is a file"
         raise ConfigError(
@@ -227,7 +194,7 @@ def findings(analysis: Analysis) -> list[str]:
     if rows := analysis.called("not tested"):
         said.append(f"Not tested, for want of seeds that differ: {', '.join(row.name for row in rows)}.")
     if len(analysis.front) > 1:
-        said.append(f"No method has both less memory and less loss than: {', '.join(analysis.front)}.")
+        said.append(f"No method here has both less memory and less loss than: {', '.join(analysis.front)}.")
     if len(analysis.machines) > 1:
         said.append(
             f"Seconds are of several machines ({'; '.join(analysis.machines)}), so don't compare them."

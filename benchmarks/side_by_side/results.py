@@ -175,7 +175,10 @@ class Results:
             )
         own = {entry.name for entry in self.suite.entries}
         if all(entry.name in own for entry in stored.entries):
-            return self.suite
+            # Seeds that have been run stay in the report, though fewer are asked for now.
+            run = {line["seed"] for line in read_lines(self.path) if line["stage"] == "final"}
+            seeds = [*self.suite.seeds, *(seed for seed in stored.seeds if seed in run)]
+            return self.suite.model_copy(update={"seeds": list(dict.fromkeys(seeds))})
         plugins = {suite.plugin for suite in (self.suite, stored) if suite.plugin is not None}
         if len(plugins) > 1 or self.suite.seeds[0] != stored.seeds[0]:
             raise ConfigError(
@@ -240,6 +243,11 @@ def read_lines(path: Path) -> Iterable[Line]:
                 raise ConfigError(f"{place}: must be one JSON object, but: {error}.") from error
             return
         yield check_line(content, place)
+
+
+def has_runs(folder: Path) -> bool:
+    """Whether a folder holds a run that a report can show; the tries of a search are elsewhere until it has ended."""
+    return next(iter(read_lines(folder / "results.jsonl")), None) is not None
 
 
 def read_results(folder: Path) -> tuple[Suite, list[Line]]:

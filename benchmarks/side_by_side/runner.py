@@ -76,8 +76,9 @@ class _Run:
             finals = [job for seed in self._finals() for job in seed]
             done = sum(self._results.get(job) is not None for job in [*timings, *finals])
             stored = self._results.lines()
+            measured = {x["method"] for x in self._results.all_lines() if x["stage"] == "final"}
             self._progress.say(
-                power_beforehand(self._suite, analyze(self._suite, stored) if stored else None)
+                power_beforehand(self._suite, analyze(self._suite, stored) if stored else None, measured)
             )
             self._progress.begin(runs + tried, done + tried)
         self._match()

@@ -2,8 +2,8 @@
 "use strict";
 
 function numberOf(text) {
-  const found = text.replace(/\u2212/g, "-").replace(/,/g, "").match(/[-+]?\d+(\.\d+)?(e[-+]?\d+)?/i);
-  return found ? Number(found[0]) : NaN;
+  const found = text.replace(/\u2212/g, "-").replace(/,/g, "").match(/^[<>]?\s*([-+]?\d+(\.\d+)?(e[-+]?\d+)?)/i);
+  return found ? Number(found[1]) : NaN;
 }
 
 function sortBy(table, column, header) {
@@ -13,11 +13,11 @@ function sortBy(table, column, header) {
   const key = (row) => row.cells[column].textContent.trim();
   const rows = [...body.rows].sort((a, b) => {
     const [x, y] = [numberOf(key(a)), numberOf(key(b))];
-    if (words || (Number.isNaN(x) && Number.isNaN(y))) return key(a).localeCompare(key(b));
-    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
-    return x - y;
+    // What is no number is last either way.
+    if (!words && Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
+    const order = words || Number.isNaN(x) ? key(a).localeCompare(key(b)) : x - y;
+    return descending ? -order : order;
   });
-  if (descending) rows.reverse();
   body.append(...rows);
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", descending ? "descending" : "ascending");

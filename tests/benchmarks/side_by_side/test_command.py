@@ -147,9 +147,12 @@ def test_runs_and_reports(
         "--output",
         str(tmp_path / "out"),
     ]
+    stop_at = "final/lisa/seed-0"
+    stopped = runner.invoke(cli.app, ["benchmark", *arguments])
+    assert "Interrupted. The same command goes on." in stopped.output, "there is nothing to report yet"
     stop_at = "final/lora/seed-0"
     stopped = runner.invoke(cli.app, ["benchmark", *arguments])
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == 130 and "shows what is done" in stopped.output
     assert "Written to" in invoke("report", str(tmp_path / "out")), "of what is done"
     stop_at = ""
     output = invoke(*arguments)

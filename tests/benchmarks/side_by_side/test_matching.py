@@ -120,6 +120,14 @@ def test_a_row_whose_step_takes_longer_than_all_says_so(started: list[Job], tmp_
     assert "match/slow/time" in page_of(tmp_path)
 
 
+def test_a_share_of_the_time_that_is_too_little_is_named(started: list[Job], tmp_path: Path) -> None:
+    slow = {"name": "slow", "method": "full"}
+    results = run_suite(suite(methods=["lora", slow], time_share=0.5), tmp_path)
+    assert [line["error"] for line in results.lines() if "error" in line] == [
+        "Not matched in time: a step takes 500 cpu seconds, but 0.5 of lora's steps leave 20. Raise steps or time_share."
+    ]
+
+
 def test_what_was_decided_stays_and_only_missing_runs_are_run(started: list[Job], tmp_path: Path) -> None:
     """More seeds, later and on a busier machine: the same steps as before."""
     run_suite(suite(), tmp_path)

@@ -81,6 +81,9 @@ def test_the_best_recipe_is_found_and_confirmed_on_fresh_seeds(
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "## What was tried: winner" in page and "10 recipes" in page
+    others = [entry.name for entry in stored.entries if entry.name != "winner"]
+    write_report(tmp_path, methods=others, output=tmp_path / "others")
+    assert "What was tried" not in (tmp_path / "others" / "report.md").read_text(), "its winner isn't there"
 
 
 def test_the_last_rung_chooses_by_the_mean_of_its_seeds(

@@ -118,6 +118,19 @@ def test_a_row_beside_others_leaves_them_their_rates_seeds_and_failures(
             Results(tmp_path, alone.model_copy(update=change)).open()
 
 
+def test_seeds_that_have_been_run_stay_where_fewer_are_asked_for(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    first = Results(tmp_path, suite.model_copy(update={"seeds": [0, 1, 2, 3]})).open()
+    for seed in (0, 2):
+        first.add(job(suite, seed=seed), made_up(job(suite), 1.5))
+    first.close()
+    asked = Results(tmp_path, suite.model_copy(update={"seeds": [0, 1]})).open()
+    asked.close()
+    assert asked.suite.seeds == [0, 1], "what is asked for is run"
+    assert read_results(tmp_path)[0].seeds == [0, 1, 2], "what was neither run nor asked for isn't missing"
+
+
 def test_final_runs_of_two_rates_are_both_kept(
     suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
 ) -> None:
