@@ -209,6 +209,11 @@ def findings(analysis: Analysis) -> list[str]:
         )
     if lacking := analysis.planned - analysis.done:
         said.append(f"{lacking} of {analysis.planned} runs are not there (failed, or not run yet).")
+    if waiting := sum(not row.runs and not row.errors for row in analysis.rows):
+        said.append(
+            f"{waiting} of {len(analysis.rows)} methods have no runs yet: with more of them the correction is "
+            "stricter, and intervals are wider."
+        )
     return said
 
 
