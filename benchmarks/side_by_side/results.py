@@ -73,9 +73,11 @@ class Results:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             self._held.enter_context(only_one(self.folder))
             # Under the lock: another benchmark may just have added its rows. One without a good run binds nothing.
-            if stored.is_file() and any("error" not in line for line in read_lines(self.path)):
-                self._whole = self._with_rows_of(read_stored(stored))
+            there = list(read_lines(self.path))
+            if stored.is_file() and any("error" not in line for line in there):
+                self._whole = self._with_rows_of(read_stored(stored), there)
             self._whole.check_references()
+            self._lines = self._kept(there)
             self._write(self._whole, command)
         except OSError as error:
             self.close()
@@ -86,8 +88,7 @@ class Results:
         return self
 
     def _write(self, whole: Suite, command: str | None) -> None:
-        """Read what is there, and write it again without what must be run again."""
-        self._lines = self._read()
+        """Write the suite, and the runs that are kept."""
         content = whole.model_dump(mode="json")
         # Which methods there are depends on what is installed: a later run must find the same ones.
         content["methods"] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in whole.entries]
@@ -163,7 +164,7 @@ class Results:
         """All runs, those of rows of before too."""
         return list(self._lines.values())
 
-    def _with_rows_of(self, stored: Suite) -> Suite:
+    def _with_rows_of(self, stored: Suite, lines: Iterable[Line]) -> Suite:
         """The suite of now, with the other rows of one before, which must be the same in all else."""
         asked, there = self.suite.model_dump(mode="json"), stored.model_dump(mode="json")
         decisive = {**self.suite.identity(), **stored.identity()}
@@ -176,7 +177,7 @@ class Results:
         own = {entry.name for entry in self.suite.entries}
         if all(entry.name in own for entry in stored.entries):
             # Seeds that have been run stay in the report, though fewer are asked for now.
-            run = {line["seed"] for line in read_lines(self.path) if line["stage"] == "final"}
+            run = {line["seed"] for line in lines if line["stage"] == "final"}
             seeds = [*self.suite.seeds, *(seed for seed in stored.seeds if seed in run)]
             return self.suite.model_copy(update={"seeds": list(dict.fromkeys(seeds))})
         plugins = {suite.plugin for suite in (self.suite, stored) if suite.plugin is not None}
@@ -203,8 +204,9 @@ class Results:
             }
         )
 
-    def _read(self) -> dict[_Key, Line]:
-        latest = {_key(line): line for line in read_lines(self.path)}
+    def _kept(self, lines: Iterable[Line]) -> dict[_Key, Line]:
+        """The latest line of each run that needn't be run again."""
+        latest = {_key(line): line for line in lines}
         rows = {entry.name for entry in self._whole.entries} - self._fingerprints.keys()  # of before
         lines = [line for line in latest.values() if "error" not in line or line["method"] in rows]
         for line in lines:

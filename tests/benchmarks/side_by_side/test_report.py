@@ -302,6 +302,9 @@ def test_a_report_of_some_seeds(tmp_path: Path, made_up: Callable[..., dict[str,
     assert "steps with seed 0; loss on" in text, "rates were tried with the first seed of the suite"
     write_report(tmp_path, seeds=[3, 1, 3])
     assert "2 seeds" in (tmp_path / "report.md").read_text()
+    for others in ([4, 5], range(10**12)):
+        with pytest.raises(ConfigError, match="seeds must be among those of .*, 0, 1, 2, 3, 4, but got 5"):
+            write_report(tmp_path, seeds=others)
 
 
 def test_a_report_of_some_methods(tmp_path: Path, made_up: Callable[..., dict[str, Any]]) -> None:
