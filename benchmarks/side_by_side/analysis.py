@@ -286,7 +286,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         else (),
         machines=machines,
         clock=clock,
-        planned=len(suite.seeds) * len(rows),
+        planned=sum(len(suite.seeds_of(entry)) for entry in suite.entries),
     )
 
 
@@ -347,8 +347,8 @@ def _of_stage(stage: str, lines: Iterable[Line]) -> tuple[Line, ...]:
 def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Line]:
     """A method's runs that count.
 
-    All that decided something, its timings of the suite's rounds and steps, and its final ones of the suite's seeds
-    and its rate.
+    All that decided something, its timings of the suite's rounds and steps, and its final ones of its seeds and
+    its rate.
     """
     own = [line for line in lines if line["method"] == entry.name]
     given = entry.learning_rates or suite.learning_rates
@@ -356,7 +356,7 @@ def _current(suite: Suite, entry: MethodEntry, lines: Sequence[Line]) -> list[Li
 
     def counts(line: Line) -> bool:
         if line["stage"] == "final":
-            return line["seed"] in suite.seeds and line["learning_rate"] == rate
+            return line["seed"] in suite.seeds_of(entry) and line["learning_rate"] == rate
         if line["stage"] == "timing":
             return line["seed"] < suite.rounds and has_steps(line, suite.timing_steps)
         return True

@@ -136,11 +136,9 @@ def benchmark(
     if option:
         given["options"] = {**make_suite(*sources).options, **parse_pairs(option, "--option")}
     asked = make_suite(*sources, ("command line", {k: v for k, v in given.items() if v is not None}))
-    if lr_grid is not None:  # for every method, so those of rows don't win
-        rows = [
-            row if isinstance(row, str) else row.model_copy(update={"learning_rates": None})
-            for row in asked.methods
-        ]
+    # For every method, so those of rows don't win.
+    if alike := {key: None for key in ("learning_rates", "seeds") if given[key] is not None}:
+        rows = [row if isinstance(row, str) else row.model_copy(update=alike) for row in asked.methods]
         asked = asked.model_copy(update={"methods": rows})
     _run(asked, output, jobs)
 

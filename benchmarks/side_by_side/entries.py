@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from layersample.option_files import Options
 
 from ..methods.catalog import get_method
 from ..methods.method import Method
+from .seeds import as_seeds
 
 
 class MethodEntry(Options):
@@ -20,12 +21,14 @@ class MethodEntry(Options):
         method: A sampler, SAMPLER+PROJECTION, or a baseline; its name by default.
         options: Options of ``layersample train`` for this row alone.
         learning_rates: Its own learning rates, in place of the suite's.
+        seeds: Its own seeds, in place of the suite's: the rows that matter most may have more.
     """
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[^/\s|<>,]+$")
     method: str = ""
     options: dict[str, Any] = {}
     learning_rates: list[float] | None = Field(None, min_length=1)
+    seeds: Annotated[list[int] | None, BeforeValidator(as_seeds)] = Field(None, min_length=1)
 
     @property
     def definition(self) -> Method:

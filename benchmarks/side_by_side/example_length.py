@@ -19,7 +19,7 @@ def longest_example(suite: Suite) -> int:
     config = suite.final_config(suite.entries[0])
     tokenizer, task = load_tokenizer(suite.model), get_task(suite.task, suite.answer_marker)
     longest = 0
-    for seed in suite.seeds:
+    for seed in suite.all_seeds:
         parts = split(
             task,
             validation_size=suite.validation_size,

@@ -81,7 +81,7 @@ def check_recipes(suite: Suite) -> None:
             "methods too."
         )
     for name, space in suite.recipes.items():
-        both = sorted(set(space.seeds_of(space.rungs - 1)) & set(suite.seeds))
+        both = sorted(set(space.seeds_of(space.rungs - 1)) & set(suite.all_seeds))
         if both:
             raise ConfigError(
                 f"recipes: the seeds of {name} must be none of the suite's, on which the choice is confirmed, but "

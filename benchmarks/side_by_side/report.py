@@ -81,7 +81,7 @@ def write_report(
     names = {entry.name for entry in suite.entries}
     shown = {
         **view(analysis, lines, commands, pictures),
-        "all_seeds": None if seeds is None else len(whole.seeds),
+        "all_seeds": None if seeds is None else len(whole.all_seeds),
         "all_rows": len(whole.entries) if len(suite.entries) < len(whole.entries) else None,
         "searches": [tried(x) for x in read_tried(folder) if x["chosen"]["name"] in names],
     }

@@ -174,12 +174,9 @@ class Results:
                 f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {asked[key]!r} "
                 "is asked for now. Choose another --output, or leave the option out to go on with that suite."
             )
-        own = {entry.name for entry in self.suite.entries}
+        own = _with_seeds_run(self.suite, stored, lines)
         if all(entry.name in own for entry in stored.entries):
-            # Seeds that have been run stay in the report, though fewer are asked for now.
-            run = {line["seed"] for line in lines if line["stage"] == "final"}
-            seeds = [*self.suite.seeds, *(seed for seed in stored.seeds if seed in run)]
-            return self.suite.model_copy(update={"seeds": list(dict.fromkeys(seeds))})
+            return self.suite.model_copy(update={"methods": list(own.values())})
         plugins = {suite.plugin for suite in (self.suite, stored) if suite.plugin is not None}
         if len(plugins) > 1 or self.suite.seeds[0] != stored.seeds[0]:
             raise ConfigError(
@@ -187,19 +184,23 @@ class Results:
                 f"({stored.plugin}, {stored.seeds[0]}), but got {self.suite.plugin}, {self.suite.seeds[0]}. "
                 "Choose another --output."
             )
-        rows = {
-            # Rates of their own: they may have been asked for with others.
-            entry.name: entry.model_copy(
-                update={"learning_rates": entry.learning_rates or suite.learning_rates}
+        rows = {entry.name: entry for entry in stored.entries} | own
+        # Rates and seeds of their own: they may have been asked for with others.
+        methods = [
+            entry.model_copy(
+                update={
+                    "learning_rates": entry.learning_rates or suite.learning_rates,
+                    "seeds": None if (seeds := suite.seeds_of(entry)) == stored.seeds else seeds,
+                }
             )
-            for suite in (stored, self.suite)
-            for entry in suite.entries
-        }
+            for name, entry in rows.items()
+            for suite in [self.suite if name in own else stored]
+        ]
         return self.suite.model_copy(
             update={
-                "methods": list(rows.values()),
+                "methods": methods,
                 "learning_rates": None,
-                "seeds": list(dict.fromkeys([*stored.seeds, *self.suite.seeds])),
+                "seeds": stored.seeds,
                 "plugin": next(iter(plugins), None),
             }
         )
@@ -280,6 +281,18 @@ def read_stored(path: Path) -> Suite:
         ConfigError: If the file is damaged.
     """
     return make_suite((str(path), read_stored_keys(path)))
+
+
+def _with_seeds_run(suite: Suite, stored: Suite, lines: Iterable[Line]) -> dict[str, MethodEntry]:
+    """The rows of a suite; seeds that have been run stay in the report, though fewer are asked for now."""
+    run = {(line["method"], line["seed"]) for line in lines if line["stage"] == "final"}
+    there = {entry.name: stored.seeds_of(entry) for entry in stored.entries}
+    rows = {}
+    for entry in suite.entries:
+        asked = suite.seeds_of(entry)
+        more = [s for s in there.get(entry.name, []) if (entry.name, s) in run and s not in asked]
+        rows[entry.name] = entry.model_copy(update={"seeds": [*asked, *more]}) if more else entry
+    return rows
 
 
 def _in_order(suite: Suite, lines: Iterable[Line]) -> list[Line]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import closing
+from itertools import zip_longest
 from pathlib import Path
 
 from layersample.errors import ConfigError
 
 from .analysis import analyze
+from .entries import MethodEntry
 from .jobs import Job
 from .matching import Matching
 from .pool import BenchmarkProgress, Pool
@@ -70,11 +72,10 @@ class _Run:
     def all(self) -> None:
         """Do all of them."""
         timings, searches = self._matching.timing_jobs(), self._searches(planned=True)
-        runs = len(timings) + len(searches) + len(self._suite.entries) * len(self._suite.seeds)
+        runs = len(timings) + len(searches) + self._final_runs(self._suite.entries)
         if self._progress is not None:
             tried = sum(line["stage"] in ("search", "runoff") for line in self._results.lines())
-            finals = [job for seed in self._finals() for job in seed]
-            done = sum(self._results.get(job) is not None for job in [*timings, *finals])
+            done = sum(self._results.get(job) is not None for job in [*timings, *self._finals()])
             stored = self._results.lines()
             measured = {x["method"] for x in self._results.all_lines() if x["stage"] == "final"}
             self._progress.say(
@@ -87,17 +88,20 @@ class _Run:
             self._pool.run(searches)
             searches = self._searches()
             self._more(len(searches))
-        self._pool.run(job for seed in self._finals() for job in seed)
+        self._pool.run(self._finals())
 
     def _match(self) -> None:
         """Find out what each method may use; the rows that can't be matched say why."""
         matching, wanted = self._matching, len(self._searches(planned=True))
         matching.run(self._pool, self._more)
         left_out = [entry for entry in self._suite.entries if matching.given(entry) is None]
-        self._more(len(self._searches()) - wanted - len(left_out) * len(self._suite.seeds))
+        self._more(len(self._searches()) - wanted - self._final_runs(left_out))
         if self._progress is not None:
             for entry in left_out:
                 self._progress.say(f"{entry.name}: {matching.why_not(entry)}")
+
+    def _final_runs(self, entries: Iterable[MethodEntry]) -> int:
+        return sum(len(self._suite.seeds_of(entry)) for entry in entries)
 
     def _more(self, runs: int) -> None:
         if self._progress is not None and runs:
@@ -129,7 +133,7 @@ class _Run:
                 jobs += [job for job in more if self._results.get(job) is None]
         return jobs
 
-    def _finals(self) -> Iterable[tuple[Job, ...]]:
+    def _finals(self) -> list[Job]:
         """The runs of all methods that have a rate, seed by seed: one that is stopped early has the same of each."""
         chosen, lines = [], self._results.lines()
         for entry in self._suite.entries:
@@ -138,7 +142,7 @@ class _Run:
             rate = choose_rate(self._suite.rates(entry), losses, runoffs)
             if rate is not None and given is not None:
                 chosen.append(self._suite.final_jobs(entry, rate, given))
-        return zip(*chosen, strict=True)
+        return [job for seed in zip_longest(*chosen) for job in seed if job is not None]
 
 
 def threads_of(suite: Suite, jobs: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from layersample.errors import ConfigError
@@ -29,6 +30,18 @@ def read_seeds(text: str) -> list[int]:
             f"A range of seeds must go up, by at most {MOST_SEEDS}, but got {wrong[0][0]}-{wrong[0][1]}."
         )
     return [seed for first, last in ranges for seed in range(first, last + 1)]
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Make sure that seeds can be run.
+
+    Raises:
+        ConfigError: If one comes twice, or no generator takes it.
+    """
+    if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ConfigError(f"seeds must all be different, but {', '.join(map(str, repeated))} comes twice.")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise ConfigError(f"seeds must be between 0 and 2**32 - 1, but got {wrong[0]}.")
 
 
 def as_seeds(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ..methods.catalog import default_methods
 from .entries import MethodEntry, named_entry
 from .jobs import Given, Job, Stage
 from .recipe_space import RecipeSpace
-from .seeds import as_seeds
+from .seeds import as_seeds, check_seeds
 from .suite_keys import HARNESS, MATCHING, MAY_CHANGE, SET_HERE, TRAINER_SET_HERE
 from .tasks import Splits, get_task, right_answers, split
 
@@ -151,6 +151,16 @@ class Suite(Options):
             rows += [named_entry(name) if isinstance(name, str) else name for name in names]
         return rows
 
+    def seeds_of(self, entry: MethodEntry) -> list[int]:
+        """The seeds of a row."""
+        return self.seeds if entry.seeds is None else entry.seeds
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds that a row has, of whichever row."""
+        own = (seed for row in self.entries for seed in self.seeds_of(row))
+        return list(dict.fromkeys([*self.seeds, *own]))
+
     @property
     def reference(self) -> str:
         """The name of the method that the others are compared with."""
@@ -231,14 +241,13 @@ class Suite(Options):
             load_plugin(self.plugin)
         get_task(self.task, self.answer_marker)
         names = [entry.name for entry in self.entries]
-        for kind, values in (("seeds", list(map(str, self.seeds))), ("methods", names)):
-            repeated = sorted({value for value in values if values.count(value) > 1})
-            if repeated:
-                raise ConfigError(f"{kind} must all be different, but {', '.join(repeated)} comes twice.")
-        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
-            raise ConfigError(f"seeds must be between 0 and 2**32 - 1, but got {wrong[0]}.")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"methods must all be different, but {', '.join(repeated)} comes twice.")
+        for seeds in (self.seeds, *map(self.seeds_of, self.entries)):
+            check_seeds(seeds)
         first = self.search_seed
-        if first is not None and (both := sorted({*range(first, first + self.search_seeds)} & {*self.seeds})):
+        searched = () if first is None else range(first, first + self.search_seeds)
+        if both := sorted({*searched} & {*self.all_seeds}):
             raise ConfigError(
                 f"search_seed must begin seeds of which none is measured, but {both[0]} is among both: give another."
             )
@@ -354,9 +363,8 @@ class Suite(Options):
     def final_jobs(self, entry: MethodEntry, learning_rate: float, given: Given | None = None) -> list[Job]:
         """The runs of a method with its chosen learning rate, one a seed."""
         given = given or Given(self.steps, self.search_steps)
-        return [
-            Job(entry.name, "final", seed, learning_rate, given.steps, given.options) for seed in self.seeds
-        ]
+        first = Job(entry.name, "final", 0, learning_rate, given.steps, given.options)
+        return [replace(first, seed=seed) for seed in self.seeds_of(entry)]
 
 
 def make_suite(*layers: tuple[str, Mapping[str, Any]]) -> Suite:

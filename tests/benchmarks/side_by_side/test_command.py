@@ -77,11 +77,21 @@ def test_a_row_of_the_suite_is_a_method_by_its_name(given: list[Any]) -> None:
     assert (lisa.name, lisa.options) == ("lisa", {})
 
 
-def test_a_grid_is_for_every_row(given: list[Any], tmp_path: Path) -> None:
+def test_a_grid_and_seeds_are_for_every_row(given: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
-    path.write_text(yaml.safe_dump({"methods": [{"name": "lisa", "learning_rates": [1.0]}, "lora"]}))
+    path.write_text(
+        yaml.safe_dump({"methods": [{"name": "lisa", "learning_rates": [1.0], "seeds": 9}, "lora"]})
+    )
     invoke("--suite", str(path), "--lr-grid", "1e-4,1e-3")
-    assert [given[0][0].rates(entry) for entry in given[0][0].entries] == [[1e-4, 1e-3]] * 2
+    invoke("--suite", str(path), "--seeds", "2")
+    (grid, *_), (seeds, *_) = given
+    assert [(grid.rates(row), len(grid.seeds_of(row))) for row in grid.entries] == [
+        ([1e-4, 1e-3], 9),
+        ([1e-4, 1e-3], 3),
+    ]
+    assert [seeds.seeds_of(row) for row in seeds.entries] == [[0, 1]] * 2 and seeds.rates(
+        seeds.entries[0]
+    ) == [1.0]
 
 
 def test_a_suite_file_and_seeds_by_number(given: list[Any], tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_a_row_beside_others_leaves_them_their_rates_seeds_and_failures(
     Results(tmp_path, alone).open().close()
     whole, lines = read_results(tmp_path)
     assert [entry.learning_rates for entry in whole.entries] == [[1e-3], [1e-3], [3e-4]]
-    assert whole.seeds == [0, 1, 2, 7]
+    assert [whole.seeds_of(entry) for entry in whole.entries] == [[0, 1, 2], [0, 1, 2], [0, 7]]
+    assert [entry.seeds for entry in whole.entries] == [None, None, [0, 7]]
     assert [line.get("error") for line in lines] == [None, "out of memory"]
     for change in ({"seeds": [7]}, {"plugin": Path("other.py")}):
         if "plugin" in change:
@@ -128,7 +129,28 @@ def test_seeds_that_have_been_run_stay_where_fewer_are_asked_for(
     asked = Results(tmp_path, suite.model_copy(update={"seeds": [0, 1]})).open()
     asked.close()
     assert asked.suite.seeds == [0, 1], "what is asked for is run"
-    assert read_results(tmp_path)[0].seeds == [0, 1, 2], "what was neither run nor asked for isn't missing"
+    whole = read_results(tmp_path)[0]
+    seeds = {entry.name: whole.seeds_of(entry) for entry in whole.entries}
+    assert seeds == {"lisa": [0, 1, 2], "lora": [0, 1]}, "what was neither run nor asked for isn't missing"
+
+
+def test_more_seeds_of_some_rows_are_theirs_alone(
+    suite: Suite, tmp_path: Path, made_up: Callable[..., Any]
+) -> None:
+    first = Results(tmp_path, suite).open()
+    first.add(job(suite), made_up(job(suite), 1.5))
+    first.close()
+    more = suite.model_copy(update={"methods": ["lora"], "seeds": [0, 1, 2, 3, 4]})
+    results = Results(tmp_path, more).open()
+    for seed in more.seeds:
+        results.add(job(more, seed=seed), made_up(job(more), 1.5))
+    results.close()
+    for asked in (more, suite, suite.model_copy(update={"methods": ["lisa"]})):
+        Results(tmp_path, asked).open().close()
+        whole = read_results(tmp_path)[0]
+        seeds = {entry.name: whole.seeds_of(entry) for entry in whole.entries}
+        assert seeds == {"lisa": [0, 1, 2], "lora": [0, 1, 2, 3, 4]}
+        assert len(read_results(tmp_path)[1]) == 6
 
 
 def test_final_runs_of_two_rates_are_both_kept(

@@ -77,6 +77,16 @@ def test_rates_are_searched_first_and_the_best_is_used(
     assert {line["method"]: line["learning_rate"] for line in finals} == best
 
 
+def test_rows_with_more_seeds_go_on_when_the_others_have_ended(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    started = in_place(lambda job: made_up(job, 1.0))
+    more = [{"name": "lisa", "seeds": 3}, "lora"]
+    run_suite(suite(methods=more, learning_rates=[1e-3]), tmp_path)
+    runs = [f"{name}/seed-{seed}" for seed in (0, 1) for name in ("lisa", "lora")]
+    assert started == [f"final/{run}" for run in (*runs, "lisa/seed-2")]
+
+
 def test_one_rate_needs_no_search(
     in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
 ) -> None:

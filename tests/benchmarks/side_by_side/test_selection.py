@@ -35,6 +35,20 @@ def test_all_methods_are_all(lines: list[dict[str, Any]]) -> None:
     assert select(SUITE, lines, seeds=None, methods=["all"]) == (SUITE, lines)
 
 
+def test_rows_without_the_seeds_are_gone_too() -> None:
+    more = [row.model_copy(update={"seeds": [0, 7] if row.name == "lisa" else None}) for row in SUITE.entries]
+    suite = SUITE.model_copy(update={"methods": more})
+    chosen, _ = select(suite, [], seeds=[1, 2], methods=None)
+    assert [(row.name, chosen.seeds_of(row)) for row in chosen.entries] == [
+        ("full", [1, 2]),
+        ("lora", [1, 2]),
+    ]
+    chosen, _ = select(suite, [], seeds=[7, 0], methods=None)
+    assert [chosen.seeds_of(row) for row in chosen.entries] == [[0], [0], [0, 7]] and chosen.seeds == [0, 7]
+    with pytest.raises(ConfigError, match="seeds must hold some of full and lora, which .* but got 7"):
+        select(suite, [], seeds=[7], methods=None)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

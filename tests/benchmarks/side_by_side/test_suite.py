@@ -47,6 +47,14 @@ def test_the_suites_that_come_along_are_good(name: str, monkeypatch: pytest.Monk
         ({"options": {"trainer": {"learning_rate": 5.0}}}, "must leave out learning_rate"),
         ({"seeds": [0, 3, 3]}, "seeds must all be different, but 3 comes twice"),
         ({"seeds": [-1]}, r"seeds must be between 0 and 2\*\*32 - 1, but got -1"),
+        (
+            {"methods": [{"name": "lora", "seeds": [1, 4, 4]}]},
+            "seeds must all be different, but 4 comes twice",
+        ),
+        (
+            {"methods": [{"name": "lora", "seeds": 9}], "search_seed": 8},
+            "none is measured, but 8 is among both",
+        ),
         ({"methods": ["lora", "lisa", "lora"]}, "methods must all be different, but lora comes twice"),
         ({"options": {"perod": 3}}, "suite: Unknown option 'perod'. Did you mean 'period'"),
         ({"options": {"steps": 3}}, "options of 'lora' must leave out steps, which the suite sets"),
@@ -68,6 +76,17 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     suite = make_suite(("suite.yaml", {"methods": ["lora", "lisa"], **change}))
     with pytest.raises(ConfigError, match=message):
         suite.check()
+
+
+def test_a_row_may_have_seeds_of_its_own() -> None:
+    suite = make_suite(("suite.yaml", {"methods": ["lora", {"name": "lisa", "seeds": "3-4"}], "seeds": 2}))
+    assert [suite.seeds_of(row) for row in suite.entries] == [[0, 1], [3, 4]]
+    assert suite.all_seeds == [0, 1, 3, 4]
+    assert [[job.seed for job in suite.final_jobs(row, 1e-3)] for row in suite.entries] == [[0, 1], [3, 4]]
+    bare = make_suite(("suite.yaml", {"methods": ["lora", "lisa"], "seeds": 2}))
+    assert [fingerprint(one, one.entries[1]) for one in (suite, bare)] == [
+        fingerprint(bare, bare.entries[1])
+    ] * 2
 
 
 def test_a_number_of_seeds_is_as_many() -> None:
