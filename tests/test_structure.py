@@ -48,7 +48,7 @@ ROOMS = (
         "model_files",
         "files",
     ),
-    *("plugins", "versions", "errors"),
+    *("plugins", "versions", "hooks", "errors"),
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 MAY_IMPORT = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from layersample.errors import ConfigError
 from layersample.optim.by_identity import PLACEHOLDER, IdentityRecords, knows_places, settle_overrides
@@ -25,8 +26,10 @@ from layersample.optim.masters import AT_REST, MASTER, REMAINDER, combine, follo
 from layersample.optim.own_state import end_plain, fits, fresh_state, is_ours, makes_state_when_made, widened
 from layersample.optim.packing import forget_begun, pack, parameters_of, unpack
 from layersample.optim.slices import SlicedState, find_slices
+from layersample.optim.step_hooks import warn_of_hooks
 from layersample.optim.support import check_state
 from layersample.optim.viewed import VIEWED, check_unviewed
+from layersample.optim.zero_grads import ZeroGradHook
 from layersample.projection.branches import Branch
 from layersample.projection.low_rank import BASIS, LowRank, LowRankParameter
 from layersample.projection.projection import Projection
@@ -102,11 +105,14 @@ class OptimizerView:
         self._look_up_identities()
         self._eager = makes_state_when_made(self._optimizer)
         self._had_state: set[Tensor] | None = None  # before its first step
-        self._first_step_is_over = self._said = False
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-            self._optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+        self._first_step_is_over = self._said = self._named_hooks = False
+        before = self._optimizer.register_step_pre_hook(self._before_step)
+        after = self._optimizer.register_step_post_hook(self._after_step)
+        self._step_hooks = before.id, after.id
+        self._handles: list[RemovableHandle | ZeroGradHook] = [
+            before,
+            after,
+            self._optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
             self._optimizer.register_state_dict_post_hook(
                 partial(pack, shards=False, has_master=self.has_master)
             ),
@@ -114,12 +120,14 @@ class OptimizerView:
                 partial(pack, shards=True, has_master=self.has_master)
             ),
             self._optimizer.register_load_state_dict_post_hook(self._loaded),
+            # A loop that leaves out a batch whose step failed clears the user's gradients, not the stand-ins'.
+            ZeroGradHook(self._optimizer, self.restore),
         ]
         VIEWED.add(self._optimizer)
 
     def close(self) -> None:
         """Leave the optimizer as it was found; its state stays. Safe to call twice, and once it has another view."""
-        self._restore()
+        self.restore()
         if self._handles:
             VIEWED.discard(self._optimizer)
         for handle in self._handles:
@@ -134,6 +142,9 @@ class OptimizerView:
         if self._low_rank is not None:
             self._low_rank.names = {parameter: name for name, parameter in parameters.items()}
             self._low_rank.branches = dict(branches or {})
+        if not self._named_hooks:
+            replaces = self._low_rank is not None or any(map(self.has_master, parameters_of(self._optimizer)))
+            self._named_hooks = replaces and warn_of_hooks(self._optimizer, *self._step_hooks)
         self._look_up_identities()
 
     def _look_up_identities(self) -> None:
@@ -195,7 +206,7 @@ class OptimizerView:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore()
+        self.restore()
         parameters = parameters_of(optimizer)
         if self._had_state is None:
             self._had_state = {p for p, state in optimizer.state.items() if state}
@@ -215,7 +226,7 @@ class OptimizerView:
         try:
             self._enter_step(optimizer, scale)
         except BaseException:
-            self._restore()
+            self.restore()
             raise
 
     def _make_lacking_state(self, optimizer: Optimizer) -> None:
@@ -324,7 +335,7 @@ class OptimizerView:
         for replacement in self._replaced:
             if not self._skips:
                 self._apply(replacement)
-        self._restore()
+        self.restore()
         if not self._first_step_is_over and self._had_state is not None:
             check_state(optimizer, self._known, self._had_state)
             self._first_step_is_over = True
@@ -339,8 +350,8 @@ class OptimizerView:
             done.parameter.detach()[rows].copy_(weight[rows])
             self._versions[done.parameter] = _writes(done.parameter)
 
-    def _restore(self) -> None:
-        """Put the user's parameters back; after a step that raised, its state as well."""
+    def restore(self) -> None:
+        """Put the user's parameters back, as every step does; after one that raised, its state as well."""
         for replacement in self._replaced:
             own = self._optimizer.state.pop(replacement.stand_in, {})
             self._records.take_back(replacement.stand_in)
