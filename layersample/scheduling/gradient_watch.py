@@ -40,7 +40,8 @@ class GradientWatch:
         self._steps = 0  # of this period
         self._lacked: dict[str, int] = {}  # steps in a row without a gradient, over all periods
         self._told: set[str] = set()
-        self._has_stepped = False
+        self._trained: list[nn.Parameter] = []
+        self._has_stepped = False  # since the scheduler did
         self._handles = [
             # An optimizer that runs its closure by itself has gradients only once it has.
             each.register_step_post_hook(self._look)
@@ -62,6 +63,7 @@ class GradientWatch:
             if here and name not in self._told:
                 self._waiting[name] = here
         self._others = list(others)
+        self._trained = [*others, *(p for parameters in active.values() for p in parameters)]
 
     def count_step(self) -> None:
         """One more optimizer step is done; a step in backward calls the optimizer's once a parameter."""
@@ -97,18 +99,19 @@ class GradientWatch:
         """Refuse a loop that steps the scheduler in front of the optimizer, where a switch drops gradients.
 
         Raises:
-            ConfigError: If no optimizer has stepped yet, though there are gradients, finite ones: those that a
-                ``GradScaler`` leaves out are no sign of it.
+            ConfigError: If no optimizer has stepped since the scheduler did, though there are gradients, finite ones:
+                those that a ``GradScaler`` leaves out are no sign of it.
         """
-        if self._has_stepped:
+        stepped, self._has_stepped = self._has_stepped, False
+        if stepped:
             return
-        trained = [*self._others, *(p for own in self._waiting.values() for p in own)]
-        standing = next((p.grad for p in trained if p.grad is not None), None)
-        if standing is not None and bool(local_part(standing).isfinite().all()):
+        standing = [local_part(p.grad) for p in self._trained if p.grad is not None]
+        if standing and all(bool(gradient.isfinite().all()) for gradient in standing):
             raise ConfigError(
-                "The scheduler must step after the optimizer, because a switch drops the gradients of what it "
-                "freezes, but there are gradients and no optimizer has stepped yet: call optimizer.step(), then "
-                "scheduler.step(), then optimizer.zero_grad()."
+                "The scheduler must step once after each optimizer step, because it counts them, and a switch drops "
+                "the gradients of what it freezes, but there are gradients and no optimizer has stepped since: call "
+                "optimizer.step(), then scheduler.step(), then optimizer.zero_grad(); with gradient accumulation all "
+                "three only where the optimizer steps."
             )
 
     def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import nn
 
 from layersample.errors import ConfigError, some
+from layersample.optim.optimizers import Optimizers
 
 logger = logging.getLogger(__name__)
 
 
 class OutsideChanges:
-    """Looks for parameters that come, go, or are changed between two switches."""
+    """Looks for parameters that come, go, or are changed between two switches.
 
-    def __init__(self) -> None:
+    Args:
+        optimizers: The optimizers, which must go on holding what trains.
+    """
+
+    def __init__(self, optimizers: Optimizers) -> None:
+        self._optimizers = optimizers
         self._flags: list[tuple[str, nn.Parameter, bool]] = []
         self._types: list[tuple[str, nn.Parameter, torch.dtype]] = []
         self._named_flags = self._named_later = False
 
-    def check_parameters(self, gone: Collection[str], later: Sequence[str]) -> None:
-        """Make sure that what is to train is there, and name what has come.
+    def check_parameters(
+        self, names: AbstractSet[str], training: Mapping[str, nn.Parameter], later: Sequence[str]
+    ) -> None:
+        """Make sure that what is to train is there and in an optimizer, and name what has come.
 
         Args:
-            gone: Parameters that should train, and aren't in the model any more.
+            names: Parameters that should train.
+            training: Those of them that are in the model.
             later: Those that came into the model after the scheduler was made.
 
         Raises:
-            ConfigError: If any are gone.
+            ConfigError: If any are gone, or have been replaced by others that no optimizer holds.
         """
-        if gone:
+        if gone := names - training.keys():
             raise ConfigError(
                 f"The model must keep the parameters that are sampled, but {some(sorted(gone))} isn't there any more: "
                 "close() the scheduler, and make a new one for what the model is now."
+            )
+        held = {parameter for group in self._optimizers.param_groups for parameter in group["params"]}
+        if replaced := [name for name, parameter in training.items() if parameter not in held]:
+            raise ConfigError(
+                f"Parameters must stay the optimizer's while layers are sampled, but {some(replaced)} isn't the one "
+                "that it holds any more, and would never train (after load_state_dict(assign=True), or where a module "
+                "was replaced): close() the scheduler, and make a new optimizer and a new scheduler."
             )
         if later and not self._named_later:
             self._named_later = True

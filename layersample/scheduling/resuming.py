@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from layersample.errors import ConfigError
 from layersample.projection.projection import Projection
 from layersample.sampling.answers import find_full_rank
 from layersample.sampling.faults import naming
@@ -31,6 +32,17 @@ class Resumes(SetsLearningRates):
     @abstractmethod
     def _context(self, active: tuple[int, ...] = ()) -> SamplingContext:
         """What the sampler may look at now."""
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or pickled: hooks on the optimizer and the model wouldn't come along.
+
+        Raises:
+            ConfigError: Always; it says what to do.
+        """
+        raise ConfigError(
+            "A LayerScheduler can't be copied or pickled, because its hooks on the optimizer and the model wouldn't "
+            "come along: save state_dict(), and make a new one on the copies, LayerScheduler(..., state_dict=state)."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of JSON types."""

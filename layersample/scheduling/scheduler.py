@@ -246,7 +246,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             loss: The step's training loss, for samplers that learn from it; on every rank, or on none.
 
         Raises:
-            ConfigError: If it is called before the optimizer has stepped, with gradients there.
+            ConfigError: If no optimizer has stepped since it was last called, and there are gradients, finite ones.
         """
         if self._optimizers.waits:
             return

@@ -108,7 +108,7 @@ class Switch:
         self._self_check: SelfCheck | None = None
         self._closed = False
         self._moving: set[Tensor] = set()
-        self._outside = OutsideChanges()
+        self._outside = OutsideChanges(optimizers)
         self._active_parameters: dict[int, list[nn.Parameter]] = {}
         self.lr_factors: dict[int, float] = {}
         """What the learning rates of active layers are multiplied by, by index."""
@@ -199,7 +199,9 @@ class Switch:
             parameter.grad = None  # a stale gradient would still update it, and a zero one decay it
             if name in self.moving_parameters:
                 moving.append(parameter)
-        self._outside.check_parameters(names - training.keys(), later)
+        for view in self._views:
+            view.restore()  # a step may have failed
+        self._outside.check_parameters(names, training, later)
         if self.frozen is not None:
             # What masters hold beyond their weights is found while the weights are there.
             for view in self._views:

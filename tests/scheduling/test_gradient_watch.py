@@ -133,19 +133,51 @@ def test_a_scheduler_that_steps_in_front_of_the_optimizer_is_refused(period: int
     with LayerScheduler(model, optimizer, "lisa", period=period) as scheduler:
         scheduler.step()  # nothing to lose
         model(**make_batch()).loss.backward()
-        with pytest.raises(ConfigError, match="must step after the optimizer"):
+        with pytest.raises(ConfigError, match="must step once after each optimizer step"):
             scheduler.step()
         optimizer.step()
         scheduler.step()
 
 
-def test_a_first_step_that_a_scaler_leaves_out_is_no_wrong_order() -> None:
+@pytest.mark.parametrize("options", [{}, {"embeddings": "freeze", "head": "freeze", "norm": "freeze"}])
+def test_a_scheduler_that_steps_more_often_than_the_optimizer_is_refused(options: dict[str, Any]) -> None:
+    """Outside of the `if` of gradient accumulation, or twice; what a loop leaves out on purpose is none of it."""
     model = make_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    with LayerScheduler(model, optimizer, "lisa", period=5) as scheduler:
-        (scaler.scale(model(**make_batch()).loss) * 1e3).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    with LayerScheduler(model, optimizer, "lisa", period=5, **options) as scheduler:
+        for _ in range(2):
+            model(**make_batch()).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        scheduler.step()  # a batch without a step, and without gradients
+        model(**make_batch()).loss.backward()
+        with pytest.raises(ConfigError, match="no optimizer has stepped since"):
+            scheduler.step()
+        optimizer.step()
         scheduler.step()
-        assert scheduler.state_dict()["steps"] == 1
+        with pytest.raises(ConfigError, match="no optimizer has stepped since"):
+            scheduler.step()
+        optimizer.zero_grad()
+        model(**make_batch()).loss.backward()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        assert trained[0].grad is not None and trained[-1].grad is not None
+        trained[-1].grad[0] = float("inf")  # of all gradients one is no number: the batch is left out
+        scheduler.step()
+        assert scheduler.state_dict()["steps"] == 5
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_step_that_a_scaler_leaves_out_is_no_wrong_order(before: int) -> None:
+    model = make_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    with LayerScheduler(model, optimizer, "lisa", period=5) as scheduler:
+        for number in range(before + 1):
+            factor = 1e38 if number == before else 1.0
+            (scaler.scale(model(**make_batch()).loss) * factor * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad()
+        assert scheduler.state_dict()["steps"] == before + 1

@@ -135,6 +135,22 @@ def test_a_parameter_that_comes_later_trains_and_is_named(
     scheduler.close()
 
 
+@pytest.mark.parametrize("how", ["assign", "module"])
+def test_parameters_that_were_replaced_are_refused_at_the_next_switch(how: str) -> None:
+    model, optimizer = build()
+    scheduler = LayerScheduler(model, optimizer, Given((1,), (3,)), period=1)
+    step(model, optimizer)
+    if how == "assign":
+        model.load_state_dict(
+            {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+        )
+    else:
+        model.model.norm = type(model.model.norm)(model.config.hidden_size)
+    with pytest.raises(ConfigError, match=r"model\..*weight.* isn't the one that it holds any more"):
+        scheduler.step()
+    scheduler.close(check=False)
+
+
 def test_parameters_that_were_taken_out() -> None:
     model, optimizer = build()
     scheduler = LayerScheduler(model, optimizer, Given((1,), (3,)), period=1, check=True)
