@@ -53,7 +53,7 @@ class SelectiveRecompute:
         ]
         for module in inner.modules():
             if _is_activation(module):
-                self._handles.append(module.register_forward_hook(self._remember_activation))
+                self._handles.append(module.register_forward_hook(self._remember_activation, prepend=True))
             elif "norm" in type(module).__name__.lower():
                 self._handles.append(module.register_forward_pre_hook(self._remember_norm_input))
 
@@ -102,6 +102,8 @@ class SelectiveRecompute:
         return pack, unpack
 
     def _remember_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not _is_first(module, self._remember_activation):  # what it gives may be another's
+            return
         if self._contexts and torch.is_grad_enabled() and len(args) == 1 and isinstance(output, Tensor):
             again = _Again(module.forward, args[0].detach(), args[0]._version)
             key = id(output)
@@ -176,6 +178,12 @@ def _is_activation(module: nn.Module) -> bool:
     """Whether a module is an elementwise function; one that works in place leaves no input to start from."""
     known = type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.RReLU)
     return known and not any(module.children()) and not any(module.parameters()) and not _in_place(module)
+
+
+def _is_first(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Whether a hook sees what a module's forward gives, before any other could change it."""
+    anywhere = nn.modules.module._global_forward_hooks
+    return not anywhere and next(iter(module._forward_hooks.values()), None) == hook
 
 
 def _in_place(module: nn.Module) -> bool:

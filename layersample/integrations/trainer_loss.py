@@ -13,14 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from layersample.hooks import is_users
 from layersample.integrations.first_batches import FirstBatches
 from layersample.sampling.calibration import OwnLoss
+from layersample.unwrapping import unwrap
 
 
 def has_own_loss(trainer: Trainer) -> bool:
     """Whether a Trainer computes another loss than the one that the model gives with ``labels``."""
-    overridden = type(trainer).compute_loss is not Trainer.compute_loss
+    # Of the object: a function may have been put on it.
+    overridden = getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss
     return overridden or trainer.compute_loss_func is not None or bool(trainer.args.label_smoothing_factor)
+
+
+def logits_are_watched(trainer: Trainer) -> bool:
+    """Whether a forward hook of somebody else's sees logits: of the model, what is around it, or its head."""
+    model: Any = trainer.model
+    find_head = getattr(model, "get_output_embeddings", None)
+    modules = {model, trainer.model_wrapped, unwrap(model), find_head() if find_head else None}
+    hooks = [hook for module in modules if module is not None for hook in module._forward_hooks.values()]
+    return any(map(is_users, hooks))
 
 
 class OwnLosses:

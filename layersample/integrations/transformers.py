@@ -21,7 +21,7 @@ from layersample.errors import ConfigError
 from layersample.integrations.before_sharding import measure_before_sharding
 from layersample.integrations.first_batches import FirstBatches
 from layersample.integrations.trainer_checkpoints import check_can_save, protect_checkpoints
-from layersample.integrations.trainer_loss import OwnLosses, has_own_loss
+from layersample.integrations.trainer_loss import OwnLosses, has_own_loss, logits_are_watched
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
 from layersample.parallel.base import NO_DATA_PARALLEL
@@ -286,7 +286,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
         """Positions of a chunk of the loss; by itself only where nothing but the model's own loss needs logits."""
         if self.options.loss_chunk != "auto":
             return self.options.chunk_positions
-        if trainer is None or has_own_loss(trainer):
+        if trainer is None or has_own_loss(trainer) or logits_are_watched(trainer):
             return None
         return self.options.chunk_positions
 

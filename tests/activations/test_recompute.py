@@ -41,6 +41,34 @@ def test_gradients_are_the_same_to_the_bit(kind: str, active: tuple[int, ...], d
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("prepend", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_output_that_a_hook_replaces_is_kept(prepend: bool, late: bool) -> None:
+    """Another's hook on an activation, to scale or to cut it out: its module's forward doesn't give that again."""
+
+    def train(*, recompute: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = make_llama(num_layers=2)
+        model.model.layers[0].requires_grad_(False)
+
+        def add_hooks() -> None:
+            for layer in model.model.layers:
+                layer.mlp.act_fn.register_forward_hook(
+                    lambda module, args, output: output * 0.5, prepend=prepend
+                )
+
+        if not late:
+            add_hooks()
+        with SelectiveRecompute(model) if recompute else nullcontext():
+            if late:
+                add_hooks()
+            model(**make_batch(), use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, again = train(recompute=False), train(recompute=True)
+    assert plain and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def saved_bytes(model: nn.Module) -> int:
     """Bytes of the distinct storages that the graph holds, apart from the weights."""
     held: dict[int, int] = {}
