@@ -244,5 +244,5 @@ def problem_of(row: Row) -> str:
     if "prompt" in row:
         return json.dumps(row["prompt"], sort_keys=True)
     if "messages" in row:
-        return json.dumps(row["messages"][:-1], sort_keys=True)
+        return json.dumps(row["messages"][:-1] or row["messages"], sort_keys=True)
     return str(row["text"])

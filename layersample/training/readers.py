@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,8 @@ Place = tuple[str, Any]
 _HOLDERS = ("instances", "data", "train", "examples", "rows")  # of a JSON mapping that holds the examples
 
 _PIECE = 2**16  # characters that are read at a time
+
+_LARGEST_FIELD = 2**31 - 1  # characters of a field of CSV; no more everywhere
 
 _BROKEN = (OSError, EOFError, zlib.error, UnicodeDecodeError)  # of a file that can't be read to its end
 
@@ -119,9 +121,18 @@ def _read_jsonl(path: Path) -> Iterator[Place]:
                 yield place, _parse(line, place)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose names comes once: of two the last would win."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{some(sorted({name for name in names if names.count(name) > 1}))} comes twice")
+    return content
+
+
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{place}: must be one JSON object, but: {error.msg}.") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
@@ -138,18 +149,28 @@ def _read_json(path: Path) -> Iterator[Place]:
         return
     first, _, rest = text.strip().partition("\n")
     if rest and _is_object(first):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() ends lines within texts too
             if line.strip():
                 yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
         return
     content = _parse(text, str(path))
     if isinstance(content, Mapping):
         lists = [key for key in _HOLDERS if isinstance(content.get(key), list)]
+        others = [key for key, value in content.items() if key not in lists[:1] and _holds_examples(value)]
+        if lists and others:
+            raise ConfigError(
+                f"{path}: must hold one list of examples, but holds {some([lists[0], *others])}: put each into a file "
+                "of its own, and name that of held-out ones by eval_data."
+            )
         content = content[lists[0]] if lists else [content]
     if not isinstance(content, list):
         raise ConfigError(f"{path}: must hold a list of examples, but holds a {type(content).__name__}.")
     for number, row in enumerate(content, 1):
         yield f"{path}, example {number}", row
+
+
+def _holds_examples(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def _begins_with(path: Path, mark: str) -> bool:
@@ -201,7 +222,7 @@ def _take(text: str, *, first: bool) -> tuple[Any, str] | None:
             raise json.JSONDecodeError("Expecting ',' delimiter", text, 0)
         text = text[1:].lstrip()
     try:
-        row, end = json.JSONDecoder().raw_decode(text)
+        row, end = json.JSONDecoder(object_pairs_hook=_once).raw_decode(text)
     except json.JSONDecodeError:
         raise
     except ValueError as error:  # thousands of digits
@@ -222,7 +243,11 @@ def _read_csv(path: Path) -> Iterator[Place]:
     line = 0
     try:
         with _open(path, lambda: f", after line {line}") as file:
+            csv.field_size_limit(
+                _LARGEST_FIELD
+            )  # of all that this process reads; by default a long text is no CSV
             reader = csv.DictReader(file, strict=True)
+            _check_names(path, reader.fieldnames or ())
             for row in reader:
                 line = reader.line_num
                 place = f"{path}, line {line}"
@@ -233,6 +258,13 @@ def _read_csv(path: Path) -> Iterator[Place]:
                 yield place, row
     except csv.Error as error:
         raise ConfigError(f"{path}, line {line + 1}: must be CSV in UTF-8, but: {error}.") from error
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"{path}, line 1: each column must have a name of its own, but {some(twice)} comes twice."
+        )
 
 
 def _read_parquet(path: Path) -> Iterator[Place]:

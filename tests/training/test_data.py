@@ -150,6 +150,12 @@ def test_held_out_file_is_taken_out_of_the_training_data(tmp_path: Path) -> None
     assert held_out["prompt"][:] == ["0", "1"]
 
 
+def test_messages_without_an_answer_are_problems_of_their_own(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": str(number)}]} for number in range(4)]
+    train, held_out = load_split(write_jsonl(tmp_path / "a.jsonl", rows), None, eval_size=1, seed=0)
+    assert (len(train), len(held_out)) == (3, 1)
+
+
 def test_too_little_to_split(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [PLAIN, PLAIN])
     with pytest.raises(

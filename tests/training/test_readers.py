@@ -45,6 +45,15 @@ def test_each_kind_of_file(tmp_path: Path, name: str, text: str, mark: str, comp
     assert is_file_source(str(path)) and read(path) == ROWS
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_texts_that_are_long_or_hold_other_ends_of_lines(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"a{mark}b" * 50_000} for mark in ("\u2028", "\x85", "\x0b", "\x0c")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(["text", *(row["text"] for row in rows)] if name == "a.csv" else lines)
+    (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    assert read(tmp_path / name) == rows
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     Dataset.from_list(ROWS).to_parquet(path)
@@ -85,6 +94,14 @@ def test_several_files_and_a_folder(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: must be one JSON object, but: Exceeds"),
         ("a.jsonl", b'{"a": "\xff"}', "must be UTF-8 text"),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 3}', "line 1: must be one JSON object, but: a comes twice"),
+        ("a.json", b'[{"a": {"b": 2, "b": 3}}]', "must be one JSON object, but: b comes twice"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "line 1: each column must have a name of its own, but a comes twice"),
+        (
+            "a.json",
+            b'{"train": [{"a": 1}], "test": [{"a": 2}]}',
+            "one list of examples, but holds train, test: put",
+        ),
         ("a.json", b"[" * 100_000, "must be one JSON object"),
         ("a.json", b'"text"', "must hold a list of examples, but holds a str"),
         ("a.json", b"", "must hold at least one example, but is empty"),
