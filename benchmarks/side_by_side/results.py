@@ -92,7 +92,9 @@ class Results:
         content = whole.model_dump(mode="json")
         # Which methods there are depends on what is installed: a later run must find the same ones.
         content["methods"] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in whole.entries]
-        write_text(self.folder / "suite.yaml", yaml.safe_dump(content, sort_keys=False, default_flow_style=None))
+        write_text(
+            self.folder / "suite.yaml", yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+        )
         if command is not None:
             self._note(command)
         # Without failed runs, and without a line that a killed benchmark left unfinished.
