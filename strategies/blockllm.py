@@ -46,6 +46,7 @@ class BlockLLM(LayerSampler):
     _losses: list[float] = field(init=False, repr=False, default_factory=list)  # the last of the choice
     _sum: float = field(init=False, repr=False, default=0.0)  # of all losses of the choice
     _count: int = field(init=False, repr=False, default=0)
+    _told: int = field(init=False, repr=False, default=0)  # losses of the choice that the loop has told
 
     def __post_init__(self) -> None:
         if self.patience < 1:
@@ -64,7 +65,10 @@ class BlockLLM(LayerSampler):
 
     def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
         """Whether the last losses are no better than all of them."""
-        loss = statistics.loss.last
+        loss, told = statistics.loss.last, statistics.loss.told
+        if told == self._told:  # the loop tells one now and then: the last counts once
+            return False
+        self._told = told
         if loss is None or not math.isfinite(loss):
             return False
         self._losses = [*self._losses, loss][-self.patience :]
@@ -86,7 +90,7 @@ class BlockLLM(LayerSampler):
             norm = statistics.gradient_norm[index]
             if norm is not None:
                 self.norms[context.layers[index]] = norm
-        self._losses, self._sum, self._count = [], 0.0, 0
+        self._losses, self._sum, self._count, self._told = [], 0.0, 0, 0
 
     def inclusion_probabilities(self, context: SamplingContext) -> list[float]:
         """1 for the layers that are taken: nothing is drawn."""
@@ -95,9 +99,11 @@ class BlockLLM(LayerSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Norms, and losses of the choice that runs."""
-        return {"norms": self.norms, "losses": list(self._losses), "sum": self._sum, "count": self._count}
+        counts = {"sum": self._sum, "count": self._count, "told": self._told}
+        return {"norms": self.norms, "losses": list(self._losses), **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.norms, self._losses = dict(state["norms"]), list(state["losses"])
         self._sum, self._count = state["sum"], state["count"]
+        self._told = state.get("told", self._count)  # states of before had a loss for each step

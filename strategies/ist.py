@@ -42,6 +42,8 @@ class Ist(MeasuredSampler):
 
     source = "arXiv 2410.11772"
 
+    needs_batches = True
+
     every: int | None = 10
     probes: int = 3
     damping: float = 0.25

@@ -51,6 +51,7 @@ class Mixture(LayerSampler):
         self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
+        self.needs_batches = any(sampler.needs_batches for sampler in self.inner)
         self.probe_batches = max(sampler.probe_batches for sampler in self.inner)
         self.watches_steps = any(sampler.watches_steps for sampler in self.inner)
         every = [sampler.measure_every for sampler in self.inner if sampler.measure_every is not None]
@@ -80,6 +81,11 @@ class Mixture(LayerSampler):
     def measures(self) -> bool:
         """Whether one of them does."""
         return any(sampler.measures for sampler in self.inner)
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether all of them have."""
+        return all(sampler.has_measured for sampler in self.inner)
 
     def measure(self, measurement: Measurement) -> None:
         """Let all of them measure."""

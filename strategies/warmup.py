@@ -14,7 +14,7 @@ class Warmup(WrappedSampler):  # type: ignore[misc]
     """Train more layers at first, and ``num_active`` after some periods; which ones, another sampler says.
 
     In period r of the first ``periods``, num_active + (first − num_active)·(1 − r / periods) layers train, rounded to
-    the nearest number. Plans are made for ``num_active`` layers: the first periods hold more memory.
+    the nearest number. Plans are made for ``first`` layers, which hold most.
 
     Args:
         first: Layers of the first period; more than there are means all of them.

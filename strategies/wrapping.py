@@ -65,6 +65,11 @@ class WrappedSampler(LayerSampler):
         """Whether the other sampler does."""
         return self.inner.measures
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether the other sampler has."""
+        return self.inner.has_measured
+
     def measure(self, measurement: Measurement) -> None:
         """Let the other sampler measure."""
         self.inner.measure(measurement)

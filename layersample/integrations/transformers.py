@@ -156,7 +156,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             logger.warning("%s", reach)
         self._savers = save_memory(
             kwargs["model"],
-            loss_chunk=self._chunk_positions(args, trainer),
+            loss_chunk=self._chunk_positions(trainer),
             recompute=self.options.recompute,
             strict=self.options.loss_chunk != "auto",
         )
@@ -282,7 +282,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
                 "fp16=False, and bf16=True for 16 bits."
             )
 
-    def _chunk_positions(self, args: TrainingArguments, trainer: Trainer | None) -> int | None:
+    def _chunk_positions(self, trainer: Trainer | None) -> int | None:
         """Positions of a chunk of the loss; by itself only where nothing but the model's own loss needs logits."""
         if self.options.loss_chunk != "auto":
             return self.options.chunk_positions

@@ -80,7 +80,7 @@ def find_layers(model: nn.Module, layers: str | Sequence[str | nn.Module] | None
     """
     modules = dict(model.named_modules())
     if layers is None:
-        stacks, towers = find_stacks(model, modules)
+        stacks, towers = find_stacks(modules)
     else:
         stacks, towers = [name_layers(modules, layers)], []
     paths = [path for stack in stacks for path in stack]

@@ -107,9 +107,9 @@ def arrange(
     below, above = sampled("embeddings", "other"), sampled("norm", "head")
     _check_trainable((*below, *layers.layers, *above), trainable)
     units = (
-        *(unit for group in below for unit in split_group(model, group, granularity)),
+        *(unit for group in below for unit in split_group(group, granularity)),
         *split_layers(model, layers, granularity),
-        *(unit for group in above for unit in split_group(model, group, granularity)),
+        *(unit for group in above for unit in split_group(group, granularity)),
     )
     return Units(
         sampled=tuple(unit for unit in units if any(trainable[name] for name in unit.parameters)),

@@ -20,7 +20,7 @@ from layersample.layers.modules import (
 Modules = Mapping[str, nn.Module]
 
 
-def find_stacks(model: nn.Module, modules: Modules) -> tuple[list[list[str]], list[str]]:
+def find_stacks(modules: Modules) -> tuple[list[list[str]], list[str]]:
     """Find the layers of each stack, as paths, and the paths of the towers to freeze.
 
     A module that wraps transformers models has the stacks of all of them.

@@ -46,7 +46,7 @@ def split_layers(model: nn.Module, layers: ModelLayers, granularity: Granularity
     return tuple(unit for own in blocks.values() for block in own for unit in split(modules, dims, block))
 
 
-def split_group(model: nn.Module, group: Layer, granularity: Granularity) -> tuple[Layer, ...]:
+def split_group(group: Layer, granularity: Granularity) -> tuple[Layer, ...]:
     """The units of a group that is sampled: itself, or its modules or tensors where it has several."""
     if granularity not in ("module", "tensor"):
         return (group,)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layersample.layers.unchanged import unchanged
+from layersample.sampling.calibration import loss_of
 from layersample.unwrapping import unwrap
 
 
@@ -23,7 +24,7 @@ def damped_losses(
 
     Args:
         model: A model whose forward returns a ``loss``.
-        batch: Its arguments, with labels; they are moved to its device.
+        batch: Its arguments, with labels, which are moved to its device; or a Trainer's own loss of some examples.
         sets: Paths of the layers to damp for each loss.
         damping: What is left of their response (β), from 0 to 1.
 
@@ -31,8 +32,6 @@ def damped_losses(
         IST, arXiv 2410.11772.
     """
     model = unwrap(model)
-    device = next(model.parameters()).device
-    given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     losses = []
     with unchanged(model), torch.no_grad():
         model.eval()
@@ -40,7 +39,7 @@ def damped_losses(
             with ExitStack() as stack:
                 for name in layers:
                     stack.enter_context(damped(model.get_submodule(name), damping))
-                losses.append(float(model(**given).loss))
+                losses.append(float(loss_of(model, batch)))
     return losses
 
 

@@ -12,7 +12,6 @@ from layersample.errors import ConfigError
 from layersample.parallel.base import Engine
 from layersample.parallel.measured import recall
 from layersample.sampling.sampler import LayerSampler
-from layersample.sampling.weighted import MeasuredSampler
 
 
 class ShardedEngine(Engine):
@@ -63,9 +62,8 @@ class ShardedEngine(Engine):
         Raises:
             ConfigError: If it measures the model and hasn't yet, or measures again and again.
         """
-        has_measured = isinstance(sampler, MeasuredSampler) and bool(sampler.scores)
         once = sampler.measure_every is None
-        if sampler.measures and not (once and (has_measured or recall(self.model, sampler))):
+        if sampler.measures and not (once and (sampler.has_measured or recall(self.model, sampler))):
             raise ConfigError(
                 f"{type(sampler).__name__} must measure the model once, before its weights are cut into shards. On "
                 "the whole model: sampler = create_sampler(...), then LayerScheduler(model, optimizer, sampler, "

@@ -21,7 +21,7 @@ from layersample.registry import create_sampler
 from layersample.sampling.answers import draw
 from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.sampler import LayerSampler, SamplingContext
-from layersample.sampling.weighted import MeasuredSampler, WeightedSampler
+from layersample.sampling.weighted import WeightedSampler
 
 _DRAWS = 101
 _UNMEASURED = "The sampler weighs layers by what it measures; the typical set is drawn uniformly."
@@ -173,7 +173,7 @@ def _worst(
 def _draw(
     sampler: LayerSampler, contexts: Sequence[SamplingContext]
 ) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
-    if isinstance(sampler, MeasuredSampler) and not sampler.scores:  # fake tensors can't be measured
+    if not sampler.has_measured:  # fake tensors can't be measured
         uniform = [c.take(torch.randperm(c.num_layers, generator=c.generator).tolist()) for c in contexts]
         return [tuple(sorted(drawn)) for drawn in uniform], (_UNMEASURED,)
     return [tuple(sorted(draw(sampler, context))) for context in contexts], ()

@@ -245,7 +245,10 @@ class LowRank:
         context = ProjectionContext(self.names[parameter], steps, self._seed, turned)
         # A checkpoint may bring it back in another layout, and products differ in their last bits by layout.
         basis = self._projection.basis(gradient, None if due else previous, context).contiguous()
-        if self._projection.rotate_moments and previous is not None and basis is not previous:
+        branch = self.branches.get(parameter)
+        at_full_rank = branch is not None and branch.full_rank  # whose moments aren't in the basis
+        turns = self._projection.rotate_moments and not at_full_rank
+        if turns and previous is not None and basis is not previous:
             _rotate(own, basis.mT @ previous)
         return basis
 

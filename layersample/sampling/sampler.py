@@ -215,6 +215,11 @@ class LayerSampler(ABC):
         """Whether it measures the model: whether :meth:`measure` does anything."""
         return type(self).measure is not LayerSampler.measure
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether it needs no measurement before its first draw."""
+        return not self.measures
+
     @abstractmethod
     def sample(self, context: SamplingContext) -> Iterable[int]:
         """Return the indices into ``context.layers`` that train in period ``context.round``."""

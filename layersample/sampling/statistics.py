@@ -38,11 +38,6 @@ class GradientStatistics:
         """:attr:`norm` over the square root of the layer's elements: large layers have no advantage."""
         return self._per_element(self.norm)
 
-    @property
-    def last_rms(self) -> Norms:
-        """The same of :attr:`last_norm`."""
-        return self._per_element(self.last_norm)
-
     def _per_element(self, norms: Norms) -> Norms:
         pairs = zip(norms, self.sizes, strict=True)
         return tuple(None if norm is None else norm / math.sqrt(max(size, 1)) for norm, size in pairs)

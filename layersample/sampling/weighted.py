@@ -160,6 +160,11 @@ class MeasuredSampler(WeightedSampler):
             raise ValueError(f"every must be at least 1 period, but got {self.every}.")
         self.measure_every = self.every
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether there are scores."""
+        return bool(self.scores)
+
     def weights(self, context: SamplingContext) -> list[float]:
         """Return the scores by layer."""
         known = [self.scores[name] for name in context.layers if name in self.scores]

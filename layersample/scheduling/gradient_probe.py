@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layersample.errors import ConfigError
 from layersample.layers.unchanged import unchanged
 from layersample.optim.norms import norm_of
+from layersample.sampling.calibration import loss_of
 from layersample.sampling.pace import PROGRESS, Say, paced
 
 
@@ -73,7 +74,6 @@ def _run_turn(
     squares: list[dict[int, Tensor]],
 ) -> None:
     now: dict[int, Tensor] = {}
-    device = next(model.parameters()).device
     handles = [
         parameter.register_post_accumulate_grad_hook(partial(_take, now, index))  # type: ignore[no-untyped-call]
         for index, own in layers.items()
@@ -84,11 +84,7 @@ def _run_turn(
             if number == count:
                 break
             torch.manual_seed(seed + number)
-            loss = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
-            if loss is None:
-                raise ConfigError(
-                    "A probe of gradients needs batches with labels, but the model returned no loss."
-                )
+            loss: Any = loss_of(model, batch)
             loss.backward()
             if number == len(squares):
                 squares.append({})

@@ -71,7 +71,8 @@ class RunRecorder(TrainerCallback):
         self._started = time.perf_counter()
         self._trainable = self._moving = 0
         self._evaluated = 0
-        self._round: int | None = None
+        # A resumed run goes on in the period of its last record, whose probabilities are written.
+        self._round: int | None = next((r["round"] for r in reversed(self.records) if "round" in r), None)
         for record in self.records:
             if "bytes" in record:
                 self._raise_peak(MemoryUse(**record["bytes"]))

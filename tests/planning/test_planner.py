@@ -205,6 +205,20 @@ def test_samplers_that_must_measure_are_drawn_uniformly_and_it_is_said() -> None
     assert find_active_sets(TINY, config()).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("ist", {}),
+        ("max_wait", {"sampler": "owlore", "periods": 6}),
+        ("warmup", {"sampler": "spectrum", "first": 3, "periods": 2}),
+        ("mixture", {"samplers": ["lisa", "lora_norm"]}),
+    ],
+)
+def test_so_are_those_around_one(sampler: str, options: dict[str, Any]) -> None:
+    sets = find_active_sets(TINY, config(sampler=sampler, sampler_options=options, num_active=2))
+    assert sets.typical and "drawn uniformly" in sets.notes[0]
+
+
 def test_json_holds_the_peak_and_its_parts() -> None:
     planned = plan(TINY, config())
     content = json.loads(json.dumps(planned.to_json()))

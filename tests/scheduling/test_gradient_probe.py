@@ -18,6 +18,7 @@ from layersample import (
     SamplingContext,
     create_sampler,
 )
+from layersample.sampling.calibration import OwnLoss
 from layersample.scheduling.gradient_probe import probe_gradients
 from layersample.versions import checkpoint_activations
 from tests.helpers import make_batch, make_llama, weights_of
@@ -51,6 +52,17 @@ def test_norms_are_those_of_whole_gradients_whatever_the_turns(at_once: int) -> 
     told = probe_gradients(model, layers_of(model), lambda: BATCHES, count=2, at_once=at_once)
     by_hand = norms_by_hand(model, 2)
     assert [list(one.values()) for one in told] == [pytest.approx(one, rel=1e-5) for one in by_hand]
+
+
+def test_a_loss_of_the_loop_s_own_counts() -> None:
+    model = make_llama(LAYERS)
+    batch = make_batch(0)
+    own = OwnLoss({"pairs": None}, lambda given: given(**batch).loss * 2)
+    plain, twice = (
+        probe_gradients(model, layers_of(model), lambda b=b: [b], count=1, at_once=9)  # type: ignore[misc]
+        for b in (batch, own)
+    )
+    assert list(twice[0].values()) == pytest.approx([2 * norm for norm in plain[0].values()], rel=1e-5)
 
 
 def test_it_holds_one_gradient_and_asks_for_some_layers_at_a_time() -> None:
@@ -163,7 +175,11 @@ class Probing(LayerSampler):
         ("grass", {"batches": None}, "needs calibration batches, but got none: give batches="),
         ("grass", {"batches": []}, "needs at least one calibration batch"),
         ("grass", {"frozen_weights": "int8"}, "frozen_weights holds them rounded"),
-        ("grass", {"batches": [{"input_ids": BATCHES[0]["input_ids"]}]}, "needs batches with labels"),
+        (
+            "grass",
+            {"batches": [{"input_ids": BATCHES[0]["input_ids"]}]},
+            "needs batches that the model gives one for",
+        ),
         ("grass", {"sampler_options": {"probe_batches": -1}}, "probe_batches must be at least 0"),
         (Probing(), {}, "must collect them, but Probing has probe_batches=1 and collects nothing"),
     ],

@@ -85,6 +85,20 @@ def test_a_resumed_run_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, weights_of(whole)[name]) for name, value in weights_of(resumed).items())
 
 
+def test_moments_of_full_rank_are_not_turned() -> None:
+    """A new basis within a period turns those of low rank alone."""
+    model = make_llama()
+    own = {**GALORE["projection_options"], "update_gap": 1, "rotate_moments": True}
+    optimizer, scheduler = made(model, projection_options=own)
+    with scheduler:
+        steps(model, optimizer, scheduler, range(2))
+        drawn = scheduler.sampler.full_rank(scheduler._context())
+        assert drawn is not None
+        for index in range(4):
+            weight = model.get_parameter(f"model.layers.{index}.mlp.gate_proj.weight")
+            assert optimizer.state[weight]["exp_avg"].shape[0] == (16 if index in drawn.layers else 3)
+
+
 def test_a_step_in_backward_is_the_same_to_the_bit() -> None:
     ended = []
     for stepping in (False, StepInBackward()):

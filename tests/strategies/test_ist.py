@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from layersample import ConfigError, LayerScheduler, Measurement, SamplingContext, create_sampler, find_layers
-from layersample.metrics.damping import damped
+from layersample.metrics.damping import damped, damped_losses
+from layersample.sampling.calibration import OwnLoss
 from tests.helpers import make_batch, make_llama, weights_of
 
 
@@ -60,6 +61,15 @@ def test_a_layer_that_does_nothing_is_drawn_less_often() -> None:
         torch.equal(value, before[name]) for name, value in weights_of(model).items()
     )
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_loss_of_the_loop_s_own_counts() -> None:
+    model = make_llama()
+    batch = make_batch(0)
+    own = OwnLoss({"pairs": None}, lambda given: given(**batch).loss * 2)
+    sets = [["model.layers.0"], ["model.layers.1"]]
+    plain, twice = damped_losses(model, batch, sets, 0.25), damped_losses(model, own, sets, 0.25)
+    assert twice == pytest.approx([2 * loss for loss in plain]) and plain[0] != plain[1]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

@@ -180,8 +180,12 @@ def test_blockllm_takes_the_largest_norms_for_their_visits_until_the_loss_stalls
     assert sampler.sample(context(visits=(4, 1, 1), round=4, num_active=2)) == [1, 0]
     assert sampler.sample(context(visits=(4, 1, 0), round=4)) == [2], "what hasn't trained comes first"
 
-    def asked(loss: float) -> bool:
-        given = context(active=(0,), loss=LossStatistics(1, None, None, loss))
+    tells = 0
+
+    def asked(loss: float, *, new: bool = True) -> bool:
+        nonlocal tells
+        tells += new
+        given = context(active=(0,), loss=LossStatistics(tells, None, None, loss))
         wanted: bool = sampler.wants_new_period(given.statistics, given)
         return wanted
 
@@ -189,7 +193,12 @@ def test_blockllm_takes_the_largest_norms_for_their_visits_until_the_loss_stalls
     losses = (2.0, 1.0, 1.4, 1.6, 2.0, math.nan)
     assert [asked(loss) for loss in losses] == [False, False, False, False, True, False]
     told(sampler, active=(0,), norms=(3.0, 2.0, 1.0), loss=some)
+    tells = 0
     assert not asked(9.0), "another choice begins"
+    assert not any(asked(9.0, new=False) for _ in range(9)) and not asked(9.0), "a loss counts once"
+    again: Any = create_sampler("blockllm", {"patience": 2})
+    again.load_state_dict(sampler.state_dict())
+    assert again.state_dict() == sampler.state_dict() and not asked(9.0, new=False)
     with pytest.raises(ConfigError, match="was told none"):
         told(sampler, active=(0,), loss=LossStatistics())
 
