@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ class ZeroGradHook:
         self._optimizer = optimizer
         zero_grad = optimizer.zero_grad
 
+        @wraps(zero_grad)  # accelerate asks for its arguments
         def hooked(*args: Any, **kwargs: Any) -> None:
             first()
             zero_grad(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from layersample.errors import ConfigError
 from layersample.optim.optimizers import Optimizers
 from layersample.optim.whole_state import needs_closure
-from layersample.unwrapping import local_part
+from layersample.unwrapping import is_dtensor, local_part
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ class GradientWatch:
                 those that a ``GradScaler`` leaves out are no sign of it.
         """
         stepped, self._has_stepped = self._has_stepped, False
-        if stepped:
+        # Of shards each rank sees a part, and one alone must neither refuse nor wait for the others.
+        if stepped or any(map(is_dtensor, self._trained)):
             return
-        standing = [local_part(p.grad) for p in self._trained if p.grad is not None]
+        standing = [p.grad for p in self._trained if p.grad is not None]
         if standing and all(bool(gradient.isfinite().all()) for gradient in standing):
             raise ConfigError(
                 "The scheduler must step once after each optimizer step, because it counts them, and a switch drops "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ def test_it_leaves_the_optimizer_as_it_was_found() -> None:
     outer = ZeroGradHook(optimizer, lambda: called.append(1))
     inner = ZeroGradHook(optimizer, lambda: called.append(2))
     parameter.grad = torch.ones(2)
+    assert "set_to_none" in inspect.signature(optimizer.zero_grad).parameters
     optimizer.zero_grad(set_to_none=False)
     assert called == [2, 1] and parameter.grad is not None and not parameter.grad.any()
     inner.remove()
