@@ -105,7 +105,12 @@ def _check_same_searches(suite: Suite, folder: Path) -> None:
 def _without_chosen(suite: Suite, folder: Path) -> list[MethodEntry | str]:
     """The rows but for those that searches have ended as, which a stored suite holds."""
     chosen = [MethodEntry(**search["chosen"]) for search in read_tried(folder)]
-    return [row for row in suite.methods if row not in chosen]
+    return [
+        row
+        for row in suite.methods
+        if isinstance(row, str)
+        or row.model_copy(update={"seeds": None}) not in chosen  # more may have been run
+    ]
 
 
 def _words(row: MethodEntry) -> str:

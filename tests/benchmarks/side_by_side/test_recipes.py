@@ -74,6 +74,9 @@ def test_the_best_recipe_is_found_and_confirmed_on_fresh_seeds(
     stored = read_results(tmp_path)[0]
     run_recipes(stored, tmp_path)
     assert len(started) == count, "a stored suite has the row that was chosen"
+    more = [row.model_copy(update={"seeds": [0, 1, 2]}) for row in stored.entries]
+    run_recipes(stored.model_copy(update={"methods": more}), tmp_path)
+    assert [job.seed for job in started[count:]] == [2, 2], "with more seeds it is still that row"
     tried = read_tried(tmp_path)[0]
     assert len(tried["tries"]) == 10 and tried["chosen"]["name"] == "winner"
     best = min(one["losses"][-1] for one in tried["tries"] if len(one["losses"]) == 3)
