@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+_Sortable = TypeVar("_Sortable", int, str)
 
 NEEDS_TRAIN = 'needs the train extra: pip install "layersample[train]".'
 
@@ -29,6 +33,11 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) or "none") + more
+
+
+def repeated(values: Iterable[_Sortable]) -> list[_Sortable]:
+    """Those of some values that come several times, each once, in order."""
+    return sorted(value for value, times in Counter(values).items() if times > 1)
 
 
 def text_fault(text: str) -> str | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, repeated
 
 MOST_SEEDS = 1000
 
@@ -38,8 +38,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
     Raises:
         ConfigError: If one comes twice, or no generator takes it.
     """
-    if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        raise ConfigError(f"seeds must all be different, but {', '.join(map(str, repeated))} comes twice.")
+    if twice := repeated(seeds):
+        raise ConfigError(f"seeds must all be different, but {', '.join(map(str, twice))} comes twice.")
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise ConfigError(f"seeds must be between 0 and 2**32 - 1, but got {wrong[0]}.")
 

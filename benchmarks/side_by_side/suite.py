@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from layersample.config import BUILTIN_MODEL, TrainConfig, make_config
-from layersample.errors import ConfigError, unknown
+from layersample.errors import ConfigError, repeated, unknown
 from layersample.option_files import Options, make_options
 from layersample.registry import PROJECTIONS, create_sampler, load_plugin
 from layersample.training.data import load_data
@@ -241,8 +241,8 @@ class Suite(Options):
             load_plugin(self.plugin)
         get_task(self.task, self.answer_marker)
         names = [entry.name for entry in self.entries]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"methods must all be different, but {', '.join(repeated)} comes twice.")
+        if twice := repeated(names):
+            raise ConfigError(f"methods must all be different, but {', '.join(twice)} comes twice.")
         for seeds in (self.seeds, *map(self.seeds_of, self.entries)):
             check_seeds(seeds)
         first = self.search_seed

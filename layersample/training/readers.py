@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from layersample.errors import ConfigError, some
+from layersample.errors import ConfigError, repeated, some
 
 Place = tuple[str, Any]
 """Where a row is, for messages, and what it holds."""
@@ -20,7 +20,7 @@ _HOLDERS = ("instances", "data", "train", "examples", "rows")  # of a JSON mappi
 
 _PIECE = 2**16  # characters that are read at a time
 
-_LARGEST_FIELD = 2**31 - 1  # characters of a field of CSV; no more everywhere
+_LARGEST_FIELD = 2**31 - 1  # characters of a field of CSV: 2**17 by default, which a long text is beyond
 
 _BROKEN = (OSError, EOFError, zlib.error, UnicodeDecodeError)  # of a file that can't be read to its end
 
@@ -125,8 +125,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose names comes once: of two the last would win."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{some(sorted({name for name in names if names.count(name) > 1}))} comes twice")
+        raise ValueError(f"{some(repeated(name for name, _ in pairs))} comes twice")
     return content
 
 
@@ -243,9 +242,7 @@ def _read_csv(path: Path) -> Iterator[Place]:
     line = 0
     try:
         with _open(path, lambda: f", after line {line}") as file:
-            csv.field_size_limit(
-                _LARGEST_FIELD
-            )  # of all that this process reads; by default a long text is no CSV
+            csv.field_size_limit(_LARGEST_FIELD)
             reader = csv.DictReader(file, strict=True)
             _check_names(path, reader.fieldnames or ())
             for row in reader:
@@ -261,7 +258,7 @@ def _read_csv(path: Path) -> Iterator[Place]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise ConfigError(
             f"{path}, line 1: each column must have a name of its own, but {some(twice)} comes twice."
         )
