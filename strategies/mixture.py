@@ -87,6 +87,10 @@ class Mixture(LayerSampler):
         """Whether all of them have."""
         return all(sampler.has_measured for sampler in self.inner)
 
+    def num_drawn(self, context: SamplingContext) -> int:
+        """As many as the one whose turn it is."""
+        return self.chooser(context).num_drawn(context)
+
     def measure(self, measurement: Measurement) -> None:
         """Let all of them measure."""
         for sampler in self.inner:

@@ -33,6 +33,11 @@ class Warmup(WrappedSampler):  # type: ignore[misc]
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {name}={value}.")
 
+    def num_drawn(self, context: SamplingContext) -> int:
+        """As many as are due."""
+        drawn: int = self.inner.num_drawn(self._due(context))
+        return drawn
+
     def sample(self, context: SamplingContext) -> list[int]:
         """Ask the other sampler for as many as are due."""
         return list(self.inner.sample(self._due(context)))

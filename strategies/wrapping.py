@@ -70,6 +70,10 @@ class WrappedSampler(LayerSampler):
         """Whether the other sampler has."""
         return self.inner.has_measured
 
+    def num_drawn(self, context: SamplingContext) -> int:
+        """As many as the other sampler."""
+        return self.inner.num_drawn(context)
+
     def measure(self, measurement: Measurement) -> None:
         """Let the other sampler measure."""
         self.inner.measure(measurement)

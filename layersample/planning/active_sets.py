@@ -174,7 +174,8 @@ def _draw(
     sampler: LayerSampler, contexts: Sequence[SamplingContext]
 ) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
     if not sampler.has_measured:  # fake tensors can't be measured
-        uniform = [c.take(torch.randperm(c.num_layers, generator=c.generator).tolist()) for c in contexts]
+        sized = [replace(c, num_active=sampler.num_drawn(c)) for c in contexts]
+        uniform = [c.take(torch.randperm(c.num_layers, generator=c.generator).tolist()) for c in sized]
         return [tuple(sorted(drawn)) for drawn in uniform], (_UNMEASURED,)
     return [tuple(sorted(draw(sampler, context))) for context in contexts], ()
 

@@ -220,6 +220,10 @@ class LayerSampler(ABC):
         """Whether it needs no measurement before its first draw."""
         return not self.measures
 
+    def num_drawn(self, context: SamplingContext) -> int:
+        """How many layers it draws in this period; a plan asks one that hasn't measured, and can't be asked which."""
+        return context.num_active
+
     @abstractmethod
     def sample(self, context: SamplingContext) -> Iterable[int]:
         """Return the indices into ``context.layers`` that train in period ``context.round``."""

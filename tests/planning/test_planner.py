@@ -217,6 +217,7 @@ def test_samplers_that_must_measure_are_drawn_uniformly_and_it_is_said() -> None
 def test_so_are_those_around_one(sampler: str, options: dict[str, Any]) -> None:
     sets = find_active_sets(TINY, config(sampler=sampler, sampler_options=options, num_active=2))
     assert sets.typical and "drawn uniformly" in sets.notes[0]
+    assert len(sets.worst[0]) == options.get("first", 2), "the period that holds most is planned for"
 
 
 def test_json_holds_the_peak_and_its_parts() -> None:
