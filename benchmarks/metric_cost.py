@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layersample import find_layers
 from layersample.config import BUILTIN_MODEL
-from layersample.environment import environment
+from layersample.environment import describe_processor, environment
 from layersample.layers.find import ModelLayers
 from layersample.metrics import LayerMetrics, layer_metrics, outlier_ratios
 from layersample.training.models import resolve_model
@@ -208,7 +208,7 @@ class _Training:
 
 
 def _describe_machine() -> str:
-    return f"{environment()['processor']}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    return f"{describe_processor(environment())}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
 
 
 if __name__ == "__main__":

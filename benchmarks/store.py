@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from layersample.cli.consoles import console
-from layersample.environment import environment
+from layersample.environment import describe_processor, environment
 from layersample.files import write_json, write_text
 
 _STORED = Path(__file__).parent / "results"
@@ -49,7 +49,7 @@ def store(
         f"# {title}",
         "",
         about,
-        f"`python -m layersample_benchmarks.{command}` on {machine['processor']}, {machine['threads']} threads, "
+        f"`python -m layersample_benchmarks.{command}` on {describe_processor(machine)}, {machine['threads']} threads, "
         f"Python {machine['python']}, {versions}.",
         "",
         "| " + " | ".join(headings) + " |",

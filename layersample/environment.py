@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,11 +31,12 @@ _SLOW = 2.0  # a shared machine's noise stays below
 
 
 def environment() -> dict[str, Any]:
-    """Processor, memory, threads, GPU and versions, to be stored beside every figure."""
+    """Processor with its instructions, memory, threads, GPU and versions, to be stored beside every figure."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "threads": torch.get_num_threads(),
@@ -53,6 +55,20 @@ def has_bf16() -> bool:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     known = [check for name in checks if (check := getattr(torch.cpu, name, None)) is not None]
     return not known or any(check() for check in known)
+
+
+def describe_processor(its: Mapping[str, Any]) -> str:
+    """The processor of an :func:`environment` and its instructions; of one before these were noted its name alone."""
+    return ", ".join(filter(None, (its["processor"], its.get("instructions"))))
+
+
+def instructions() -> str:
+    """Which of the processor's instructions torch computes with, such as ``"AVX2"`` or ``"AVX512 with bf16"``.
+
+    Virtual machines call processors of several generations by one name. Seconds differ between these, and bits may.
+    """
+    found = str(torch.backends.cpu.get_cpu_capability())
+    return f"{found} with bf16" if found.startswith("AVX") and has_bf16() else found
 
 
 @cache

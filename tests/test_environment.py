@@ -25,3 +25,16 @@ def test_slow_bf16_is_said_before_any_work(
 
 def test_bf16_is_measured() -> None:
     assert environment.bf16_slowdown() > 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "told"),
+    [("AVX2", False, "AVX2"), ("AVX512", True, "AVX512 with bf16"), ("DEFAULT", True, "DEFAULT")],
+)
+def test_generations_of_a_processor_are_told_apart(
+    capability: str, bf16: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine's processor may have the same name in all of them."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(environment, "has_bf16", lambda: bf16)
+    assert environment.environment()["instructions"] == told

@@ -65,6 +65,8 @@ class Pool:
         keep_workers: bool = True,
     ) -> None:
         results.check_threads(threads)
+        if progress is not None and (others := results.other_machines(threads)):
+            progress.say(others)
         self._results = results
         self._threads = threads
         self._jobs = jobs

@@ -11,13 +11,14 @@ from threading import Lock
 
 import yaml
 
+from layersample.environment import environment
 from layersample.errors import ConfigError
 from layersample.files import LOCK, check_output, only_one, write_text
 
 from .entries import MethodEntry
 from .fingerprints import fingerprint
 from .jobs import WITHOUT_RATE, Job
-from .stored_lines import Line, check_line, has_steps
+from .stored_lines import Line, check_line, has_steps, machine_in_words, machine_of
 from .suite import Suite, make_suite
 from .suite_files import read_stored_keys
 
@@ -119,6 +120,22 @@ class Results:
                 f"{self.folder} holds runs of {other[0]} threads each, but these would have {threads}: give as many "
                 "--jobs as then, or another --output."
             )
+
+    def other_machines(self, threads: int) -> str | None:
+        """What a user should know of runs that another machine has done; ``None`` where there are none.
+
+        Args:
+            threads: Threads of a run.
+        """
+        here = machine_in_words({**environment(), "threads": threads})
+        there = {machine_of(line) for line in self._lines.values() if "environment" in line}
+        if others := sorted(there - {here}):
+            return (
+                f"{self.folder} holds runs of another machine ({'; '.join(others)}) than this one ({here}). "
+                "What was matched there stays as it is; seconds of the two aren't compared, and losses may differ in "
+                "their last digits."
+            )
+        return None
 
     def entry(self, name: str) -> MethodEntry:
         """A row, which may be one of before."""

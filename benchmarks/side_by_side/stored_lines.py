@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from layersample.environment import describe_processor
 from layersample.errors import ConfigError, short
 
 from .jobs import Stage
@@ -75,6 +76,7 @@ class _Seconds(_Part):
 class _Environment(_Part):
     python: str
     processor: str
+    instructions: str | None = None  # runs of before they were noted have none
     threads: int = Field(ge=1)
     gpu: str | None
     versions: dict[str, str]
@@ -179,10 +181,17 @@ def has_steps(line: Line, steps: int) -> bool:
 
 def machine_of(line: Line) -> str:
     """The machine of a run, and its threads, in words."""
-    its = line["environment"]
+    return machine_in_words(line["environment"])
+
+
+def machine_in_words(its: Mapping[str, Any]) -> str:
+    """A machine as a run's ``environment`` describes it, and the run's threads.
+
+    Its instructions belong to it: virtual machines call processors of several generations by one name.
+    """
     count = its["threads"]
     threads = f"{count} thread" if count == 1 else f"{count} threads"
-    return ", ".join(filter(None, (its["processor"], its["gpu"], threads)))
+    return ", ".join(filter(None, (describe_processor(its), its["gpu"], threads)))
 
 
 def step_seconds(line: Line, clock: str, phase: str | None = None) -> float:

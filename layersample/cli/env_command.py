@@ -10,7 +10,7 @@ def env_command() -> None:
     # Seconds of imports that the other commands don't need.
     import torch
 
-    from layersample.environment import bf16_slowdown, environment
+    from layersample.environment import bf16_slowdown, describe_processor, environment
     from layersample.plugins import COMMANDS, SAMPLERS, SETTINGS, installed
 
     facts = environment()
@@ -25,7 +25,7 @@ def env_command() -> None:
         **facts["versions"],
         "python": facts["python"],
         "system": facts["system"],
-        "processor": f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} torch threads",
+        "processor": f"{describe_processor(facts)}, {facts['cores']} cores, {facts['threads']} torch threads",
         "product in bf16": f"{bf16_slowdown():.2f} of the time of fp32 on the processor",
         "memory": f"{facts['memory_gib']} GiB" if facts["memory_gib"] else "unknown",
         "CUDA": torch.version.cuda or "not in this build of torch",

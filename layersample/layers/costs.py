@@ -45,7 +45,8 @@ def layer_costs(model: nn.Module, units: Units) -> LayerCosts:
     """Count the costs of each sampled layer from the shapes of its weights.
 
     Where something below the layers always trains (embeddings), backward goes to the bottom for any layer, and
-    what a layer costs is its own weights.
+    what a layer costs is its own weights. Weights that never train (the matrices beside an adapter) are passed by
+    backward and get no gradient.
 
     Args:
         model: The model.
@@ -54,25 +55,29 @@ def layer_costs(model: nn.Module, units: Units) -> LayerCosts:
     parameters = dict(model.named_parameters())
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     own = [[parameters[name] for name in unit.parameters] for unit in units.sampled]
+    trained = [[parameters[name] for name in names] for names in units.trained_of_each]
     # A norm's weights multiply too, and a unit may hold no others. A lookup multiplies nothing; a tied head
     # multiplies, and backward passes it for any layer.
     products = [sum(p.numel() for p in unit if p not in embeddings) for unit in own]
+    gradients = [sum(p.numel() for p in unit if p not in embeddings) for unit in trained]
     outputs = [sum(_outputs(p) for p in unit if p not in embeddings) for unit in own]
     first = next((i for i, unit in enumerate(own) if not embeddings.intersection(unit)), 0)
     always = [name for group in units.always for name in group.parameters if units.trainable[name]]
     to_the_bottom = any(parameters[name] in embeddings for name in always)
     lowest = [first if to_the_bottom else index for index in range(len(own))]
     return LayerCosts(
-        flops=tuple(float(sum(products[low:]) + products[i]) for i, low in enumerate(lowest)),
-        trained_bytes=tuple(float(_COPIES * sum(p.numel() * p.element_size() for p in unit)) for unit in own),
+        flops=tuple(float(sum(products[low:]) + gradients[i]) for i, low in enumerate(lowest)),
+        trained_bytes=tuple(
+            float(_COPIES * sum(p.numel() * p.element_size() for p in unit)) for unit in trained
+        ),
         activation_bytes=tuple(float(sum(outputs[low:])) for low in lowest),
     )
 
 
 def count_elements(model: nn.Module, units: Units) -> tuple[int, ...]:
-    """Elements of each sampled layer's parameters; of shards those of the whole."""
+    """Elements of each sampled layer's parameters that train; of shards those of the whole."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return tuple(sum(sizes[name] for name in unit.parameters) for unit in units.sampled)
+    return tuple(sum(sizes[name] for name in names) for names in units.trained_of_each)
 
 
 def _outputs(parameter: torch.Tensor) -> int:

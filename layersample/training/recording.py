@@ -45,7 +45,9 @@ class Progress(Protocol):
 class RunRecorder(TrainerCallback):
     """Writes ``metrics.jsonl``, one line an optimizer step, and keeps the peaks of memory.
 
-    Put it behind the sampling callback, so that the logs hold the active layers.
+    Put it behind the sampling callback, so that the logs hold the active layers; and its :attr:`clock` in front of
+    that, so that a step's seconds are with those of the switch before it, and the first one's with those of what the
+    sampler measures as training begins. Evaluations and checkpoints aren't in any step's.
 
     Args:
         path: The file; replaced, unless a run is resumed. ``None`` on ranks that don't write.
@@ -68,7 +70,7 @@ class RunRecorder(TrainerCallback):
         self._now = self.peak
         self._scheduler = scheduler
         self._progress = progress
-        self._started = time.perf_counter()
+        self.clock = SwitchClock()
         self._trainable = self._moving = 0
         self._evaluated = 0
         # A resumed run goes on in the period of its last record, whose probabilities are written.
@@ -82,15 +84,10 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the bar."""
+        """Show the bar; keep what sampling took to begin."""
+        self.clock.pause()
         if self._progress:
             self._progress.begin(state.max_steps, state.global_step)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock of a step."""
-        self._started = time.perf_counter()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,7 +144,7 @@ class RunRecorder(TrainerCallback):
                 "staleness": max(scheduler.staleness),
                 "trainable_parameters": self._trainable,
                 "bytes": asdict(self._now),
-                "seconds": round(time.perf_counter() - self._started, 4),
+                "seconds": round(self.clock.stop(), 4),
             }
             if scheduler.options.inactive != "freeze":
                 record["moving_parameters"] = self._moving
@@ -184,6 +181,35 @@ class RunRecorder(TrainerCallback):
         self.peak = MemoryUse(
             **{key: max(value, asdict(self.peak)[key]) for key, value in asdict(use).items()}
         )
+
+
+class SwitchClock(TrainerCallback):
+    """Times a training step from before the sampling callback switches layers for it."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._before = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, for what is done once."""
+        self._started = time.perf_counter()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, for a step."""
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop, and count what was taken with the step that comes next."""
+        self._before += time.perf_counter() - self._started
+
+    def stop(self) -> float:
+        """Seconds since the start, and of what was done before it."""
+        taken, self._before = self._before + time.perf_counter() - self._started, 0.0
+        return taken
 
 
 def read_records(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -124,6 +124,7 @@ class Run:
         self.trainer.remove_callback(PrinterCallback)
         # RunFolder has verified the checkpoint, before anything was loaded.
         self.sampling.attach(self.trainer, verify=False)
+        self.trainer.callback_handler.callbacks.insert(0, self.recorder.clock)
         if ranks.count > 1:
             prepared = {
                 "training data": self.trainer.train_dataset,

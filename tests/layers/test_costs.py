@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from layersample import ConfigError, LayerScheduler, SamplingContext, create_sampler, find_layers, layer_costs
+from layersample.layers.costs import count_elements
 from layersample.layers.rules import arrange
 from tests.helpers import make_batch, make_llama
 
@@ -31,6 +33,18 @@ def test_a_layer_costs_its_weights_and_the_way_down_to_it() -> None:
 def test_where_the_embedding_trains_anyway_the_way_is_paid_for() -> None:
     costs = costs_of(embeddings="train")
     assert len(set(costs.flops)) == len(set(costs.activation_bytes)) == 1
+
+
+def test_weights_that_never_train_are_passed_and_get_no_gradient() -> None:
+    """As those beside an adapter: backward goes through them, but they have no gradient and no state."""
+    model = make_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name or "layers" not in name)
+    units = arrange(model, find_layers(model), RULES)
+    costs, queries = layer_costs(model, units), 16 * 16
+    assert costs.flops == tuple((4 - i) * LAYER + queries for i in range(4))
+    assert costs.trained_bytes == (3 * 4 * queries,) * 4 and count_elements(model, units) == (queries,) * 4
+    assert costs.activation_bytes == costs_of().activation_bytes
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -77,11 +91,10 @@ def test_no_layer_is_too_dear() -> None:
 @pytest.mark.parametrize("draw", ["sequential", "systematic"])
 def test_true_inclusion_stays_exact(draw: str) -> None:
     sampler = create_sampler("prior", {"weights": "uniform", "cost": "flops", "draw": draw})
-    counts = torch.zeros(4)
-    rounds = 4000
+    counts, rounds, first = torch.zeros(4), 4000, context()
     for round in range(rounds):
-        counts[list(sampler.sample(context(round=round)))] += 1
-    inclusion = sampler.inclusion_probabilities(context())
+        counts[list(sampler.sample(replace(first, round=round)))] += 1
+    inclusion = sampler.inclusion_probabilities(first)
     assert inclusion is not None and sum(inclusion) == pytest.approx(2)
     assert (counts / rounds).tolist() == pytest.approx(inclusion, abs=4 * (0.25 / rounds) ** 0.5)
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from layersample import ConfigError
+from layersample import ConfigError, LayerSampler, Measurement, SamplingContext, register
+from layersample.config import make_config
+from layersample.training.finetune import finetune
 from layersample.training.recording import RunRecorder, read_records
 
 LINES = [json.dumps({"step": step, "loss": 1.0 / (step + 1)}) + "\n" for step in range(4)]
@@ -28,3 +33,30 @@ def test_a_damaged_line_before_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(ConfigError, match="metrics.jsonl, line 2: must be JSON, but: "):
         resume(path, LINES[0] + LINES[1][:9] + "\n" + LINES[2])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
+def test_the_seconds_of_a_step_are_with_those_of_its_switch(
+    short_run: dict[str, Any],
+) -> None:
+    """A sampler that is slow makes a run slow, and its seconds must say so."""
+
+    @register("slow")
+    @dataclass(kw_only=True, eq=False)
+    class Slow(LayerSampler):
+        """Take its time."""
+
+        def measure(self, measurement: Measurement) -> None:
+            time.sleep(0.5)
+
+        def sample(self, context: SamplingContext) -> list[int]:
+            time.sleep(0.25)
+            return [0, 1]
+
+    summary = finetune(make_config(("test", {**short_run, "sampler": "slow"})))
+    lines = [
+        json.loads(text) for text in (Path(short_run["output"]) / "metrics.jsonl").read_text().splitlines()
+    ]
+    seconds = {line["step"]: line["seconds"] for line in lines if "loss" in line}
+    assert seconds[1] >= 0.75 and seconds[3] >= 0.25 and seconds[5] >= 0.25
+    assert summary["seconds"]["training"] == pytest.approx(sum(seconds.values()))

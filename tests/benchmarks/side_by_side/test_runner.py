@@ -18,6 +18,7 @@ import pytest
 
 from layersample import ConfigError
 from layersample_benchmarks.side_by_side import pool
+from layersample_benchmarks.side_by_side import results as results_module
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.jobs import Job
 from layersample_benchmarks.side_by_side.report import write_report
@@ -308,6 +309,38 @@ def test_runs_of_other_threads_are_never_mixed(
     assert len(seen) == before
     run_suite(suite(threads=None, seeds=[0, 1, 2]), tmp_path, jobs=2)
     assert len(seen) == before + 2
+
+
+def test_runs_of_another_machine_are_said_before_more_are_added(
+    in_place: Callable[[Measure], list[str]],
+    made_up: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A virtual machine's processor has one name in several generations: only its instructions tell them apart."""
+    said: list[str] = []
+
+    class Progress:
+        def begin(self, runs: int, done: int) -> None: ...
+        def more(self, runs: int) -> None: ...
+        def end_run(self, job: Job, measured: dict[str, Any]) -> None: ...
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    own = {"processor": "AMD EPYC", "gpu": None, "threads": 1, "python": "3.11", "versions": {}, "git": None}
+    fast, slow = {**own, "instructions": "AVX512 with bf16"}, {**own, "instructions": "AVX2"}
+    in_place(lambda job: made_up(job, 1.0, environment=fast))
+    monkeypatch.setattr(results_module, "environment", lambda: fast)
+    run_suite(suite(), tmp_path, progress=Progress())
+    run_suite(suite(), tmp_path, progress=Progress())
+    assert not any("another machine" in text for text in said)
+    monkeypatch.setattr(results_module, "environment", lambda: slow)
+    run_suite(suite(), tmp_path, progress=Progress())
+    assert any(
+        "another machine (AMD EPYC, AVX512 with bf16, 1 thread) than this one (AMD EPYC, AVX2, 1 thread)"
+        in text
+        for text in said
+    )
 
 
 def test_timings_of_other_steps_are_made_anew(
