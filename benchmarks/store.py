@@ -49,8 +49,8 @@ def store(
         f"# {title}",
         "",
         about,
-        f"`python -m layersample_benchmarks.{command}` on {describe_processor(machine)}, {machine['threads']} threads, "
-        f"Python {machine['python']}, {versions}.",
+        f"`python -m layersample_benchmarks.{command}` on {describe_processor(machine)}, "
+        f"{machine['threads']} threads, Python {machine['python']}, {versions}.",
         "",
         "| " + " | ".join(headings) + " |",
         "|" + "---|" * len(headings),

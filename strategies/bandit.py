@@ -25,7 +25,8 @@ class Bandit(ObservedSampler):
         s_l ← s_l + clip(rate · r / π_l, −1, 1),    p = (1 − exploration) · softmax(s) + exploration / N,
 
     with π_l the chance that l had to be in the period's set. Dividing by it makes the estimate of each layer's
-    reward unbiased, however seldom it is drawn.
+    reward unbiased, however seldom it is drawn. Within ``max_wait``, whose chances aren't known, π is that of the
+    bandit's own draw.
 
     EXP3 has rewards from 0 to 1, whose bounds are known, and rate = exploration / N, so that no period adds more than
     1 to a score. That is too slow for the tens of periods of a fine-tuning: here the rate is larger, and what a period
@@ -79,9 +80,8 @@ class Bandit(ObservedSampler):
         if loss.before is None or loss.after is None:
             return  # losses that are no numbers
         costs = self._relative_costs(context)
-        chances = self.inclusion_probabilities(
-            context
-        )  # as they were at the draw: scores haven't changed since
+        # As they were at the draw: the scores haven't changed since. A sampler around this one has its say in them.
+        chances = context.inclusion or self.inclusion_probabilities(context)
         rewards = {index: (loss.before - loss.after) / costs[index] for index in context.active}
         self._largest = max([self._largest, *map(abs, rewards.values())])
         for index, reward in rewards.items():

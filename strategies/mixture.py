@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from layersample_strategies.wrapping import create_inner
 class Mixture(LayerSampler):
     """Let one of several samplers choose in each period, drawn by weights.
 
-    All of them measure and observe, also what another one has chosen.
+    All of them observe, also what another one has chosen, and measure when they would alone. A probe before the first
+    draw is for those that ask for one.
 
     Args:
         samplers: Names of the samplers, at least one.
@@ -48,6 +49,7 @@ class Mixture(LayerSampler):
         self._chances = [share / sum(shares) for share in shares]
         options = self.options or [{}] * len(self.samplers)
         self.inner = [create_inner(*pair) for pair in zip(self.samplers, options, strict=True)]
+        self._changed: list[set[str]] = [set() for _ in self.inner]  # since each has measured
         self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
@@ -92,14 +94,20 @@ class Mixture(LayerSampler):
         return self.chooser(context).num_drawn(context)
 
     def measure(self, measurement: Measurement) -> None:
-        """Let all of them measure."""
-        for sampler in self.inner:
-            sampler.measure(measurement)
+        """Let those measure whose turn it is."""
+        for sampler, changed in zip(self.inner, self._changed, strict=True):
+            changed.update(measurement.changed)
+            every = sampler.measure_every
+            if measurement.round == 0 or (every is not None and measurement.round % every == 0):
+                names = tuple(name for name in measurement.layers if name in changed)
+                sampler.measure(replace(measurement, changed=names))
+                changed.clear()
 
     def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
         """Let all of them observe."""
         for sampler in self.inner:
-            sampler.observe(statistics, context)
+            if sampler.probe_batches or not context.probing:
+                sampler.observe(statistics, context)
 
     def wants_new_period(self, statistics: LayerStatistics, context: SamplingContext) -> bool:
         """Ask the one that has chosen."""
@@ -107,10 +115,14 @@ class Mixture(LayerSampler):
         return chooser.watches_steps and chooser.wants_new_period(statistics, context)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each."""
-        return {"inner": [sampler.state_dict() for sampler in self.inner]}
+        """The state of each, and the layers that have trained since it measured."""
+        return {
+            "inner": [sampler.state_dict() for sampler in self.inner],
+            "changed": [sorted(changed) for changed in self._changed],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         for sampler, own in zip(self.inner, state["inner"], strict=True):
             sampler.load_state_dict(own)
+        self._changed = [set(names) for names in state["changed"]]

@@ -123,6 +123,8 @@ def _knob(method: Method, config: TrainConfig) -> str | None:
     """The option that decides how much of a method trains; ``None`` where there is none."""
     if method.adapter_rank is not None:
         return "rank"
+    if config.draw_budget is not None:  # which num_active has no say beside
+        return None
     if not create_sampler(config.sampler, config.sampler_options).trains_everything:
         return "num_active"
     return None if config.projection is None else "rank"

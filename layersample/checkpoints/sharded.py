@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,9 +64,14 @@ def save_distributed(
         )
     with unpacked(optimizer):
         weights, state = get_state_dict(model, optimizer)
+    first = _alone() or dist.get_rank() == 0
+    if first:  # shards of a save that was killed, by more ranks perhaps, would come into this checkpoint
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not _alone():
+        dist.barrier()
     with _one_process_is_fine():
         save({"model": weights, "optimizer": state}, checkpoint_id=scratch)
-    if _alone() or dist.get_rank() == 0:
+    if first:
         write_json(scratch / _SCHEDULER, dict(scheduler_state))
         replace_folder(scratch, place)
     if not _alone():

@@ -74,8 +74,8 @@ def print_config(console: Console, config: TrainConfig) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, field in TrainConfig.model_fields.items():
         value = config.run_period if name == "period" else getattr(config, name)
-        if name == "steps" and config.epochs is not None:  # they take the place of steps
-            continue
+        if config.epochs is not None and (name == "steps" or (name == "period" and config.period is None)):
+            continue  # they take the place of steps, which aren't known yet, nor what follows from them
         if value != field.default or (name in always and value is not None):
             table.add_row(f"[dim]{name}[/]", plain(value))
     console.print(table)

@@ -51,6 +51,12 @@ def export_command(
         )
     if base is not None and not delta:
         raise ConfigError("--base is the base of a delta: add --delta.")
+    if private and not push_to_hub:
+        raise ConfigError("--private is of a new repository on the hub: add --push-to-hub.")
+    if not gguf and (gguf_type != "auto" or converter is not None):
+        raise ConfigError("--gguf-type and --converter are of a GGUF file: add --gguf.")
+    if output is not None and not (delta or gguf):
+        raise ConfigError("--push-to-hub alone writes no folder: leave --output out, or add --delta.")
     if gguf and push_to_hub:
         raise ConfigError(
             "--push-to-hub uploads the model or a delta: leave --gguf out, or upload the file by `hf`."

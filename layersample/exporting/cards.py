@@ -19,7 +19,7 @@ _MODEL = """---
 
 # {{ title }}
 
-{{ base }}, fine-tuned with layersample: of {{ layers }} layers, {{ num_active }}
+{{ base }}, fine-tuned with layersample: of {{ layers }} {{ unit }}s, {{ drawn }}
 trained at a time.
 
 | | |
@@ -59,7 +59,8 @@ def model_card(config: TrainConfig, summary: Mapping[str, Any]) -> str:
             title=f"{base}, trained with {config.sampler}",
             base=base,
             layers=len(summary["layers"]),
-            num_active=config.num_active,
+            unit=config.granularity,
+            drawn=_drawn(config),
             facts={name: value.replace("|", "\\|") for name, value in _facts(config, summary).items()},
         )
     )
@@ -103,8 +104,8 @@ def _facts(config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "Base": public_name(config.model),
         "Data": public_name(config.data),
-        "Sampler": f"{config.sampler}{_options(config.sampler_options)}, {config.num_active} layers a period of "
-        f"{summary['period']} steps",
+        "Sampler": f"{config.sampler}{_options(config.sampler_options)}, {config.granularity}s: "
+        f"{_drawn(config)} in each period of {summary['period']} steps",
         "Projection": f"{config.projection}{_options(config.projection_arguments)}"
         if config.projection
         else "none",
@@ -124,6 +125,11 @@ def _facts(config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, str]:
         facts["Held-out loss, as saved"] = f"{saved['before']:.4f} before, {saved['after']:.4f} after"
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in _versions(summary).items())
     return facts
+
+
+def _drawn(config: TrainConfig) -> str:
+    """How many layers, or parts of them, a period trains."""
+    return str(config.num_active) if config.draw_budget is None else f"as many as fit {config.draw_budget}"
 
 
 def _examples_of_a_step(config: TrainConfig, summary: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ except ImportError:
         ) from error
 
 _STATE = "scheduler_state"
+_PREPARED: WeakSet[Any] = WeakSet()  # strategies that load the state of some parameters alone
 
 
 class _Options(SchedulerOptions, ActivationOptions):
@@ -229,6 +231,9 @@ def _refuse_unsavable(trainer: Any, module: nn.Module, projection: object) -> No
 
 def _load_sharded_state_of_some(strategy: Any) -> None:
     """Lightning loads FSDP2's optimizer state into a template of all that may train, which must be what has state."""
+    if strategy in _PREPARED:  # by an earlier fit
+        return
+    _PREPARED.add(strategy)
     load_theirs: Callable[..., Any] = strategy.load_checkpoint
 
     def load(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

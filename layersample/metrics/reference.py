@@ -110,13 +110,13 @@ def _read(
 def _quiet() -> Iterator[None]:
     """Undo what importing weightwatcher does to logging and warnings, and keep its prints away."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
             root.handlers[:] = handlers
             root.setLevel(level)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layersample.choices import StatePolicyName
-from layersample.errors import ConfigError
 from layersample.optim.host_copies import to_host, wait_for_copies
 from layersample.optim.masters import AT_REST, at_rest
 from layersample.optim.nested import map_tensors, opaque_in
@@ -106,13 +105,7 @@ _POLICIES: dict[StatePolicyName, type[StatePolicy]] = {"drop": Drop, "keep": Kee
 
 
 def create_policy(name: StatePolicyName) -> StatePolicy:
-    """The policy of a name.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if name not in _POLICIES:
-        raise ConfigError(f"state must be one of {', '.join(_POLICIES)}, but got {name!r}.")
+    """The policy of a name."""
     return _POLICIES[name]()
 
 

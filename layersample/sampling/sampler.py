@@ -39,6 +39,9 @@ class SamplingContext:
         costs: What it costs to train each layer; ``None`` where there is no model to count it on.
         active: Where a sampler observes: indices of the layers that train in this period; else empty.
         budget: What a draw may hold, in place of a number of layers; ``None`` where ``num_active`` holds.
+        inclusion: Where a sampler observes: the chance of each layer to be in this period's set, as it was at the
+            draw; ``None`` if it isn't known. Within another sampler, it is what both come to together.
+        probing: Whether what is observed is a probe before the first draw, in place of a period.
     """
 
     layers: tuple[str, ...]
@@ -51,6 +54,8 @@ class SamplingContext:
     costs: LayerCosts | None = None
     active: tuple[int, ...] = ()
     budget: DrawBudget | None = None
+    inclusion: tuple[float, ...] | None = None
+    probing: bool = False
 
     def __post_init__(self) -> None:
         none, never = (0,) * self.num_layers, (None,) * self.num_layers
@@ -100,6 +105,7 @@ class SamplingContext:
             costs=None if self.costs is None else self.costs.subset(indices),
             active=tuple(place[index] for index in self.active if index in place),
             budget=None if self.budget is None else self.budget.among(indices, taken),
+            inclusion=None if self.inclusion is None else tuple(self.inclusion[index] for index in indices),
         )
 
     def generator_at(self, round: int) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -70,5 +71,6 @@ class Probes(Reports):
         assert self._history.gradients is not None  # whoever probes collects them
         for norms in told:
             self._history.gradients.add(norms)
-        self.sampler.observe(self.statistics, self._context(tuple(range(len(self.layers)))))
+        context = self._context(tuple(range(len(self.layers))))
+        self.sampler.observe(self.statistics, replace(context, probing=True))
         self._history.end_period()

@@ -338,6 +338,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             costs=self._costs,
             active=active,
             budget=self._budget,
+            inclusion=tuple(self._inclusion) if active and self._inclusion is not None else None,
         )
 
     def _start_round(self) -> None:

@@ -111,7 +111,7 @@ class SamplerContract:
         )
 
     def statistics(self, before: Sequence[Sequence[int]]) -> LayerStatistics:
-        """What training tells: gradients that grow with depth and shrink with time, and a loss that falls.
+        """What training tells: gradients that grow with depth and shrink with time, as changes do, and a falling loss.
 
         The lowest layer has no gradient in the first period, as where all of them were no numbers.
 
@@ -131,6 +131,7 @@ class SamplerContract:
             round,
             GradientStatistics(known, known, (100,) * self.num_layers),
             LossStatistics(5, loss, 0.95 * loss, 0.95 * loss),
+            tuple(None if norm is None else 0.01 * norm for norm in known),
         )
 
     def test_draws_distinct_layers_that_exist(self) -> None:
@@ -181,6 +182,7 @@ class SamplerContract:
                 context.statistics,
                 gradients=context.statistics.gradients if "gradients" in sampler.collects else None,
                 losses=context.statistics.losses if "loss" in sampler.collects else None,
+                changes=context.statistics.changes if "weights" in sampler.collects else None,
             )
             context = replace(context, statistics=asked)
             context = replace(context, active=tuple(sorted(sampler.sample(context))))

@@ -27,6 +27,12 @@ def test_options_that_are_off_are_not_shown_unless_that_is_said() -> None:
     assert _printed(loss_chunk=None)["loss_chunk"] == "None"
 
 
+def test_a_period_that_follows_from_epochs_is_not_known_yet() -> None:
+    shown = _printed(epochs=2)
+    assert "steps" not in shown and "period" not in shown and shown["epochs"] == "2.0"
+    assert _printed(epochs=2, period=7)["period"] == "7" and "period" in _printed()
+
+
 def test_a_path_with_colons_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     console.print("written to runs/:cat:/model")
     errors.print("no such file: runs/:cat:/model")

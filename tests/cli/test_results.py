@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from layersample import ConfigError
 from layersample.cli import app as cli
 from layersample.cli import chat_command
-from layersample.config import make_config
+from layersample.config import TrainConfig, make_config
 from layersample.exporting import hub
+from layersample.exporting.cards import model_card
 from layersample.training.finetune import finetune
 from tests.exporting.test_hub import FakeApi
 
@@ -75,13 +76,16 @@ def test_the_model_has_a_card_with_the_facts_of_the_run(run: Path, tmp_path: Pat
     assert card.data.library_name == "transformers" and "lisa" in (card.data.tags or [])
     assert card.data.base_model is None, "a folder of this machine is no name on the hub"
     facts = dict(re.findall(r"^\| (\S.*) \| (.*) \|$", card.text, re.MULTILINE))
-    assert facts["Sampler"] == "lisa, 1 layers a period of 2 steps"
+    assert facts["Sampler"] == "lisa, layers: 1 in each period of 2 steps"
     assert facts["Layers that trained"].startswith("2 of 4: ")
     assert facts["Embeddings, head, final norm"] == "frozen, frozen, trained"
     assert facts["Steps"] == "4 of 4 examples" and "torch 2" in facts["Versions"]
     summary = yaml.safe_load((run / "summary.json").read_text())
     loss = summary["held_out_loss"]
     assert facts["Held-out loss"] == f"{loss['before']:.4f} before, {loss['after']:.4f} after"
+    budgeted = model_card(TrainConfig(draw_budget="3%", granularity="module"), summary)
+    assert "of 4 modules, as many as fit 3%\ntrained at a time." in budgeted
+    assert "lisa, modules: as many as fit 3% in each period of 2 steps" in budgeted
     assert str(run.parent) not in str(card), "nothing of this machine's folders"
     invoke("export", run, "--delta", "--output", tmp_path / "delta")
     delta = ModelCard.load(tmp_path / "delta" / "README.md")
@@ -130,6 +134,10 @@ def test_a_run_without_a_summary_is_asked_by_its_template(run: Path, tmp_path: P
         (["export", "RUN", "--delta", "--gguf"], "choose --delta or --gguf"),
         (["export", "RUN", "--gguf", "--base", "x"], "add --delta"),
         (["export", "RUN", "--gguf", "--push-to-hub", "me/mine"], "leave --gguf out"),
+        (["export", "RUN", "--delta", "--private"], "add --push-to-hub"),
+        (["export", "RUN", "--delta", "--gguf-type", "f16"], "add --gguf"),
+        (["export", "RUN", "--delta", "--converter", "nowhere"], "add --gguf"),
+        (["export", "RUN", "--push-to-hub", "me/mine", "--output", "OUT"], "leave --output out"),
         (["export", "nowhere", "--delta"], "there is no folder 'nowhere'"),
         (["export", "RUN/checkpoints", "--delta"], "must be the folder of a run .* but it holds none"),
         (["export", "RUN/model", "--delta", "--base", "RUN/model"], "say where with --output"),

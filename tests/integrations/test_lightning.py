@@ -17,6 +17,7 @@ from tests.helpers import make_batch, make_llama, weights_of
 with warnings.catch_warnings():  # what it imports warns of itself
     warnings.simplefilter("ignore")
     L: Any = pytest.importorskip("lightning.pytorch")
+    from layersample.integrations import lightning
     from layersample.integrations.lightning import LayerSampling
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on loaders, loggers and devices
@@ -231,6 +232,19 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(tmp_path, Module(), LayerSampling("lisa", **sampling), **trainer)
+
+
+def test_a_strategy_is_prepared_once_however_many_fits_there_are() -> None:
+    class Strategy:
+        model = None
+
+        def load_checkpoint(self, path: str) -> None: ...
+
+    strategy: Any = Strategy()
+    lightning._load_sharded_state_of_some(strategy)
+    prepared = strategy.load_checkpoint
+    lightning._load_sharded_state_of_some(strategy)
+    assert strategy.load_checkpoint is prepared
 
 
 def test_unknown_options_are_refused_at_once() -> None:

@@ -84,14 +84,17 @@ def test_without_the_cache_nothing_is_written(make_model: Make, own_cache: Path)
 def test_weightwatcher_agrees_and_leaves_no_trace(make_model: Make, family: str) -> None:
     model = make_model(family, **({"num_local_experts": 8} if family == "mixtral" else {}))
     root = logging.getLogger()
-    before = list(root.handlers), root.level
+    logging.disable(logging.DEBUG)  # the user's own
+    before = list(root.handlers), root.level, root.manager.disable
     reference = layer_metrics(model, metrics=tuple(METRICS), backend="weightwatcher", embeddings=True)
     own = layer_metrics(model, metrics=tuple(METRICS), embeddings=True)
     for ours, theirs in zip(own.matrices, reference.matrices, strict=True):
         assert (ours.name, ours.shape) == (theirs.name, theirs.shape)
         assert ours.values == pytest.approx(theirs.values, abs=1e-6, rel=1e-9)
     assert not [name for name, module in model.named_modules() if hasattr(module, "longname")]
-    assert (list(root.handlers), root.level) == before
+    after = list(root.handlers), root.level, root.manager.disable
+    logging.disable(logging.NOTSET)
+    assert after == before
 
 
 def test_embeddings_of_any_size_with_weightwatcher_too() -> None:

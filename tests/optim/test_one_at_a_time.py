@@ -165,12 +165,20 @@ def test_more_passes_than_were_told_are_refused() -> None:
 
 
 def test_a_loop_may_leave_the_step_to_the_backward_pass_alone() -> None:
-    model = make_llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    with LayerScheduler(model, optimizer, "lisa", period=2, step_in_backward=True) as scheduler:
-        for step in range(4):
-            model(**make_batch(step)).loss.backward()
-            scheduler.step()
+    ends = []
+    for steps_too in (False, True):
+        model = make_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        with LayerScheduler(model, optimizer, "lisa", period=2, step_in_backward=True) as scheduler:
+            for step in range(4):
+                model(**make_batch(step)).loss.backward()
+                if steps_too:
+                    optimizer.step()
+                scheduler.step()
+        ends.append(weights_of(model))
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+    start = weights_of(make_llama())
+    assert any(not torch.equal(start[name], weight) for name, weight in ends[0].items())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -107,9 +107,13 @@ def test_a_checkpoint_in_one_process_continues_to_the_bit(tmp_path: Path) -> Non
     whole, optimizer = start()
     scheduler = LayerScheduler(whole, optimizer, "lisa", num_active=1, period=2, seed=1)
     train(whole, optimizer, scheduler, range(3))
+    left = tmp_path / ".saved.new" / "__7_0.distcp"  # by a save on more ranks that was killed
+    left.parent.mkdir()
+    left.write_bytes(b"half")
     for _ in range(2):  # the second one takes the place of the first
         save_distributed(tmp_path / "saved", whole, optimizer, scheduler.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert not (tmp_path / "saved" / left.name).exists()
     names = set(stored_state(tmp_path / "saved"))
     assert names == {name for name, p in whole.named_parameters() if p in optimizer.state}
     train(whole, optimizer, scheduler, range(3, 6))

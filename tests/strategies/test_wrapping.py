@@ -6,14 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from layersample import ConfigError, LayerScheduler, SamplingContext, create_sampler
+from layersample import (
+    ConfigError,
+    LayerSampler,
+    LayerScheduler,
+    Measurement,
+    SamplingContext,
+    create_sampler,
+    register,
+)
 from layersample.sampling.answers import draw
 from layersample.sampling.history import LayerHistory
 from layersample.sampling.statistics import GradientStatistics, LayerStatistics
 from tests.helpers import make_batch, make_llama
 
 NAMES = tuple(map(str, range(7)))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def draws(
@@ -80,6 +93,86 @@ def test_a_mixture_draws_who_chooses() -> None:
 def test_mixtures_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_sampler("mixture", options)
+
+
+def test_each_sampler_of_a_mixture_measures_when_it_would_alone() -> None:
+    """At their common divisor both would measure six times as often as either asks."""
+    told: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def make(name: str, own: int | None) -> Any:
+        class Measures(LayerSampler):
+            """Note when it measures, and what has changed."""
+
+            measure_every = own
+
+            def measure(self, measurement: Measurement) -> None:
+                told.append((name, measurement.round, measurement.changed))
+
+            def sample(self, context: SamplingContext) -> list[int]:
+                return [context.round % context.num_layers]
+
+        return register(name)(Measures)
+
+    for name, own in (("twos", 2), ("threes", 3), ("once", None)):
+        make(name, own)
+    model = make_llama()
+    options = {"samplers": ["twos", "threes", "once"]}
+    everything = tuple(f"model.layers.{i}" for i in range(4))
+    with LayerScheduler(model, adamw(model), "mixture", sampler_options=options, period=1) as scheduler:
+        scheduler.advance_to(3)
+        saved = scheduler.state_dict()
+        scheduler.advance_to(4)
+    first = [(name, 0, everything) for name in ("twos", "threes", "once")]
+    then = [("twos", 2, everything[:2]), ("threes", 3, everything[:3]), ("twos", 4, everything[2:])]
+    assert told == [*first, *then]
+    del told[:]
+    with LayerScheduler(
+        model, adamw(model), "mixture", sampler_options=options, period=1, state_dict=saved
+    ) as scheduler:
+        scheduler.advance_to(4)
+    assert told == then[-1:], "a resumed run knows what each hasn't seen"
+
+
+def test_a_probe_is_for_those_of_a_mixture_that_ask_for_one() -> None:
+    """A bandit learns from losses, which a probe hasn't any of."""
+    model = make_llama()
+    options = {"samplers": ["bandit", "grass"], "options": [{}, {"probe_batches": 2}]}
+    batches = [make_batch(seed=seed) for seed in range(2)]
+    with LayerScheduler(
+        model, adamw(model), "mixture", sampler_options=options, period=2, batches=batches
+    ) as scheduler:
+        bandit, grass = scheduler.sampler.inner  # type: ignore[attr-defined]
+        assert not bandit.scores and grass.scores
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "chances"),
+    [
+        ("warmup", {"first": 4, "periods": 5}, [1.0, 1.0, 1.0, 1.0]),
+        ("mixture", {"samplers": ["bandit", "full"]}, [0.75] * 4),
+    ],
+)
+def test_a_bandit_divides_by_the_chance_that_its_layers_had_to_train(
+    name: str, options: dict[str, Any], chances: list[float]
+) -> None:
+    """With another sampler around it, these aren't those of its own draw of two."""
+    own = {"rate": 0.3, "per": "period"}
+    options = (
+        {**options, "options": [own, {}]}
+        if "samplers" in options
+        else {**options, "sampler": "bandit", "sampler_options": own}
+    )
+    model = make_llama()
+    with LayerScheduler(
+        model, adamw(model), name, sampler_options=options, period=2, num_active=2
+    ) as scheduler:
+        wrapper: Any = scheduler.sampler
+        bandit = wrapper.inner[0] if "samplers" in options else wrapper.inner
+        assert scheduler.inclusion_probabilities == pytest.approx(chances)
+        active = scheduler.active_layers
+        for loss in (2.0, 1.0):
+            scheduler.step(loss=loss)
+        assert bandit.scores == pytest.approx({layer: 0.3 / chances[0] for layer in active})
 
 
 def test_layers_that_have_converged_are_never_drawn_again() -> None:

@@ -422,6 +422,11 @@ def test_less_than_one_layer_says_the_least(make_tiny: Callable[..., Suite]) -> 
     with pytest.raises(DoesNotFitError, match="with num_active=3"):
         planner.fit(*fixed, least, frozenset({"num_active"}))
     assert planner.fit(*fixed, 10**9, frozenset({"num_active"})).options == {}
+    drawn = lisa[1].model_copy(update={"draw_budget": "50%"})  # num_active has no say beside it
+    taken = planner.peak(lisa[0], drawn)
+    assert planner.fit(lisa[0], drawn, taken, frozenset()).options == {}
+    with pytest.raises(DoesNotFitError, match="no number of layers to choose"):
+        planner.fit(lisa[0], drawn, taken - 1, frozenset())
     small = planner.peak(*lora)
     more = planner.fit(*lora, int(1.2 * small), frozenset())
     assert more.options["rank"] > 16 and small < more.bytes <= 1.2 * small

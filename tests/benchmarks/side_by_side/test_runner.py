@@ -327,7 +327,14 @@ def test_runs_of_another_machine_are_said_before_more_are_added(
         def say(self, text: str) -> None:
             said.append(text)
 
-    own = {"processor": "AMD EPYC", "gpu": None, "threads": 1, "python": "3.11", "versions": {}, "git": None}
+    own: dict[str, Any] = {
+        "processor": "AMD EPYC",
+        "gpu": None,
+        "threads": 1,
+        "python": "3.11",
+        "versions": {},
+        "git": None,
+    }
     fast, slow = {**own, "instructions": "AVX512 with bf16"}, {**own, "instructions": "AVX2"}
     in_place(lambda job: made_up(job, 1.0, environment=fast))
     monkeypatch.setattr(results_module, "environment", lambda: fast)
