@@ -50,6 +50,7 @@ class Mixture(LayerSampler):
         options = self.options or [{}] * len(self.samplers)
         self.inner = [create_inner(*pair) for pair in zip(self.samplers, options, strict=True)]
         self._changed: list[set[str]] = [set() for _ in self.inner]  # since each has measured
+        self._begun = False
         self.keeps_budget = all(sampler.keeps_budget for sampler in self.inner)
         self.fixed_size = all(sampler.fixed_size for sampler in self.inner)
         self.collects = frozenset().union(*(sampler.collects for sampler in self.inner))
@@ -98,10 +99,12 @@ class Mixture(LayerSampler):
         for sampler, changed in zip(self.inner, self._changed, strict=True):
             changed.update(measurement.changed)
             every = sampler.measure_every
-            if measurement.round == 0 or (every is not None and measurement.round % every == 0):
+            due = every is not None and measurement.round % every == 0
+            if due or measurement.round == 0 or not self._begun:  # a run may begin to use it later
                 names = tuple(name for name in measurement.layers if name in changed)
                 sampler.measure(replace(measurement, changed=names))
                 changed.clear()
+        self._begun = True
 
     def observe(self, statistics: LayerStatistics, context: SamplingContext) -> None:
         """Let all of them observe."""
@@ -126,3 +129,4 @@ class Mixture(LayerSampler):
         for sampler, own in zip(self.inner, state["inner"], strict=True):
             sampler.load_state_dict(own)
         self._changed = [set(names) for names in state["changed"]]
+        self._begun = True

@@ -25,6 +25,7 @@ from layersample.integrations.trainer_loss import OwnLosses, has_own_loss, logit
 from layersample.optim.step_in_backward import how_to_step
 from layersample.option_files import make_options
 from layersample.parallel.base import NO_DATA_PARALLEL
+from layersample.sampling.reuse import forget
 from layersample.sampling.sampler import LayerSampler
 from layersample.scheduling.options import DEFAULT_SAMPLER, SchedulerOptions, default_period
 from layersample.scheduling.scheduler import LayerScheduler
@@ -246,6 +247,7 @@ class LayerSamplingCallback(TrainerCallback, ExportableState):
             self._sampler_at_first = deepcopy(sampler.state_dict())
         else:
             sampler.load_state_dict(deepcopy(self._sampler_at_first))
+            forget(sampler)
 
     def _end(self, *, check: bool) -> None:
         if self.scheduler is not None and self._is_training:

@@ -33,6 +33,7 @@ from layersample.sampling.calibration import Batches, reader_of
 from layersample.sampling.draw_size import find_draw_size
 from layersample.sampling.faults import naming
 from layersample.sampling.history import LayerHistory
+from layersample.sampling.reuse import observe, warn_of_learned
 from layersample.sampling.sampler import (
     LayerSampler,
     Measurement,
@@ -228,6 +229,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
         )
         try:
             if state_dict is None:
+                warn_of_learned(self.sampler)
                 self._start_round()
             else:
                 self.load_state_dict(state_dict)
@@ -300,7 +302,7 @@ class LayerScheduler(SeesExactWeights, Resumes, Probes):
             self._history.record_changes(self._switch.changes.end())
         if observed:
             with naming(self.sampler, self._sampler_name, self._round):
-                self.sampler.observe(self.statistics, self._context(self._active))
+                observe(self.sampler, self.statistics, self._context(self._active))
         self._history.end_period()
         self._round, self._began = self._round + 1, self._steps
         self._start_round()

@@ -131,6 +131,13 @@ def test_each_sampler_of_a_mixture_measures_when_it_would_alone() -> None:
     ) as scheduler:
         scheduler.advance_to(4)
     assert told == then[-1:], "a resumed run knows what each hasn't seen"
+    del told[:]
+    changed = {"sampler_options": options, "period": 1, "allow_changes": True}
+    with LayerScheduler(model, adamw(model), "lisa", period=1) as scheduler:
+        scheduler.advance_to(1)
+        saved = scheduler.state_dict()
+    with LayerScheduler(model, adamw(model), "mixture", state_dict=saved, **changed):
+        assert told == [(name, 1, everything) for name in ("twos", "threes", "once")]
 
 
 def test_a_probe_is_for_those_of_a_mixture_that_ask_for_one() -> None:
