@@ -132,7 +132,7 @@ def test_each_sampler_of_a_mixture_measures_when_it_would_alone() -> None:
         scheduler.advance_to(4)
     assert told == then[-1:], "a resumed run knows what each hasn't seen"
     del told[:]
-    changed = {"sampler_options": options, "period": 1, "allow_changes": True}
+    changed: Any = {"sampler_options": options, "period": 1, "allow_changes": True}
     with LayerScheduler(model, adamw(model), "lisa", period=1) as scheduler:
         scheduler.advance_to(1)
         saved = scheduler.state_dict()
