@@ -3,6 +3,7 @@
 from . import metrics as metrics
 from .activations.chunked_loss import ChunkedLoss as ChunkedLoss
 from .activations.recompute import SelectiveRecompute as SelectiveRecompute
+from .bf16_products import fast_products as fast_products
 from .checkpoints.sharded import load_distributed as load_distributed
 from .checkpoints.sharded import save_distributed as save_distributed
 from .checkpoints.whole import Checkpoints as Checkpoints

@@ -21,11 +21,6 @@ from transformers import (
 )
 
 from layersample import LayerSampler, SamplingContext
-from layersample.environment import has_bf16
-
-# Of the real model in tests: where the processor has no instructions for bf16, a product takes 19 times as long, and a
-# run an hour. What bf16 and its masters do is tested on tiny models, everywhere.
-REAL_PRECISION = "bf16" if has_bf16() else "fp32"
 
 
 def make_llama(

@@ -39,6 +39,7 @@ ROOMS = (
         "plots",
         "unwrapping",
         "notices",
+        "bf16_products",
         "environment",
         "option_files",
         "options",

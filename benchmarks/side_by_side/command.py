@@ -201,8 +201,9 @@ def report(
 
 def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -> None:
     # Seconds of imports that writing a report doesn't need.
+    from layersample.bf16_products import IN_FP32
     from layersample.cli.quiet import quiet_libraries
-    from layersample.environment import slow_bf16_warning
+    from layersample.environment import has_bf16
 
     from .recipe_runner import run_recipes
     from .report import write_report
@@ -218,8 +219,8 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
                 console.print(
                     f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
                 )
-    if slow := slow_bf16_warning(str(suite.options.get("precision", ""))):
-        console.print(slow, highlight=False)
+    if str(suite.options.get("precision", "")).startswith("bf16") and not has_bf16():
+        console.print(IN_FP32, highlight=False)
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:

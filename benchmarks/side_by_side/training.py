@@ -25,6 +25,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from layersample.activations.save_memory import save_memory
+from layersample.bf16_products import fast_products
 from layersample.environment import environment
 from layersample.errors import ConfigError
 from layersample.layers.find import find_layers
@@ -87,10 +88,11 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         # The callback does it, where there is one.
         save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report
-        scores = _train(suite, job, trainer, tokenizer, prepared.as_saved)
-        if job.stage == "final" and suite.lm_eval:
-            with (prepared.as_saved or nullcontext)():
-                scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
+        with fast_products(prepared.model, mixed=config.precision == "bf16-mixed"):
+            scores = _train(suite, job, trainer, tokenizer, prepared.as_saved)
+            if job.stage == "final" and suite.lm_eval:
+                with (prepared.as_saved or nullcontext)():
+                    scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
     return {
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layersample.bf16_products import fast_products
 from layersample.errors import ConfigError
 from layersample.layers.find import ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.expert_inputs import watch_experts
-from layersample.metrics.fast_products import fast_products
 from layersample.metrics.matrices import WeightMatrix, weight_matrices
 from layersample.metrics.spectrum import check_weight
 from layersample.sampling.calibration import OwnLoss
+from layersample.sampling.pace import PROGRESS
 from layersample.unwrapping import exact_model, unwrap
 
 DEFAULT_THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
@@ -39,7 +40,7 @@ def outlier_ratios(
     ``attention_mask`` leaves out don't count, except inside of experts, where the tokens of a batch are
     mixed. The model runs in eval mode without gradients; its mode, hooks and experts' implementation are
     those of before when this returns or raises. On a CPU without bf16 instructions bf16 products are computed in fp32
-    and rounded, see :func:`~layersample.metrics.fast_products.fast_products`.
+    and rounded, see :func:`~layersample.fast_products`.
 
     Args:
         model: Any model that ``find_layers`` works on.
@@ -74,7 +75,7 @@ def _measure(
     inputs = _ChannelNorms(model, weight_matrices(model, layers))
     count = 0
     # Around what listens to experts, which must see the weights themselves.
-    with unchanged(model), fast_products(model), inputs.listening(model), torch.no_grad():
+    with unchanged(model), fast_products(model, PROGRESS.info), inputs.listening(model), torch.no_grad():
         model.eval()
         for batch in batches:
             _run(model, batch, inputs)

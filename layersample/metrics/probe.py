@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersample.bf16_products import fast_products
 from layersample.errors import NEEDS_TRAIN, ConfigError
 from layersample.layers.find import Layer, ModelLayers, find_layers
 from layersample.layers.unchanged import unchanged
 from layersample.metrics.adapters import LoraNorms, lora_norms
-from layersample.metrics.fast_products import fast_products
 from layersample.sampling.calibration import loss_of
 from layersample.sampling.pace import PROGRESS, Say, paced
 from layersample.unwrapping import exact_model

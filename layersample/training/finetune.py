@@ -146,7 +146,7 @@ def _finetune(config: TrainConfig, ranks: Ranks, progress: Progress | None, repo
             f"{ranks.count} ranks, {how}; a step has "
             f"{ranks.count * config.batch_size * config.gradient_accumulation} examples."
         )
-    if slow := slow_bf16_warning(config.precision):
+    if arguments.torch_compile and (slow := slow_bf16_warning(config.precision)):
         report(slow)
     ranks.together(lambda: resolve_model(config.model, report), first_of_machine_first=True)
     keep = ranks.together(lambda: template_columns(load_tokenizer(config.model)))

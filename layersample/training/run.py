@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
+from layersample.bf16_products import fast_products
 from layersample.checkpoints.seal import find_last, step_of
 from layersample.config import TrainConfig, write_yaml
 from layersample.errors import short
@@ -26,6 +28,7 @@ from layersample.exporting.sources import MODEL
 from layersample.files import replace_folder, write_json, write_text
 from layersample.integrations.transformers import LayerSamplingCallback
 from layersample.parallel.agreement import tell_all
+from layersample.sampling.pace import PROGRESS
 from layersample.training.answers import is_conversation, show_learned
 from layersample.training.arguments import callback_arguments
 from layersample.training.ranks import Ranks
@@ -177,7 +180,7 @@ class Run:
         # Not before training begins: the scheduler checks the model first, and takes seconds to say no.
         measured = any("held_out_loss" in record for record in self.recorder.records)
         self.trainer.args.eval_on_start = not measured
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, self._products():
             self.trainer.add_callback(stop)
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         if stop.stopped is not None:
@@ -188,7 +191,16 @@ class Run:
         state = self.trainer.state
         loaded = self.trainer.args.load_best_model_at_end and state.best_global_step != state.global_step
         if loaded or not any("held_out_loss" in record for record in self.recorder.records[-2:]):
-            self.trainer.evaluate()
+            with self._products():
+                self.trainer.evaluate()
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Products of bf16 in fp32, where the processor asks for it; what is compiled doesn't go with it."""
+        assert self.trainer.model is not None
+        if self.trainer.args.torch_compile:
+            return nullcontext()
+        mixed = self.config.precision == "bf16-mixed"
+        return fast_products(self.trainer.model, PROGRESS.info, mixed=mixed)
 
     def save_model(self) -> None:
         """Write the model into ``model/``, in the precision that the configuration asks for."""

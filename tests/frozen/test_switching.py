@@ -273,7 +273,12 @@ def test_an_evaluation_with_exact_weights_is_that_of_what_is_saved(tmp_path: Pat
             as_saved = model(**make_batch()).loss
     model.save_pretrained(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    assert torch.equal(saved(**make_batch()).loss, as_saved) and not torch.equal(as_trained, as_saved)
+    again: Any = make_llama(LAYERS, dtype=torch.bfloat16).eval()
+    # Not as they lie in the file, where tensors aren't aligned: on processors without bf16 the last bit depends on it.
+    again.load_state_dict(saved.state_dict())
+    with torch.no_grad():
+        loaded = again(**make_batch()).loss
+    assert torch.equal(loaded, as_saved) and not torch.equal(as_trained, as_saved)
 
 
 def test_memory_counts_codes_on_the_device_and_exact_values_beside() -> None:

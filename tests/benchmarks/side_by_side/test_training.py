@@ -20,7 +20,6 @@ from layersample_benchmarks.side_by_side.scoring import HeldOut, score_held_out
 from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.tasks import Task
 from layersample_benchmarks.side_by_side.training import run_job
-from tests.helpers import REAL_PRECISION
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:BAdam expect", "ignore:.*deprecated")
 
@@ -328,7 +327,7 @@ def test_a_planted_better_method_is_called_better(make_tiny: Callable[..., Suite
 
 @pytest.mark.slow
 def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
-    """The default suite's task, model and (where it can be) precision, for two steps."""
+    """The default suite's task, model and precision, for two steps."""
     suite = Suite(
         methods=["lisa+galore"],
         seeds=[0],
@@ -340,7 +339,7 @@ def test_the_real_model_answers_real_problems(smollm2: Path) -> None:
         answer_tokens=8,
         evaluations=1,
         trace_every=2,
-        options={"precision": REAL_PRECISION, "embeddings": "freeze", "period": 2},
+        options={"precision": "bf16", "embeddings": "freeze", "period": 2},
     )
     measured = run(suite, rate=1e-3)
     assert measured["loss"]["held_out"][-1] < measured["loss"]["held_out"][0]
