@@ -16,7 +16,7 @@ from layersample.environment import has_bf16
 
 logger = logging.getLogger(__name__)
 
-IN_FP32 = (
+_IN_FP32 = (
     "The processor has no instructions for bf16: products are computed in fp32 and rounded to bf16, which may "
     "differ in the last bit."
 )
@@ -65,9 +65,19 @@ def fast_products(
     if any(isinstance(mode, _InFloat32) for mode in _get_current_dispatch_mode_stack()):
         yield  # around a measurement in the middle of training, say
         return
-    report(IN_FP32)
+    report(_IN_FP32)
     with _InFloat32():  # type: ignore[no-untyped-call]
         yield
+
+
+def how_bf16_is_computed(precision: str) -> str:
+    """What a user should know before runs in some precision begin; empty where there is nothing to say.
+
+    Args:
+        precision: Precision of the runs, as ``layersample train`` names it.
+    """
+    needed = precision.startswith("bf16") and not has_bf16() and not torch.accelerator.is_available()
+    return _IN_FP32 if needed else ""
 
 
 class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
