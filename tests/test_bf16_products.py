@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersample import bf16_products as module
-from layersample.bf16_products import fast_products
+from layersample.bf16_products import fast_products, how_bf16_is_computed
 from layersample.environment import has_bf16
 from layersample.metrics import outlier_ratios, probe_lora
 from tests.helpers import make_batch, make_llama, make_mixtral
@@ -111,6 +111,16 @@ def test_autocast_is_told_of(without_bf16: None) -> None:
         inputs.bfloat16().float(), layer.weight.bfloat16().float(), layer.bias.bfloat16().float()
     )
     assert torch.equal(found, wide.bfloat16())
+
+
+@pytest.mark.parametrize(("precision", "told"), [("bf16", True), ("bf16-mixed", True), ("fp32", False)])
+def test_what_is_done_is_said_before_runs_begin(
+    precision: str, told: bool, without_bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert ("computed in fp32" in how_bf16_is_computed(precision)) is told
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert not how_bf16_is_computed(precision)
 
 
 def test_inference_mode_has_products_of_its_own(without_bf16: None) -> None:

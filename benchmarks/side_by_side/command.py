@@ -201,9 +201,8 @@ def report(
 
 def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -> None:
     # Seconds of imports that writing a report doesn't need.
-    from layersample.bf16_products import IN_FP32
+    from layersample.bf16_products import how_bf16_is_computed
     from layersample.cli.quiet import quiet_libraries
-    from layersample.environment import has_bf16
 
     from .recipe_runner import run_recipes
     from .report import write_report
@@ -219,8 +218,8 @@ def _run(suite: Suite, output: Path, jobs: int, *, with_recipes: bool = False) -
                 console.print(
                     f"Left out: {method.name}, which needs {method.extra[0]}: {pip}", highlight=False
                 )
-    if str(suite.options.get("precision", "")).startswith("bf16") and not has_bf16():
-        console.print(IN_FP32, highlight=False)
+    if said := how_bf16_is_computed(str(suite.options.get("precision", ""))):
+        console.print(said, highlight=False)
     progress = LiveBenchmark(console)
     command = shlex.join(["layersample", *sys.argv[1:]])
     try:
