@@ -71,7 +71,10 @@ def _model_files(model: Path) -> list[Path]:
 def _harness_files(suite: Suite) -> list[Path]:
     """The files of the user's tasks, where the harness scores any."""
     folder = suite.lm_eval_tasks if suite.lm_eval else None
-    return [] if folder is None else sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    files = [] if folder is None else sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    # The harness reads neither what Python has compiled of a task's functions, nor what is hidden.
+    inside = {path: path.relative_to(folder or "").parts for path in files}
+    return [p for p, parts in inside.items() if not any(x == "__pycache__" or x[0] == "." for x in parts)]
 
 
 def _plugins_of(method: Method, options: Mapping[str, Any]) -> list[Path]:

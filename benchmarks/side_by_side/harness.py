@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,6 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError
@@ -17,15 +22,19 @@ from layersample.errors import ConfigError
 Scores = dict[str, dict[str, float]]
 
 
+# Those that its own command sets before it scores: all runs then see the same examples, and those that it would.
+_RANDOM_SEED, _SEED = 0, 1234
+
+
 def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """The harness's tasks of some names, with their data.
+    """The harness's tasks of some names, with their data, and with their groups.
 
     Args:
-        names: Of tasks in the folder's files, or of the harness's own.
+        names: Of tasks, groups and tags in the folder's files, or of the harness's own.
         folder: Task files (YAML) of the user's.
 
     Raises:
-        ConfigError: If the harness isn't installed, a task is unknown, or its data can't be had.
+        ConfigError: If the harness isn't installed, a task is unknown, its data can't be had, or it can't be asked.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError('lm_eval needs lm-evaluation-harness: pip install "layersample[lm-eval]".')
@@ -37,7 +46,6 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # thousands of files, which take seconds to read
         manager = TaskManager(include_path=folder)
-    tasks: dict[str, Any] = {}
     for name in names:
         if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, 1)  # of thousands, too many to list
@@ -45,15 +53,41 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
             raise ConfigError(
                 f"lm_eval: Unknown task of lm-evaluation-harness {name!r}.{hint} `lm-eval ls tasks` lists them all."
             )
-        try:
-            tasks |= manager.load_task_or_group([name])
-        except Exception as error:  # whatever a task's code, its data's builder or the network does
-            reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(
-                f"lm_eval: the data of the task {name!r} can't be had here ({type(error).__name__}: {reason}). Where "
-                "no hub can be reached, choose tasks whose data is in local files, with lm_eval_tasks."
-            ) from error
-    return tasks
+    asked = ", ".join(names)
+    try:
+        loaded: dict[str, Any] = manager.load(list(names))
+    except (OSError, DatasetNotFoundError) as error:  # the hub's and the network's are OSErrors
+        raise ConfigError(
+            f"lm_eval: the data of {asked} can't be had here ({_in_words(error)}). Where no hub can be reached, "
+            "choose tasks whose data is in local files, with lm_eval_tasks."
+        ) from error
+    except Exception as error:  # whatever a task's file or code does
+        raise ConfigError(f"lm_eval: {asked} can't be used ({_in_words(error)}): see their files.") from error
+    for name, task in loaded["tasks"].items():
+        _check(name, task)
+    return loaded
+
+
+def _check(name: str, task: Any) -> None:
+    """Set a task up as the harness's own command does, and make sure that it can ask something."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ConfigError(
+            f"lm_eval: the task {name!r} runs code that a model has written, which a benchmark doesn't."
+        )
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEED)
+    try:
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+    except Exception as error:  # its template, its targets, or fewer examples than it shows
+        raise ConfigError(
+            f"lm_eval: the task {name!r} can't be asked ({_in_words(error)}): see its file."
+        ) from error
+    task.set_fewshot_seed(seed=_SEED)  # some have been drawn
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def evaluate(
@@ -74,7 +108,7 @@ def evaluate(
         limit: Examples of each task, at most.
 
     Returns:
-        For each task, its metrics and their standard errors, as the harness names them.
+        For each task and group, its metrics as the harness names them, those that are finite.
 
     Raises:
         ConfigError: As :func:`load_tasks`.
@@ -87,6 +121,9 @@ def evaluate(
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         merged.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        random.seed(_RANDOM_SEED)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
         scorer = HFLM(pretrained=scratch, device=str(model.device), dtype="auto", batch_size=8)
         found: Mapping[str, Any] = lm_eval.evaluate(
             scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=False
@@ -97,4 +134,8 @@ def evaluate(
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """``acc,none`` and the like, without the filter where there is none."""
     numbers = {key.removesuffix(",none"): value for key, value in metrics.items() if key != "sample_len"}
-    return {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+    return {
+        key: float(value)
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }

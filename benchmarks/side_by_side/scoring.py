@@ -174,12 +174,19 @@ def _choose(
     if not tokens:
         scores = choice_likelihoods(model, tokenizer, choices, prompts)
         return [choices[max(range(len(choices)), key=row.__getitem__)] for row in scores]
-    chosen: list[str] = []
-    for inputs in _batches(model, tokenizer, prompts):
-        # Of single tokens, the likeliest has the highest logit.  (problems, choices)
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1, tokens]
-        chosen += [choices[i] for i in logits.argmax(-1).tolist()]
-    return chosen
+    # Equally long ones together: models with absolute positions would count padding, where generate() tells them.
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(tokenizer(prompts)["input_ids"]):
+        by_length.setdefault(len(ids), []).append(index)
+    chosen: dict[int, str] = {}
+    for indices in by_length.values():
+        found: list[int] = []
+        for inputs in _batches(model, tokenizer, [prompts[index] for index in indices]):
+            # Of single tokens, the likeliest has the highest logit.  (problems, choices)
+            logits = model(**inputs, logits_to_keep=1).logits[:, -1, tokens]
+            found += logits.argmax(-1).tolist()
+        chosen |= {index: choices[i] for index, i in zip(indices, found, strict=True)}
+    return [chosen[index] for index in range(len(prompts))]
 
 
 def choice_tokens(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[int]:

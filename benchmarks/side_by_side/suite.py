@@ -313,6 +313,11 @@ class Suite(Options):
         if task.has_answers:
             right_answers(task, self.problems(parts))
         load_data(self.other_text)
+        if not self.lm_eval and (self.lm_eval_tasks is not None or self.lm_eval_limit is not None):
+            raise ConfigError(
+                "lm_eval_tasks and lm_eval_limit are of tasks of lm-evaluation-harness, but none is named: "
+                "give --lm-eval."
+            )
         if self.lm_eval:
             from .harness import load_tasks
 

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from layersample import ConfigError
+from layersample.training.models import load_model
 from layersample_benchmarks.side_by_side import harness
+from layersample_benchmarks.side_by_side.fingerprints import fingerprint
 from layersample_benchmarks.side_by_side.jobs import Job
 from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.training import run_job
@@ -69,10 +71,84 @@ def test_a_task_that_is_unknown_or_has_no_data_is_one_sentence(
     assert len(str(unknown.value)) < 250, "the harness has thousands"
     (tasks / "own.jsonl").unlink()
     suite = make_tiny(["lisa"], lm_eval=["own_task"], lm_eval_tasks=tasks)
-    with pytest.raises(ConfigError, match="data of the task 'own_task' can't be had here .*local files"):
+    with pytest.raises(ConfigError, match="data of own_task can't be had here .*local files"):
         suite.check_data()
     with pytest.raises(ConfigError, match="lm_eval_tasks must be a folder of task files"):
         harness.load_tasks(["own_task"], tasks / "none")
+
+
+def write(tasks: Path, name: str, **keys: Any) -> None:
+    own = yaml.safe_load((tasks / "own.yaml").read_text())
+    (tasks / f"{name}.yaml").write_text(yaml.safe_dump({**own, "task": name, **keys}))
+
+
+@needs_harness
+def test_equal_models_have_equal_scores(
+    tasks: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The examples that are shown are drawn by the seed of the harness's own command."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tasks / "own.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} {n % 7}?", "right": n % 2}) + "\n" for n in range(30)))
+    write(tasks, "shown", num_fewshot=3, fewshot_split="train", metric_list=[{"metric": "brier_score"}])
+    model, tokenizer = load_model(str(tiny_model))
+    found = [harness.evaluate(model, tokenizer, ["shown"], tasks, limit=None) for _ in range(2)]
+    assert found[0] == found[1] and found[0]["shown"]
+    shown = [
+        [instance.args for instance in task.instances]
+        for task in (harness.load_tasks(["shown"], tasks)["tasks"]["shown"] for _ in range(2))
+    ]
+    assert shown[0] == shown[1]
+
+
+@needs_harness
+def test_groups_in_groups_are_scored(
+    tasks: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write(tasks, "other_task")
+    for name, members in (("inner", ["own_task", "other_task"]), ("outer", ["inner"])):
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
+    model, tokenizer = load_model(str(tiny_model))
+    assert {"own_task", "other_task"} <= harness.evaluate(
+        model, tokenizer, ["outer"], tasks, limit=None
+    ).keys()
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"unsafe_code": True}, "runs code that a model has written"),
+        ({"doc_to_text": "{{nope.x}}"}, "bad can't be used .*see their files"),
+        ({"num_fewshot": 9, "fewshot_split": "train"}, "'bad' can't be asked .*see its file"),
+        ({"metric_list": [{"metric": "no_such_metric"}]}, "bad can't be used .*see their files"),
+    ],
+)
+def test_a_task_that_can_not_be_asked_is_refused_before_anything_trains(
+    keys: dict[str, Any], message: str, tasks: Path, make_tiny: Callable[..., Suite]
+) -> None:
+    write(tasks, "bad", **keys)
+    with pytest.raises(ConfigError, match=message):
+        make_tiny(["lisa"], lm_eval=["bad"], lm_eval_tasks=tasks).check_data()
+
+
+def test_what_python_compiles_of_a_task_is_none_of_its_files(
+    tasks: Path, make_tiny: Callable[..., Suite]
+) -> None:
+    suite = make_tiny(["lisa"], lm_eval=["own_task"], lm_eval_tasks=tasks)
+    before = fingerprint(suite, suite.entries[0])
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "utils.cpython-311.pyc").write_bytes(b"compiled")
+    assert fingerprint(suite, suite.entries[0]) == before
+    (tasks / "_base.yaml").write_text("tag: x\n")
+    assert fingerprint(suite, suite.entries[0]) != before
+
+
+def test_keys_of_the_harness_without_a_task_are_refused(tasks: Path, make_tiny: Callable[..., Suite]) -> None:
+    for keys in ({"lm_eval_tasks": tasks}, {"lm_eval_limit": 3}):
+        with pytest.raises(ConfigError, match="but none is named: give --lm-eval"):
+            make_tiny(["lisa"], **keys).check_data()
 
 
 def test_without_the_harness_it_is_said(
@@ -92,5 +168,6 @@ def test_numbers_alone_are_kept() -> None:
         "acc_stderr,none": "N/A",
         "em,strict": 1,
         "sample_len": 2,
+        "ppl": float("inf"),
     }
     assert harness._numbers(found) == {"acc": 0.5, "em,strict": 1.0}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from layersample import ConfigError
 from layersample.training.trainer import NonFiniteLossError
@@ -51,6 +51,18 @@ def test_answers_are_read_from_what_is_generated(tokenizer: Any) -> None:
     assert all(side.all() for side in model.sides), "padded on the left"
     assert tokenizer.padding_side == before
     assert share_right(Parrot(tokenizer, "no idea"), tokenizer, get_task("gsm_symbolic"), rows, 10) == 0
+
+
+def test_choices_of_a_model_with_absolute_positions_are_those_of_each_prompt_alone(tokenizer: Any) -> None:
+    """Padding would be counted as positions: such a model isn't told where a prompt begins."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5
+    )
+    model = GPT2LMHeadModel(config)
+    prompts, choices = ["x" * (1 + 7 * n % 20) + "?" for n in range(16)], ("a", "b", "c", "d")
+    alone = [scoring._choose(model, tokenizer, choices, [prompt])[0] for prompt in prompts]
+    assert scoring._choose(model, tokenizer, choices, prompts) == alone and len(set(alone)) > 1
 
 
 def test_prompts_of_like_length_go_through_the_model_together(
