@@ -26,6 +26,20 @@ Scores = dict[str, dict[str, float]]
 _RANDOM_SEED, _SEED = 0, 1234
 
 
+def check_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> None:
+    """Make sure that tasks can be asked, before anything trains.
+
+    Raises:
+        ConfigError: As :func:`load_tasks`; if there is a folder or a limit, but no task.
+    """
+    if names:
+        load_tasks(names, folder)
+    elif folder is not None or limit is not None:
+        raise ConfigError(
+            "lm_eval_tasks and lm_eval_limit are of tasks of lm-evaluation-harness, but none is named: give --lm-eval."
+        )
+
+
 def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """The harness's tasks of some names, with their data, and with their groups.
 

@@ -302,6 +302,8 @@ class Suite(Options):
         from layersample.training.arguments import training_arguments
         from layersample.training.models import load_config
 
+        from .harness import check_tasks
+
         load_config(self.model)
         for entry in self.entries:
             if (config := self.final_config(entry)).trainer:
@@ -313,15 +315,7 @@ class Suite(Options):
         if task.has_answers:
             right_answers(task, self.problems(parts))
         load_data(self.other_text)
-        if not self.lm_eval and (self.lm_eval_tasks is not None or self.lm_eval_limit is not None):
-            raise ConfigError(
-                "lm_eval_tasks and lm_eval_limit are of tasks of lm-evaluation-harness, but none is named: "
-                "give --lm-eval."
-            )
-        if self.lm_eval:
-            from .harness import load_tasks
-
-            load_tasks(self.lm_eval, self.lm_eval_tasks)
+        check_tasks(self.lm_eval, self.lm_eval_tasks, self.lm_eval_limit)
 
     def problems(self, parts: Splits) -> list[dict[str, Any]]:
         """The test problems that are answered in full."""
