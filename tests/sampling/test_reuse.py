@@ -31,7 +31,7 @@ def test_a_run_that_begins_with_what_another_one_taught_its_sampler_says_so(
     state = train(begin(bandit))
     begin(create_sampler("bandit")).close()
     begin(bandit, state_dict=state).close()
-    assert not caplog.records, "a new one, and one that continues its run"
+    assert "has learned" not in caplog.text, "a new one, and one that continues its run"
     begin(bandit).close()
     assert "This Bandit has learned from the periods of another run" in caplog.text
 
@@ -45,7 +45,7 @@ def test_what_learns_nothing_while_layers_train_may_be_given_again(
     sampler = create_sampler(name, options)
     train(begin(sampler))
     begin(sampler).close()
-    assert not caplog.records
+    assert "has learned" not in caplog.text
 
 
 def test_one_that_was_given_its_first_state_back_is_as_new(caplog: pytest.LogCaptureFixture) -> None:
@@ -54,4 +54,4 @@ def test_one_that_was_given_its_first_state_back_is_as_new(caplog: pytest.LogCap
     train(begin(bandit))
     forget(bandit)
     begin(bandit).close()
-    assert not caplog.records
+    assert "has learned" not in caplog.text
