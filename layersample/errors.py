@@ -49,6 +49,11 @@ def text_fault(text: str) -> str | None:
     return None
 
 
+def first_line(error: Exception) -> str:
+    """What other people's code ended with: the error's type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def short(value: object, limit: int = 60) -> str:
     """A value for a message, on one line: its representation, cut where it is long."""
     text = repr(value[: 2 * limit] if isinstance(value, str) else value)

@@ -70,11 +70,15 @@ def _model_files(model: Path) -> list[Path]:
 
 def _harness_files(suite: Suite) -> list[Path]:
     """The files of the user's tasks, where the harness scores any."""
-    folder = suite.lm_eval_tasks if suite.lm_eval else None
-    files = [] if folder is None else sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    # The harness reads neither what Python has compiled of a task's functions, nor what is hidden.
-    inside = {path: path.relative_to(folder or "").parts for path in files}
-    return [p for p, parts in inside.items() if not any(x == "__pycache__" or x[0] == "." for x in parts)]
+    if suite.lm_eval_tasks is None or not suite.lm_eval:
+        return []
+    folder = Path(suite.lm_eval_tasks)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not _is_ignored(p.relative_to(folder)))
+
+
+def _is_ignored(path: Path) -> bool:
+    """Whether the harness reads no such file: what Python has compiled of a task's functions, and what is hidden."""
+    return any(part == "__pycache__" or part.startswith(".") for part in path.parts)
 
 
 def _plugins_of(method: Method, options: Mapping[str, Any]) -> list[Path]:

@@ -17,10 +17,9 @@ import torch
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, first_line
 
 Scores = dict[str, dict[str, float]]
-
 
 # Those that its own command sets before it scores: all runs then see the same examples, and those that it would.
 _RANDOM_SEED, _SEED = 0, 1234
@@ -72,11 +71,13 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load(list(names))
     except (OSError, DatasetNotFoundError) as error:  # the hub's and the network's are OSErrors
         raise ConfigError(
-            f"lm_eval: the data of {asked} can't be had here ({_in_words(error)}). Where no hub can be reached, "
+            f"lm_eval: the data of {asked} can't be had here ({first_line(error)}). Where no hub can be reached, "
             "choose tasks whose data is in local files, with lm_eval_tasks."
         ) from error
     except Exception as error:  # whatever a task's file or code does
-        raise ConfigError(f"lm_eval: {asked} can't be used ({_in_words(error)}): see their files.") from error
+        raise ConfigError(
+            f"lm_eval: {asked} can't be used ({first_line(error)}): see their files."
+        ) from error
     for name, task in loaded["tasks"].items():
         _check(name, task)
     return loaded
@@ -95,13 +96,9 @@ def _check(name: str, task: Any) -> None:
         task.build_all_requests(limit=1, rank=0, world_size=1)
     except Exception as error:  # its template, its targets, or fewer examples than it shows
         raise ConfigError(
-            f"lm_eval: the task {name!r} can't be asked ({_in_words(error)}): see its file."
+            f"lm_eval: the task {name!r} can't be asked ({first_line(error)}): see its file."
         ) from error
     task.set_fewshot_seed(seed=_SEED)  # some have been drawn
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, first_line
 from layersample.planning.fake_values import FakeValues
 from layersample.planning.model_kinds import ModelKind, find_kind
 
@@ -68,7 +68,7 @@ def _build(kind: ModelKind, shape: PretrainedConfig, dtype: torch.dtype) -> nn.M
     except Exception as error:  # a model's own code, which says in its own way what it doesn't like
         raise ConfigError(
             f"A model must be built of its configuration ({shape.model_type}), but that ends with "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            f"{first_line(error)}"
         ) from error
 
 

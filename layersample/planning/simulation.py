@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, masking_utils
 
 from layersample.activations.save_memory import save_memory
 from layersample.config import TrainConfig
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, first_line
 from layersample.optim.masters import AT_REST, MASTER
 from layersample.planning.fake_models import fake_model
 from layersample.planning.live_memory import Kind, LiveMemory
@@ -200,7 +200,7 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
     except Exception as error:  # code of other people, which may need anything: a value, a GPU, an image
         raise ConfigError(
             f"A step of {type(inner).__name__} can't be planned: on tensors without values its forward pass ends with "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            f"{first_line(error)}"
         ) from error
     if loss is None:
         raise ConfigError(
