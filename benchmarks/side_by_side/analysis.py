@@ -2,193 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 from layersample.errors import ConfigError
 
 from .comparison import Difference, Estimate, Margin, compare, compare_margins, estimate, pareto_front
 from .entries import MethodEntry
 from .rates import choose_rate, mean_losses, read_losses, read_runoffs
-from .stored_lines import (
-    Line,
-    clock_of,
-    has_steps,
-    last_loss,
-    machine_of,
-    once_seconds,
-    run_seconds,
-    step_seconds,
-)
+from .rows import Row, Trial
+from .stored_lines import Line, clock_of, has_steps, last_loss, machine_of
 from .suite import Suite
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A learning rate that was tried: its mean loss on the validation split, ``None`` where a run failed."""
-
-    rate: float
-    loss: float | None
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of a method. Estimates are over seeds; ``None`` where nothing was measured.
-
-    Args:
-        name: The method.
-        summary: What it does.
-        trials: The learning rates that were tried.
-        rate: The one that was chosen.
-        errors: Which runs failed, and why.
-        runs: Its final runs that ended well, one a seed.
-        loss: Held-out loss at the end, in nats a token.
-        as_trained: The same with the weights that it trained with, where those aren't what is saved.
-        difference: Difference of the loss to the baseline's.
-        right: Share of right answers, from 0 to 1.
-        right_difference: Difference of the right answers to the baseline's.
-        margin: Whether its loss is as good as the baseline's, but for the suite's ``equivalence``.
-        timings: Its runs that measured steps alone: the whole one where there is, or else the short ones.
-        given: What a match gave it: its lines of the stages ``memory`` and ``time``, by stage.
-        forgotten: Loss on other text after training minus before, in nats a token.
-        curve: Held-out loss along the run: pairs of a step and an estimate.
-    """
-
-    name: str
-    summary: str
-    trials: tuple[Trial, ...]
-    rate: float | None
-    errors: tuple[tuple[str, str], ...]
-    runs: tuple[Line, ...]
-    loss: Estimate | None
-    as_trained: Estimate | None
-    difference: Difference | None
-    right: Estimate | None
-    right_difference: Difference | None
-    margin: Margin | None
-    timings: tuple[Line, ...]
-    given: dict[str, Line]
-    forgotten: Estimate | None
-    curve: tuple[tuple[int, Estimate], ...]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or highest of several, so that a better one may lie outside."""
-        rates = [trial.rate for trial in self.trials]
-        return len(rates) > 1 and self.rate in (min(rates), max(rates))
-
-    def mean(self, read: Callable[[Line], float | None]) -> float | None:
-        """The mean of something over the seeds; ``None`` if it wasn't measured in all of them."""
-        values = [read(run) for run in self.runs]
-        known = [value for value in values if value is not None]
-        return fmean(known) if known and len(known) == len(values) else None
-
-    @property
-    def memory_bytes(self) -> float | None:
-        """What the front is drawn on: all live tensors, which repeat from run to run, or else the process."""
-        tensors = self.tensor_bytes()
-        return self.process_bytes if tensors is None else tensors
-
-    @property
-    def process_bytes(self) -> float | None:
-        """Most bytes of the process in a training step, the mean over seeds."""
-        return self.mean(lambda run: run["peak_bytes"]["process"])
-
-    @property
-    def device_bytes(self) -> float | None:
-        """Most bytes on the GPU in a training step, the mean over seeds; ``None`` without one."""
-        return self.mean(lambda run: run["peak_bytes"].get("device"))
-
-    def tensor_bytes(self, kind: str | None = None) -> float | None:
-        """Bytes of all live tensors when they were most; or of a kind at that moment."""
-
-        def read(run: Line) -> float | None:
-            peak = run["peak_bytes"]["tensors"]
-            return None if peak is None else float(peak["total"] if kind is None else peak["at_peak"][kind])
-
-        return self.mean(read)
-
-    def seconds(self, kind: str, phase: str | None = None) -> float | None:
-        """Seconds a step of a kind (``"cpu"``, ``"wall"``), in all or of a part: of its timings, where there are."""
-        values = [step_seconds(run, kind, phase) for run in self.timed]
-        return fmean(values) if values else None
-
-    def once_seconds(self, kind: str) -> float | None:
-        """Seconds of what a run does once: what its sampler measures first, and what its first step does besides."""
-        values = [once_seconds(run, kind) for run in self.timed]
-        return fmean(values) if values else None
-
-    @property
-    def timed(self) -> tuple[Line, ...]:
-        """The runs that its seconds are of: its timings where there are, or else its final ones."""
-        return self.timings or self.runs
-
-    @property
-    def run_machines(self) -> frozenset[str]:
-        """Those of its final runs; its seconds may be of another one."""
-        return frozenset(machine_of(run) for run in self.runs)
-
-    @property
-    def timed_elsewhere(self) -> bool:
-        """Whether its seconds are of another machine than its losses."""
-        return not self.run_machines <= {machine_of(run) for run in self.timed}
-
-    @property
-    def timed_alone(self) -> bool | None:
-        """Whether no other run of the benchmark was beside those that its seconds are of; ``None``: not noted."""
-        noted = [run.get("runs_at_once") for run in self.timed]
-        return None if None in noted else all(count == 1 for count in noted)
-
-    def training_seconds(self, kind: str) -> float | None:
-        """Seconds of a run's training: of what it does once, and of its steps, both as they were timed."""
-        return self.seconds_at(len(self.runs[0]["training_loss"]), kind) if self.runs else None
-
-    def seconds_at(self, step: int, kind: str) -> float:
-        """Seconds until the end of a step, with what a run does once, as they were timed."""
-        return fmean(run_seconds(run, kind, step) for run in self.timed)
-
-    def used_seconds(self, kind: str) -> float | None:
-        """Seconds that its final runs took, whatever was beside them, the mean over seeds.
-
-        ``None`` where they were on another machine than its timings, whose seconds these can't be compared with.
-        """
-        return None if self.timed_elsewhere else self.mean(lambda run: run_seconds(run, kind))
-
-    def used_beside(self, other: Row, kind: str) -> float | None:
-        """How many times the seconds of another row its final runs took, the median over the seeds of both."""
-        if self.run_machines != other.run_machines or self.timed_elsewhere:
-            return None
-        theirs = {run["seed"]: run_seconds(run, kind) for run in other.runs}
-        shares = [run_seconds(run, kind) / theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
-        return median(shares) if shares else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens that go through a step in a second, as its seconds are timed."""
-        return fmean(run["tokens_per_second"] for run in self.timed) if self.timed else None
-
-    @property
-    def probabilities(self) -> list[float] | None:
-        """Each layer's computed chance to be active, the mean over a run and seeds; ``None`` if not known."""
-        columns = [run["inclusion_probabilities"] for run in self.runs]
-        if not columns or any(column is None for column in columns):
-            return None
-        return [sum(values) / len(values) for values in zip(*columns, strict=True)]
-
-    @property
-    def shares(self) -> list[float]:
-        """Each layer's share of the steps in which it trained, the mean over seeds."""
-        if not self.runs:
-            return []
-        counts = [0.0] * len(self.runs[0]["layers"])
-        for run in self.runs:
-            steps = len(run["training_loss"])
-            for first, last, active in run["active"]:
-                for index in active:
-                    counts[index] += (last - first + 1) / steps / len(self.runs)
-        return counts
 
 
 @dataclass(frozen=True)
@@ -215,10 +40,9 @@ class Analysis:
 
     @property
     def finished(self) -> tuple[Row, ...]:
-        """The rows that have results, from the lowest loss to the highest."""
-        return tuple(
-            sorted((row for row in self.rows if row.loss), key=lambda row: row.loss.mean if row.loss else 0)
-        )
+        """The rows that have results, from the lowest loss to the highest; behind them those of which runs failed."""
+        ended = [row for row in self.rows if row.standing is not None]
+        return tuple(sorted(ended, key=lambda row: (bool(row.failed), row.standing)))
 
     @property
     def done(self) -> int:
@@ -249,11 +73,13 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         name: [line for line in current if line["stage"] == "final" and "error" not in line]
         for name, current in own.items()
     }
-    losses = {name: {run["seed"]: last_loss(run) for run in runs} for name, runs in ended.items() if runs}
+    # A method that diverged in some seeds would look the better for it.
+    compared = {name: runs for name, runs in ended.items() if runs and not _failed(own[name])}
+    losses = {name: {run["seed"]: last_loss(run) for run in runs} for name, runs in compared.items()}
     answers = {
         name: {run["seed"]: run["right"] for run in runs}
-        for name, runs in ended.items()
-        if runs and all(run["right"] is not None for run in runs)
+        for name, runs in compared.items()
+        if all(run["right"] is not None for run in runs)
     }
     level = suite.confidence
     loss_differences = compare(losses, suite.reference, level) if suite.reference in losses else {}
@@ -263,6 +89,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
         else {}
     )
     right_differences = compare(answers, suite.reference, level) if suite.reference in answers else {}
+    baseline = fmean(losses[suite.reference].values()) if suite.reference in losses else None
     rows = tuple(
         _row(
             suite,
@@ -272,6 +99,7 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
             loss_differences.get(entry.name),
             right_differences.get(entry.name),
             margins.get(entry.name),
+            baseline,
         )
         for entry in suite.entries
     )
@@ -280,8 +108,8 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
     return Analysis(
         suite,
         rows,
-        front=_front({row.name: (row.memory_bytes, row.loss) for row in rows}),
-        fast_front=_front({row.name: (row.training_seconds(clock), row.loss) for row in rows})
+        front=_front(rows, {row.name: row.memory_bytes for row in rows}),
+        fast_front=_front(rows, {row.name: row.training_seconds(clock) for row in rows})
         if len(machines) < 2
         else (),
         machines=machines,
@@ -290,17 +118,23 @@ def analyze(suite: Suite, lines: Sequence[Line]) -> Analysis:
     )
 
 
-def _front(points: Mapping[str, tuple[float | None, Estimate | None]]) -> tuple[str, ...]:
+def _front(rows: Iterable[Row], costs: Mapping[str, float | None]) -> tuple[str, ...]:
     """The Pareto front of some cost and the loss, of the methods of which both are known."""
+    points = {row.name: (costs[row.name], row.standing) for row in rows if not row.failed}
     return tuple(
         pareto_front(
             {
-                name: (cost, loss.mean)
+                name: (cost, loss)
                 for name, (cost, loss) in points.items()
                 if cost is not None and loss is not None
             }
         )
     )
+
+
+def _failed(lines: Iterable[Line]) -> tuple[int, ...]:
+    """The seeds of final runs that failed."""
+    return tuple(line["seed"] for line in lines if line["stage"] == "final" and "error" in line)
 
 
 def _row(
@@ -311,6 +145,7 @@ def _row(
     difference: Difference | None,
     right_difference: Difference | None,
     margin: Margin | None,
+    baseline: float | None,
 ) -> Row:
     level = suite.confidence
     runoffs = read_runoffs(lines, entry.name)
@@ -318,6 +153,7 @@ def _row(
     trials = [Trial(rate, loss, 1 + len(runoffs.get(rate, ()))) for rate, loss in sorted(losses.items())]
     answers = [run["right"] for run in runs]
     as_trained = [run["loss"].get("as_trained") for run in runs]
+    loss = estimate([last_loss(run) for run in runs], level) if runs else None
     return Row(
         name=entry.name,
         summary=next((run["summary"] for run in runs), ""),
@@ -325,7 +161,9 @@ def _row(
         rate=runs[0]["learning_rate"] if runs else None,
         errors=tuple((line["key"], line["error"]) for line in lines if "error" in line),
         runs=tuple(runs),
-        loss=estimate([last_loss(run) for run in runs], level) if runs else None,
+        failed=_failed(lines),
+        loss=loss,
+        standing=_standing(loss, difference, baseline),
         as_trained=estimate(as_trained, level) if as_trained and None not in as_trained else None,
         difference=difference,
         right=estimate(answers, level) if answers and None not in answers else None,
@@ -338,6 +176,13 @@ def _row(
         else None,
         curve=_curve(runs, level),
     )
+
+
+def _standing(loss: Estimate | None, difference: Difference | None, baseline: float | None) -> float | None:
+    """What a row is ranked by: means of other seeds than the baseline's say little beside it."""
+    if baseline is not None and difference is not None and difference.count:
+        return baseline + difference.mean
+    return None if loss is None else loss.mean
 
 
 def _of_stage(stage: str, lines: Iterable[Line]) -> tuple[Line, ...]:

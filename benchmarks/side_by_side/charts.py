@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .analysis import Analysis, Row
+from .analysis import Analysis
 from .label_places import find_places
+from .rows import Row
 
 # What is drawn in each of these colours follows the page's variable; on its own, a picture is light.
 INK, MUTED, GRID = "#1b1f24", "#6b7280", "#d5d9df"
@@ -91,7 +92,9 @@ def memory_and_loss(analysis: Analysis) -> str:
 
 
 def time_and_loss(analysis: Analysis) -> str:
-    """Seconds of training against held-out loss, with the Pareto front."""
+    """Seconds of training against held-out loss, with the Pareto front; ``""`` where they are of several machines."""
+    if len(analysis.machines) > 1:
+        return ""
     points = {
         row.name: seconds
         for row in analysis.finished
@@ -104,8 +107,11 @@ def time_and_loss(analysis: Analysis) -> str:
 def _against(
     analysis: Analysis, costs: dict[str, float], front: Sequence[str], label: str, unit: str, title: str
 ) -> str:
-    rows = [row for row in analysis.finished if row.name in costs and row.loss is not None]
-    points = {row.name: (costs[row.name], row.loss.mean) for row in rows if row.loss is not None}
+    losses = {
+        row.name: row.standing for row in analysis.finished if row.standing is not None and not row.failed
+    }
+    rows = [row for row in analysis.finished if row.name in costs and row.name in losses]
+    points = {row.name: (costs[row.name], losses[row.name]) for row in rows}
 
     def draw(axes: Axes) -> None:
         axes.step(*_columns([points[name] for name in front if name in points]), where="post", color=GRID)
@@ -148,7 +154,7 @@ def all_curves(analysis: Analysis) -> str:
     """
     if not any(map(_has_curve, analysis.finished)):
         return ""
-    by_time = analysis.suite.matches_time
+    by_time = analysis.suite.matches_time and len(analysis.machines) < 2
 
     def draw(axes: Axes) -> None:
         for row in reversed(analysis.finished):

@@ -6,7 +6,9 @@ import csv
 import io
 from typing import Any
 
-from .analysis import Analysis, Row
+from .analysis import Analysis
+from .rows import Row
+from .stored_lines import machine_of
 from .wording import signed
 
 _VERDICTS = {
@@ -38,19 +40,18 @@ def describe(row: Row, analysis: Analysis) -> str:
     assert row.loss is not None
     reference = analysis.suite.reference
     said = f"{row.name} ends at {row.loss.mean:.3f} nats"
+    if row.failed:
+        return f"{said} in {len(row.runs)} seeds and failed in {len(row.failed)}, so it isn't compared."
     baseline = next((other for other in analysis.finished if other.name == reference), None)
     if baseline is None or row is baseline:
         return f"{said}{_takes(row, analysis)}."
     if row.difference is not None:
         said += f", {signed(row.difference.mean)} to {reference} ({_VERDICTS[row.difference.verdict]})"
-    parts = [
-        f"{own / other:.2f} of its {what}"
-        for what, own, other in (
-            ("seconds", row.training_seconds(analysis.clock), baseline.training_seconds(analysis.clock)),
-            ("memory", row.memory_bytes, baseline.memory_bytes),
-        )
-        if own is not None and other
-    ]
+    takes = [("memory", row.memory_bytes, baseline.memory_bytes)]
+    if len(analysis.machines) < 2:
+        clock = analysis.clock
+        takes.insert(0, ("seconds", row.training_seconds(clock), baseline.training_seconds(clock)))
+    parts = [f"{own / other:.2f} of its {what}" for what, own, other in takes if own is not None and other]
     said += f", with {' and '.join(parts)}" if parts else ""
     if row.right is not None and baseline.right is not None:
         said += f"; {row.right.mean:.0%} right answers against {baseline.right.mean:.0%}"
@@ -74,6 +75,7 @@ def _numbers(row: Row, analysis: Analysis) -> dict[str, Any]:
     return {
         "method": row.name,
         "seeds": len(row.runs),
+        "failed_seeds": len(row.failed),
         "steps": len(row.runs[0]["training_loss"]),
         "learning_rate": row.rate,
         "loss": row.loss.mean if row.loss else None,
@@ -93,6 +95,7 @@ def _numbers(row: Row, analysis: Analysis) -> dict[str, Any]:
         "seconds_a_step": row.seconds(analysis.clock),
         "seconds": row.training_seconds(analysis.clock),
         "timed_alone": row.timed_alone,
+        "timed_on": "; ".join(sorted({machine_of(run) for run in row.timed})),
     }
 
 

@@ -52,24 +52,29 @@ def _smallest(spread: float, seeds: int, level: float) -> tuple[float, int | Non
     return smallest, seeds_needed(smallest / 2, spread, level)
 
 
-def _spreads(analysis: Analysis) -> list[float]:
-    """The spread of each method's paired differences, where there are two at least."""
-    known = [row.difference.spread for row in analysis.rows if row.difference is not None]
-    return [spread for spread in known if spread]
+def _spreads(analysis: Analysis) -> dict[int, list[float]]:
+    """The spread of each method's paired differences, where there are two at least, by their number."""
+    known: dict[int, list[float]] = {}
+    for row in analysis.rows:
+        if row.difference is not None and row.difference.spread:
+            known.setdefault(row.difference.count, []).append(row.difference.spread)
+    return dict(sorted(known.items(), reverse=True))
 
 
-def power_afterwards(analysis: Analysis) -> str | None:
-    """What the seeds that were run can show, in a sentence; ``None`` where the spread isn't known."""
-    known, seeds = _spreads(analysis), max((len(row.runs) for row in analysis.rows), default=0)
-    if not known or seeds < 2:
-        return None
-    level, spread = _level_of(analysis), statistics.median(known)
-    smallest, needed = _smallest(spread, seeds, level)
-    half = "" if needed is None else f"; one half as large needs {needed} seeds"
-    return (
-        f"With {seeds} seeds a difference of {smallest:.3f} nats is shown with a chance of {CHANCE:.0%}, by the "
-        f"median spread of paired differences ({spread:.3f}){half}."
-    )
+def power_afterwards(analysis: Analysis) -> list[str]:
+    """What the seeds that were run can show, in a sentence for each number of them that methods have."""
+    known, level = _spreads(analysis), _level_of(analysis)
+    said = []
+    for seeds, spreads in known.items():
+        spread = statistics.median(spreads)
+        smallest, needed = _smallest(spread, seeds, level)
+        half = "" if needed is None else f"; one half as large needs {needed} seeds"
+        whose = "" if len(known) == 1 else f", as in {len(spreads)} of the comparisons,"
+        said.append(
+            f"With {seeds} seeds{whose} a difference of {smallest:.3f} nats is shown with a chance of {CHANCE:.0%}, "
+            f"by the median spread of paired differences ({spread:.3f}){half}."
+        )
+    return said
 
 
 def power_beforehand(suite: Suite, known: Analysis | None, others: Collection[str] = ()) -> str:
@@ -84,7 +89,8 @@ def power_beforehand(suite: Suite, known: Analysis | None, others: Collection[st
     seeds, level = len(suite.seeds), _level(suite, len(rows) - 1)
     if seeds < 2:
         return "With 1 seed no difference is tested: give at least 2."
-    spread = statistics.median(_spreads(known)) if known is not None and _spreads(known) else None
+    spreads = [] if known is None else [spread for some in _spreads(known).values() for spread in some]
+    spread = statistics.median(spreads) if spreads else None
     words = _counts(seeds, level, spread)
     if spread is None:
         return (

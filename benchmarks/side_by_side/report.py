@@ -14,13 +14,14 @@ from layersample.errors import ConfigError
 from layersample.files import check_output, write_text
 
 from . import charts
-from .analysis import Analysis, Row, analyze
+from .analysis import Analysis, analyze
 from .clock import PHASES
 from .comparison import Difference
 from .plain_words import as_csv, best_trade_offs, describe, table
 from .power import CHANCE
 from .power_words import power_table
 from .results import read_results
+from .rows import Row
 from .sections import harness, match_words, matched, out_of_time, sentences, timing_words, tried
 from .selection import select
 from .stored_lines import KINDS, Line, machine_of
@@ -144,6 +145,7 @@ def view(
         "quality": [_quality(number, row, analysis) for number, row in enumerate(finished, 1)],
         "cost": [_cost(row) for row in finished],
         "has_as_trained": any(row.as_trained is not None for row in finished),
+        "has_failed": any(row.failed for row in finished),
         "has_answers": any(row.right is not None for row in finished),
         "answers": min(suite.answers, suite.test_size),
         "has_device": any(row.device_bytes is not None for row in finished),
@@ -174,10 +176,16 @@ def view(
 
 def findings(analysis: Analysis) -> list[str]:
     """What the numbers say, in sentences that say no more than they do."""
-    name, seeds = analysis.suite.reference, max((len(row.runs) for row in analysis.rows), default=0)
+    name = analysis.suite.reference
     said = out_of_time(analysis)
-    if not any(row.name == name and row.runs for row in analysis.rows):
+    baseline = next((row for row in analysis.rows if row.name == name), None)
+    if baseline is None or not baseline.runs:
         said.append(f"Nothing is compared: {name}, the baseline, has no run that ended well.")
+    elif baseline.failed:
+        said.append(f"Nothing is compared: runs of {name}, the baseline, failed ({_seeds(baseline.failed)}).")
+    if rows := [row for row in analysis.rows if row.failed and row is not baseline]:
+        listed = ", ".join(f"{row.name} ({_seeds(row.failed)})" for row in rows)
+        said.append(f"Not compared, since the seeds that didn't fail would flatter them: {listed}.")
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):
         if rows := analysis.called(verdict):
             listed = ", ".join(
@@ -187,8 +195,7 @@ def findings(analysis: Analysis) -> list[str]:
     if rows := analysis.called("no difference shown"):
         listed = ", ".join(row.name for row in rows)
         said.append(
-            f"No difference to {name} shown: {listed}. With {seeds} seeds that means that these runs can't tell, "
-            "not that there is none."
+            f"No difference to {name} shown: {listed}. That means that these runs can't tell, not that there is none."
         )
     said += sentences(analysis)
     if rows := analysis.called("not tested"):
@@ -217,6 +224,10 @@ def findings(analysis: Analysis) -> list[str]:
     return said
 
 
+def _seeds(failed: Sequence[int]) -> str:
+    return f"{'seed' if len(failed) == 1 else 'seeds'} {', '.join(map(str, failed))}"
+
+
 def verdict(difference: Difference | None, *, lower_is_better: bool = True) -> str:
     """A comparison in words: "no difference shown" where the interval contains zero."""
     if difference is None:
@@ -243,7 +254,7 @@ def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
         "difference": "baseline" if is_baseline else DASH if difference is None else signed(difference.mean),
         "interval": interval(difference),
         "p": p_value(None if difference is None else difference.p),
-        "verdict": "baseline" if is_baseline else verdict(difference),
+        "verdict": "baseline" if is_baseline else "failed" if row.failed else verdict(difference),
         "right": estimate(row.right, 1, 100, "%"),
         "right_verdict": "baseline" if is_baseline else verdict(row.right_difference, lower_is_better=False),
         "forgotten": estimate(row.forgotten, sign=True),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .analysis import Analysis, Row
+from .analysis import Analysis
 from .power_words import power_afterwards
+from .rows import Row
 from .stored_lines import Line
 from .suite import Suite
 from .wording import DASH, mib, number, part_of, seconds
@@ -56,9 +57,7 @@ def sentences(analysis: Analysis) -> list[str]:
     ):
         if names := [row.name for row in analysis.rows if row.margin and row.margin.verdict == verdict]:
             said.append(f"{words}: {', '.join(names)}.")
-    if (shown := power_afterwards(analysis)) is not None:
-        said.append(shown)
-    return [*said, *_beyond_their_memory(analysis)]
+    return [*said, *power_afterwards(analysis), *_beyond_their_memory(analysis)]
 
 
 def out_of_time(analysis: Analysis) -> list[str]:

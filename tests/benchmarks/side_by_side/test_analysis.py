@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 
 from layersample_benchmarks.side_by_side.analysis import analyze
+from layersample_benchmarks.side_by_side.charts import all_curves, time_and_loss
+from layersample_benchmarks.side_by_side.entries import MethodEntry
+from layersample_benchmarks.side_by_side.plain_words import describe, table
+from layersample_benchmarks.side_by_side.power_words import power_afterwards
 from layersample_benchmarks.side_by_side.report import findings
 from layersample_benchmarks.side_by_side.sections import timing_words
 from layersample_benchmarks.side_by_side.suite import Suite
@@ -149,3 +153,111 @@ def test_losses_of_another_machine_leave_the_seconds_to_the_one_that_was_timed(
     assert any("Seconds are of several machines" in said for said in findings(only_full))
     found[0]["environment"] = {**found[0]["environment"], "processor": "a third"}
     assert any("Losses are of several machines" in said for said in findings(analyze(suite, found)))
+
+
+def test_a_method_that_failed_in_some_seeds_is_not_compared_by_the_others(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lisa", "lora"], seeds=[0, 1, 2], steps=4, learning_rates=[1e-3])
+    losses = {"full": [1.0, 1.2, 1.1], "lisa": [0.5, 0.61, 0.52], "lora": [2.0, 2.3, 2.1]}
+    found = lines(suite, losses)
+    assert analyze(suite, found).called("lower")
+    lisa = next(line for line in found if line["method"] == "lisa" and line["seed"] == 1)
+    lisa |= {"key": "final/lisa/seed-1", "error": "the loss is nan"}
+    analysis = analyze(suite, found)
+    row = analysis.row("lisa")
+    assert row.failed == (1,) and len(row.runs) == 2
+    assert row.difference is None and row.margin is None and not analysis.called("lower")
+    assert [row.name for row in analysis.finished] == ["full", "lora", "lisa"] and analysis.front == ("full",)
+    assert "Not compared, since the seeds that didn't fail would flatter them: lisa (seed 1)." in findings(
+        analysis
+    )
+    assert (
+        describe(row, analysis) == "lisa ends at 0.510 nats in 2 seeds and failed in 1, so it isn't compared."
+    )
+    assert analysis.row("lora").difference is not None
+    assert "lisa" not in time_and_loss(analysis)
+
+
+def test_nothing_is_compared_with_a_baseline_that_failed_in_some_seeds(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=[0, 1, 2], steps=4, learning_rates=[1e-3])
+    found = lines(suite, {"full": [1.0, 1.2, 1.1], "lisa": [0.5, 0.61, 0.52]})
+    found[2] |= {"key": "final/full/seed-2", "error": "the loss is nan"}
+    analysis = analyze(suite, found)
+    assert [row.difference for row in analysis.rows] == [None, None]
+    assert "Nothing is compared: runs of full, the baseline, failed (seed 2)." in findings(analysis)
+
+
+def test_rows_of_other_seeds_are_ranked_by_the_seeds_that_they_share_with_the_baseline(
+    lines: Callable[..., Any],
+) -> None:
+    """Seed 0 is easy for all methods: lisa's mean is the lowest, and it loses to both in the seeds that it has."""
+    entries: list[Any] = [MethodEntry(name="lisa", seeds=[0]), "full", "lora"]
+    suite = Suite(methods=entries, seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    analysis = analyze(suite, lines(suite, {"full": [1.0, 3.0], "lora": [0.9, 2.8], "lisa": [1.1]}))
+    assert [row.name for row in analysis.finished] == ["lora", "full", "lisa"]
+    assert analysis.row("lisa").standing == pytest.approx(2.1) and analysis.row("full").standing == 2.0
+
+
+def test_what_seeds_can_show_is_said_for_each_number_of_them(lines: Callable[..., Any]) -> None:
+    few, many = [1.0, 1.3, 1.1], [1.0, 1.3, 1.1, 1.4, 1.25]
+    entries: list[Any] = ["full", "lora", MethodEntry(name="lisa", seeds=[0, 1, 2])]
+    suite = Suite(methods=entries, seeds=[0, 1, 2, 3, 4], steps=4, learning_rates=[1e-3])
+    losses = {"full": many, "lora": [0.9, 1.25, 1.1, 1.3, 1.2], "lisa": [0.9, 1.25, 1.1]}
+    said = power_afterwards(analyze(suite, lines(suite, losses)))
+    assert len(said) == 2
+    assert said[0].startswith("With 5 seeds, as in 1 of the comparisons, a difference of ")
+    assert said[1].startswith("With 3 seeds, as in 1 of the comparisons, a difference of ")
+    alike = suite.model_copy(update={"methods": ["full", "lisa"], "seeds": [0, 1, 2]})
+    (one,) = power_afterwards(analyze(alike, lines(alike, {"full": few, "lisa": losses["lisa"]})))
+    assert one.startswith("With 3 seeds a difference of ")
+
+
+def test_seconds_a_step_are_those_of_as_many_steps_as_the_runs_have(
+    lines: Callable[..., Any], made_up: Callable[..., Any]
+) -> None:
+    suite = Suite(methods=["lisa"], seeds=[0], steps=2, learning_rates=[1e-3])
+    kinds = ("cpu", "wall")
+    spent = {
+        **{kind: {"forward": 2.0, "backward": 1.0} for kind in kinds},
+        "each": {kind: [1.0, 2.0, 3.0, 6.0] for kind in kinds},  # the mean is 3, that of the first two 1.5
+        "before_training": dict.fromkeys(kinds, 10.0),
+    }
+    job = suite.whole_job(suite.entries[0], 4, {})
+    whole = {"method": "lisa", "stage": "whole", "seed": 0, "learning_rate": 1e-3} | made_up(
+        job, 1.0, seconds=spent
+    )
+    row = analyze(suite, [*lines(suite, {"lisa": [1.0]}), whole]).rows[0]
+    assert row.seconds("cpu") == pytest.approx(1.5) and row.seconds("cpu", "forward") == 2.0
+    assert row.training_seconds("cpu") == pytest.approx(13.0)
+
+
+def test_seconds_of_several_machines_are_compared_nowhere(lines: Callable[..., Any]) -> None:
+    suite = Suite(
+        methods=["full", "lora"], seeds=[0, 1], steps=4, match="time", match_to="full", learning_rates=[1e-3]
+    )
+    found = lines(suite, {"full": [1.0, 1.1], "lora": [2.0, 2.2]})
+    alike = analyze(suite, found)
+    assert "of its seconds" in describe(alike.row("lora"), alike) and "<svg" in time_and_loss(alike)
+    assert "CPU seconds" in all_curves(alike)
+    for line in found:
+        if line["method"] == "lora":
+            line["environment"] = {**line["environment"], "instructions": "others"}
+    mixed = analyze(suite, found)
+    assert "seconds" not in describe(mixed.row("lora"), mixed) and time_and_loss(mixed) == ""
+    assert "memory" in describe(mixed.row("lora"), mixed) and "optimizer step" in all_curves(mixed)
+    assert {numbers["timed_on"] for numbers in table(mixed)} == {"cpu, 1 thread", "cpu, others, 1 thread"}
+
+
+def test_runs_of_several_machines_are_set_beside_those_of_their_own(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lora"], seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    found = lines(suite, {"full": [1.0, 1.1], "lora": [2.0, 2.2]})
+    for line in found:
+        slow = line["seed"] == 1
+        line["environment"] = {**line["environment"], "instructions": "slow" if slow else "fast"}
+        step = (10.0 if slow else 1.0) * (2.0 if line["method"] == "full" else 1.0)
+        line["seconds"] = {**line["seconds"], "cpu": {"forward": step}}
+    full, lora = analyze(suite, found).rows
+    assert full.used_beside(lora, "cpu") == pytest.approx(2.0, rel=0.2)
+    swapped = found[2]["environment"]
+    found[2]["environment"], found[3]["environment"] = found[3]["environment"], swapped
+    full, lora = analyze(suite, found).rows
+    assert full.used_beside(lora, "cpu") is None, "no seed of both was run on one machine"

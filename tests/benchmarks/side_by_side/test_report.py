@@ -242,7 +242,7 @@ def test_findings_say_no_more_than_the_numbers(folder: Path) -> None:
     said = findings(analyze(*read_results(folder)))
     assert said[0] == f"Lower held-out loss than full: lisa ({signed(-0.5)})."
     assert said[1] == f"Higher held-out loss than full: cyclic ({signed(0.501)})."
-    assert "No difference to full shown: lora. With 4 seeds that means that these runs can't tell" in said[2]
+    assert "No difference to full shown: lora. That means that these runs can't tell" in said[2]
     assert "Best at the lowest or highest rate tried" in " ".join(said)
     assert said[-1] == "4 of 20 runs are not there (failed, or not run yet)."
 
