@@ -66,10 +66,13 @@ class Matching:
     Args:
         suite: The suite.
         results: Where measurements and decisions are.
+        data_of: The suite whose examples memory is planned for, where the decisions are for its runs; its own by
+            default.
     """
 
-    def __init__(self, suite: Suite, results: Results) -> None:
+    def __init__(self, suite: Suite, results: Results, data_of: Suite | None = None) -> None:
         self._suite = suite
+        self._data_of = data_of or suite
         self._results = results
         steps = None if suite.matches_time else max(suite.steps, suite.search_steps)
         self._planner = MemoryPlanner(suite.model, steps, suite.attention)
@@ -187,7 +190,7 @@ class Matching:
 
     @cached_property
     def _longest(self) -> int:
-        return longest_example(self._suite)
+        return longest_example(self._data_of)
 
     def _measured(self, name: str) -> int:
         for line in self._results.all_lines():

@@ -182,7 +182,8 @@ class RecipeSearch:
             return
         suite = self._suite_of(unique)
         with closing(Results(self._folder, suite).open()) as results:
-            matching = Matching(suite, results)
+            # What fits is confirmed on the seeds of the benchmark, so on their examples.
+            matching = Matching(suite, results, data_of=self._suite)
             with closing(Pool(results, self._threads, self._jobs, self._progress)) as pool:
                 matching.run(pool)
                 jobs = {one.entry.name: self._jobs_of(one, rung, matching) for one in unique}

@@ -27,7 +27,7 @@ from .selection import select
 from .stored_lines import KINDS, Line, machine_of
 from .tasks import get_task
 from .tried import read_tried
-from .wording import DASH, estimate, interval, mib, number, p_value, seconds, signed
+from .wording import DASH, interval, mib, number, p_value, seconds, signed, with_interval
 
 PICTURES = {
     "time": charts.time_and_loss,
@@ -249,15 +249,15 @@ def _quality(number: int, row: Row, analysis: Analysis) -> dict[str, Any]:
         "name": row.name,
         "seeds": len(row.runs),
         "rate": f"{row.rate:.2g}" + ("*" if row.at_edge else ""),
-        "loss": estimate(row.loss),
-        "as_trained": estimate(row.as_trained),
+        "loss": with_interval(row.loss),
+        "as_trained": with_interval(row.as_trained),
         "difference": "baseline" if is_baseline else DASH if difference is None else signed(difference.mean),
         "interval": interval(difference),
         "p": p_value(None if difference is None else difference.p),
         "verdict": "baseline" if is_baseline else "failed" if row.failed else verdict(difference),
-        "right": estimate(row.right, 1, 100, "%"),
+        "right": with_interval(row.right, 1, 100, "%"),
         "right_verdict": "baseline" if is_baseline else verdict(row.right_difference, lower_is_better=False),
-        "forgotten": estimate(row.forgotten, sign=True),
+        "forgotten": with_interval(row.forgotten, sign=True),
     }
 
 

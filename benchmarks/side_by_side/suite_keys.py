@@ -11,8 +11,6 @@ MAY_CHANGE = {
     "seeds",
     "learning_rates",
     "search_extensions",
-    "search_seed",
-    "search_seeds",
     "baseline",
     "confidence",
     "equivalence",

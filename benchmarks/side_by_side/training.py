@@ -6,14 +6,14 @@ import math
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -35,12 +35,14 @@ from layersample.registry import load_plugin
 from layersample.training.arguments import training_arguments
 from layersample.training.data import load_data
 from layersample.training.models import load_model
+from layersample.training.trainer import CheckedTrainer
 
 from ..methods.method import Prepared
-from .clock import PHASES, PhaseClock
+from .clock import PhaseClock
 from .jobs import Job
 from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
 from .scoring import HeldOut, choice_tokens, mean_loss, score_held_out, share_right
+from .steps import layers_over_time, mean, times
 from .suite import Suite
 from .tasks import Task, get_task, split
 
@@ -75,21 +77,23 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     layers = find_layers(model, config.layers).layers
     modules = [model.get_submodule(layer.name) for layer in layers]  # adapters are put inside of them
-    torch.manual_seed(job.seed)  # adapters begin at random
-    prepared = method.prepare(model, config)
-    if config.budget is not None and prepared.sampling is None:
-        raise ConfigError(
-            f"The option budget is for methods that sample layers, which {job.row!r} doesn't: give it to those rows."
-        )
     with tempfile.TemporaryDirectory(prefix="layersample-") as scratch:
         arguments = training_arguments(config, Path(scratch))
+        before = _other_loss(suite, model, arguments, tokenizer) if job.stage == "final" else None
+        torch.manual_seed(job.seed)  # adapters begin at random
+        prepared = method.prepare(model, config)
+        if config.budget is not None and prepared.sampling is None:
+            raise ConfigError(
+                f"The option budget is for methods that sample layers, which {job.row!r} doesn't: give it to those "
+                "rows."
+            )
         trainer, recorder = _make_trainer(suite, job, prepared, arguments, tokenizer, modules)
         trainer.chunk_loss(config.chunk_positions or 0, strict=config.loss_chunk != "auto")
         # The callback does it, where there is one.
         save_memory(prepared.model, loss_chunk=None, recompute=config.recompute and prepared.sampling is None)
         recorder.on_step = report
         with fast_products(prepared.model, mixed=config.precision == "bf16-mixed"):
-            scores = _train(suite, job, trainer, tokenizer, prepared.as_saved)
+            scores = _train(suite, job, trainer, tokenizer, prepared.as_saved, before)
             if job.stage == "final" and suite.lm_eval:
                 with (prepared.as_saved or nullcontext)():
                     scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
@@ -97,13 +101,13 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,
         "peak_bytes": peak_bytes(recorder),
-        **_times(recorder, each=job.stage == "whole"),
-        **_layers(recorder, [layer.name for layer in layers]),
+        **times(recorder, each=job.stage == "whole"),
+        **layers_over_time(recorder, [layer.name for layer in layers]),
         "cpu_seconds": time.process_time(),
         "summary": method.summary,
         "parameters": parameters,
-        "trainable_parameters": _mean([step["trainable_parameters"] for step in recorder.steps]),
-        "moving_parameters": _mean([step["moving_parameters"] for step in recorder.steps]),
+        "trainable_parameters": mean([step["trainable_parameters"] for step in recorder.steps]),
+        "moving_parameters": mean([step["moving_parameters"] for step in recorder.steps]),
         "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
         "environment": {**environment(), "git": git_revision()},
     }
@@ -155,13 +159,35 @@ def _load_data(suite: Suite, job: Job, arguments: TrainingArguments) -> dict[str
         train_size=job.steps * arguments.train_batch_size * arguments.gradient_accumulation_steps,
         seed=job.seed,
     )
-    other = load_data(suite.other_text)
     return {
         "train": parts.train,
         "held_out": parts.test if job.stage == "final" else parts.validation,
-        "other": other.select(range(min(suite.other_size, len(other)))),
+        "other": _load_other(suite),
         "problems": suite.problems(parts),
     }
+
+
+def _load_other(suite: Suite) -> Dataset:
+    other = load_data(suite.other_text)
+    return other.select(range(min(suite.other_size, len(other))))
+
+
+def _other_loss(
+    suite: Suite, model: nn.Module, arguments: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """The loss on other text of the model as it is loaded: what 4 bits do to its weights is forgotten as well."""
+    device, other = next(model.parameters()).device, _load_other(suite)
+    trainer = CheckedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=other,
+        eval_dataset={"other": other},
+        processing_class=tokenizer,
+    )
+    with fast_products(model, mixed=bool(arguments.bf16)):
+        loss = mean_loss(trainer, "other")
+    model.to(device)  # methods are given it where it was loaded
+    return loss
 
 
 def _train(
@@ -170,8 +196,9 @@ def _train(
     trainer: TimedTrainer,
     tokenizer: PreTrainedTokenizerBase,
     as_saved: Callable[[], AbstractContextManager[None]] | None,
+    other_before: float | None,
 ) -> dict[str, Any]:
-    """Train, and score the model before, along the way and after; a search only at its end, a timing never.
+    """Train, and score the model along the way and after; a search only at its end, a timing never.
 
     What is scored is what a user keeps; where it trains with other weights, the last loss is measured both ways.
     """
@@ -195,8 +222,6 @@ def _train(
     trainer.add_callback(curve)
     if along:
         curve.measure(0)
-    with saved():
-        before = mean_loss(trainer, "other") if final else None
     trainer.train()
     right = scored[-1].right if asked else None
     if asked and right is None:  # they aren't scored with the loss, or an answer there is none of the choices
@@ -213,7 +238,7 @@ def _train(
             "as_trained": curve.as_trained,
         },
         "right": right,
-        "other_loss": {"before": before, "after": after} if final else None,
+        "other_loss": {"before": other_before, "after": after} if final else None,
     }
 
 
@@ -293,79 +318,3 @@ def git_revision() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _times(recorder: Recorder, *, each: bool) -> dict[str, Any]:
-    """Means over the quiet steps, and, if asked for, those of each step: a mean in place of one that isn't quiet."""
-    quiet = recorder.quiet
-    seconds = {
-        kind: {phase: _mean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
-        for kind in ("cpu", "wall")
-    }
-    wall = sum(seconds["wall"].values())
-    return {
-        "seconds": {
-            **seconds,
-            "before_training": dict(recorder.preparation),
-            "first_step": _beyond_others(recorder.steps[0], seconds),
-            **({"each": _each(recorder, seconds)} if each else {}),
-        },
-        "tokens_per_second": _mean([step["tokens"] for step in quiet]) / wall,
-    }
-
-
-def _each(recorder: Recorder, means: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
-    quiet = {step["step"] for step in recorder.quiet}
-    return {
-        kind: [
-            sum(spent[kind] for spent in step["seconds"].values())
-            if step["step"] in quiet
-            else sum(of.values())
-            for step in recorder.steps
-        ]
-        for kind, of in means.items()
-    }
-
-
-def _beyond_others(first: Mapping[str, Any], means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Seconds by which the first step's sampling and optimizer exceed those of the others.
-
-    A basis that is kept for many steps is computed there, so a pace without it would be too good. Forward and backward
-    do nothing once but to set kernels up.
-
-    Args:
-        first: The step.
-        means: Of the other steps, by kind (``"cpu"``, ``"wall"``) and phase.
-    """
-    if "traced" in first:
-        return dict.fromkeys(means, 0.0)
-    parts, spent = ("sampling", "optimizer"), first["seconds"]
-    return {
-        kind: max(0.0, sum(spent.get(part, {}).get(kind, 0.0) - of[part] for part in parts))
-        for kind, of in means.items()
-    }
-
-
-def _layers(recorder: Recorder, names: list[str]) -> dict[str, Any]:
-    """What trained when, how many layers did, and for how many steps each hasn't at the end."""
-    steps = recorder.steps
-    last = {index: step["step"] for step in steps for index in step["active"]}
-    chances = [step["inclusion"] for step in steps]
-    known = len(chances) if all(c is not None and len(c) == len(names) for c in chances) else 0
-    spans = []
-    for active, group in groupby(steps, key=lambda step: step["active"]):
-        members = list(group)
-        spans.append([members[0]["step"], members[-1]["step"], active])
-    return {
-        "layers": names,
-        "active": spans,  # first step, last step, indices of the layers that trained
-        "coverage": len(last) / len(names),
-        "staleness": _mean([len(steps) - last.get(index, 0) for index in range(len(names))]),
-        "inclusion_probabilities": [_mean(column) for column in zip(*chances, strict=True)]
-        if known
-        else None,
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

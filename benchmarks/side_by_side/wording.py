@@ -13,7 +13,7 @@ def signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", _MINUS)
 
 
-def estimate(
+def with_interval(
     value: Estimate | None, digits: int = 3, scale: float = 1, unit: str = "", sign: bool = False
 ) -> str:
     """A mean over seeds with half of its interval."""

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from layersample import ConfigError
+from layersample_benchmarks.side_by_side import matching
 from layersample_benchmarks.side_by_side.example_length import longest_example
 from layersample_benchmarks.side_by_side.jobs import Given
 from layersample_benchmarks.side_by_side.matching import Matching
+from layersample_benchmarks.side_by_side.pool import Pool
+from layersample_benchmarks.side_by_side.recipe_space import RecipeSpace
+from layersample_benchmarks.side_by_side.recipes import RecipeSearch
 from layersample_benchmarks.side_by_side.results import Results
 from layersample_benchmarks.side_by_side.suite import Suite
 
@@ -49,3 +54,28 @@ def test_memory_is_planned_for_it(make_tiny: Callable[..., Suite], tmp_path: Pat
         return found
 
     assert given("short", max_length=16) == given("long", max_length=256)
+
+
+def test_what_a_search_fits_is_planned_for_the_examples_of_the_runs_that_confirm_it(
+    make_tiny: Callable[..., Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Pool, "run", lambda *_, **__: None)
+
+    def longest(suite: Suite) -> int:
+        asked.append(suite.all_seeds)
+        return 16
+
+    monkeypatch.setattr(matching, "longest_example", longest)
+    space = RecipeSpace(
+        method="lisa",
+        space={"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}},
+        tries=2,
+        keep=2,
+        seed=9,
+    )
+    suite = make_tiny(["lora"], match="memory", task=write(tmp_path, "yes"), seeds=[0, 1], max_length=64)
+    search = RecipeSearch("best", space, suite, tmp_path / "search", jobs=1, threads=1)
+    with pytest.raises(ConfigError, match="No recipe of best"):  # no run is done here
+        search.run()
+    assert asked and all(seeds == [0, 1] for seeds in asked)

@@ -454,6 +454,17 @@ def test_rates_may_be_tried_with_seeds_of_their_own(
         ).check()
 
 
+def test_rates_that_were_tried_with_other_seeds_are_not_taken_for_those_that_are_asked_for(
+    in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
+) -> None:
+    in_place(lambda job: made_up(job, 1.0 + job.learning_rate))
+    asked = suite(methods=["lisa"], seeds=[0], search_seed=7, search_seeds=2)
+    run_suite(asked, tmp_path)
+    for key, other in (("search_seed", 9), ("search_seed", None), ("search_seeds", 1), ("search_seeds", 3)):
+        with pytest.raises(ConfigError, match=f"its {key} is {getattr(asked, key)}, but {other} is asked"):
+            run_suite(asked.model_copy(update={key: other}), tmp_path)
+
+
 def test_a_rate_at_the_edge_that_more_seeds_choose_is_searched_beyond(
     in_place: Callable[[Measure], list[str]], made_up: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from layersample import ConfigError, create_sampler, list_samplers
 from layersample_benchmarks.methods.catalog import default_methods, get_method
-from layersample_benchmarks.side_by_side import training
+from layersample_benchmarks.side_by_side import steps, training
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.jobs import Job, Stage
 from layersample_benchmarks.side_by_side.scoring import HeldOut, score_held_out
@@ -130,6 +130,9 @@ def test_qlora_trains_beside_four_bits_and_is_scored_on_the_exact_model_or_on_th
     assert rounded["loss"]["held_out"][-1] == qlora["loss"]["as_trained"]
     assert rounded["loss"]["as_trained"] is None, "its base stays in four bits: it trains with what is kept"
     assert rounded["training_loss"] == qlora["training_loss"]
+    before = {measured["other_loss"]["before"] for measured in (lora, qlora, rounded)}
+    assert len(before) == 1, "what is forgotten is counted from the model as it was loaded"
+    assert 1e-5 < abs(rounded["other_loss"]["after"] - rounded["other_loss"]["before"]) < 0.1
 
 
 @pytest.mark.parametrize("name", ["lisa", "owlore+galore", "lora", "lora-fa-peft", "badam"])
@@ -264,9 +267,9 @@ def test_a_basis_that_is_kept_is_told_apart_from_a_step(make_tiny: Callable[...,
     assert run(suite, stage="timing")["seconds"]["first_step"]["cpu"] > 0
     means = {"cpu": {"forward": 1.0, "sampling": 0.5, "optimizer": 2.0}}
     first = {"seconds": {"forward": {"cpu": 9.0}, "sampling": {"cpu": 1.0}, "optimizer": {"cpu": 8.0}}}
-    assert training._beyond_others(first, means) == {"cpu": 6.5}, "without kernels that forward sets up"
-    assert training._beyond_others({"seconds": {"optimizer": {"cpu": 1.0}}}, means) == {"cpu": 0.0}
-    assert training._beyond_others({**first, "traced": True}, means) == {"cpu": 0.0}
+    assert steps._beyond_others(first, means) == {"cpu": 6.5}, "without kernels that forward sets up"
+    assert steps._beyond_others({"seconds": {"optimizer": {"cpu": 1.0}}}, means) == {"cpu": 0.0}
+    assert steps._beyond_others({**first, "traced": True}, means) == {"cpu": 0.0}
 
 
 def test_the_revision_is_that_of_the_code_that_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
