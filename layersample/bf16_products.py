@@ -25,14 +25,26 @@ _ATEN = torch.ops.aten
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 _ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default
 # Those of several names are taken apart into the others, but not in torch.inference_mode.
-_PRODUCTS = frozenset(
-    (
-        *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default),
-        *(_ATEN.mv.default, _ATEN.addmv.default, _ATEN.dot.default),
-        *(_ATEN.linear.default, _ATEN.matmul.default, _ATEN.scaled_dot_product_attention.default),
-        *(_ATEN.convolution.default, _ATEN.convolution_backward.default),
-    )
+_NAMES = (
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul"),
+    *("scaled_dot_product_attention", "convolution", "convolution_backward"),
 )
+
+
+def _find_products() -> dict[Any, Any]:
+    """Each product, also with ``out=`` or in place, and the one that returns the same as a new tensor."""
+    found = {}
+    for name in _NAMES:
+        packet, in_place = getattr(_ATEN, name), getattr(_ATEN, f"{name}_", None)
+        found[packet.default] = packet.default
+        if "out" in packet.overloads() and name != "convolution_backward":  # which has three
+            found[packet.out] = packet.default
+        if in_place is not None:
+            found[in_place.default] = packet.default
+    return found
+
+
+_PRODUCTS = _find_products()
 
 
 @contextmanager
@@ -89,9 +101,16 @@ class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = func(*_widen(args), **_widen(kwargs))
             # The logarithms of forward's sums are fp32 in any case.
             return (_narrow(found[0]), found[1]) if func is _ATTENTION else _narrow(found)
-        if func not in _PRODUCTS or not _are_narrow((*args, *kwargs.values())):
+        product = _PRODUCTS.get(func)
+        if product is None or not _are_narrow((*args, *kwargs.values())):
             return func(*args, **kwargs)
-        return _narrow(func(*_widen(args), **_widen(kwargs)))
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        found = _narrow(product(*_widen(args), **_widen(given)))
+        if func is product:
+            return found
+        into = kwargs.get("out", args[0])
+        # An out of another shape is changed, with a warning.
+        return into.copy_(found) if into.shape == found.shape else func(*args, **kwargs)
 
 
 def _is_narrow(value: object) -> bool:

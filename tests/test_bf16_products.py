@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersample import bf16_products as module
+from layersample.activations.save_memory import save_memory
 from layersample.bf16_products import fast_products, how_bf16_is_computed
 from layersample.environment import has_bf16
 from layersample.metrics import outlier_ratios, probe_lora
@@ -33,6 +35,36 @@ def test_a_product_is_that_of_fp32_rounded_once(without_bf16: None) -> None:
             assert torch.equal(product, (inputs.float() @ layer.weight.float().T).bfloat16())
 
 
+@pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "matmul"])
+def test_products_into_a_tensor_that_is_there_are_those_into_a_new_one(name: str, without_bf16: None) -> None:
+    left, right, batch = draw(7, 64, seed=5), draw(64, 9, seed=6), draw(3, 7, 64, seed=7)
+    batches = (batch, right.expand(3, 64, 9).contiguous())
+    given = {
+        "mm": (left, right),
+        "matmul": (left, right),
+        "addmm": (draw(7, 9, seed=8), left, right),
+        "bmm": batches,
+        "baddbmm": (draw(3, 7, 9, seed=8), *batches),
+        "addbmm": (draw(7, 9, seed=8), *batches),
+        "mv": (left, right[:, 0].contiguous()),
+        "addmv": (draw(7, seed=8), left, right[:, 0].contiguous()),
+        "dot": (left[0], right[:, 0].contiguous()),
+    }[name]
+    function = getattr(torch, name)
+    expected = function(*(tensor.float() for tensor in given)).bfloat16()
+    into = torch.empty_like(expected)
+    with fast_products(nn.Linear(2, 2).bfloat16()):
+        assert torch.equal(function(*given), expected)
+        assert function(*given, out=into) is into and torch.equal(into, expected)
+        if name.startswith("add") or name == "baddbmm":
+            total = given[0].clone()
+            assert getattr(total, f"{name}_")(*given[1:]) is total and torch.equal(total, expected)
+        wrong = torch.empty(1, 1, 2, dtype=torch.bfloat16)
+        with warnings.catch_warnings(action="ignore"):  # of an out that is resized
+            function(*given, out=wrong)
+    assert wrong.shape == expected.shape
+
+
 def test_differs_from_bf16_by_the_order_of_sums_alone(without_bf16: None) -> None:
     layer, inputs = nn.Linear(256, 64, bias=False).bfloat16(), draw(50, 256, seed=2)
     plain = layer(inputs)
@@ -52,8 +84,13 @@ def test_gradients_pass(without_bf16: None) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frozen_head", [None, False, True])
 def test_backward_and_a_second_forward_are_among_them(
-    attention: str, checkpointing: bool, without_bf16: None, monkeypatch: pytest.MonkeyPatch
+    attention: str,
+    checkpointing: bool,
+    frozen_head: bool | None,
+    without_bf16: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Products that backward runs are computed alike, and what is kept for it stays bf16."""
     slow: list[str] = []
@@ -61,9 +98,13 @@ def test_backward_and_a_second_forward_are_among_them(
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func)
-            if any(part in name for part in ("mm", "attention")) and args[0].dtype == torch.bfloat16:
+            kwargs = kwargs or {}
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            if any(part in name for part in ("mm", "mv", "attention", "linear", "matmul")) and any(
+                tensor.dtype == torch.bfloat16 for tensor in tensors
+            ):
                 slow.append(name)
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     gradients: dict[bool, dict[str, Any]] = {}
     kept: dict[bool, list[torch.dtype]] = {False: [], True: []}
@@ -71,6 +112,9 @@ def test_backward_and_a_second_forward_are_among_them(
         monkeypatch.setattr(module, "has_bf16", lambda fast=fast: not fast)
         model: Any = make_llama(2, dtype=torch.bfloat16)
         model.set_attn_implementation(attention)
+        if frozen_head is not None:  # a chunked loss multiplies into buffers of its own
+            model.get_output_embeddings().weight.requires_grad_(not frozen_head)
+            save_memory(model, loss_chunk=5, recompute=False)
         if checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -85,7 +129,7 @@ def test_backward_and_a_second_forward_are_among_them(
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             model(**make_batch()).loss.backward()
-        gradients[fast] = {name: p.grad for name, p in model.named_parameters()}
+        gradients[fast] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert bool(slow) is not fast, slow
         slow.clear()
     assert kept[True] == kept[False]
