@@ -27,7 +27,7 @@ _ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 # Those of several names are taken apart into the others, but not in torch.inference_mode.
 _NAMES = (
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul"),
-    *("scaled_dot_product_attention", "convolution", "convolution_backward"),
+    *("_grouped_mm", "scaled_dot_product_attention", "convolution", "convolution_backward"),
 )
 
 
@@ -118,13 +118,16 @@ def _is_narrow(value: object) -> bool:
 
 
 def _are_narrow(values: tuple[Any, ...]) -> bool:
-    """Whether all tensors are: what mixes types is an error, and stays one."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    """Whether all numbers are: what mixes types is an error, and stays one. Offsets of groups are whole ones."""
+    if any(isinstance(value, torch.dtype) and value != torch.bfloat16 for value in values):
+        return False  # the type of what comes out
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     return bool(tensors) and all(map(_is_narrow, tensors))
 
 
 def _widen(values: Any) -> Any:
-    return tree_map_only(Tensor, lambda value: value.float() if _is_narrow(value) else value, values)
+    wide = tree_map_only(Tensor, lambda value: value.float() if _is_narrow(value) else value, values)
+    return tree_map_only(torch.dtype, lambda _: torch.float32, wide)
 
 
 def _narrow(values: Any) -> Any:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +67,17 @@ def test_products_into_a_tensor_that_is_there_are_those_into_a_new_one(name: str
     assert wrong.shape == expected.shape
 
 
+def test_products_of_groups_are_among_them(without_bf16: None) -> None:
+    """As a mixture's experts have them."""
+    inputs, weights = draw(12, 32, seed=9), draw(3, 32, 16, seed=10)
+    ends = torch.tensor([4, 4, 12], dtype=torch.int32)
+    multiply: Any = torch._grouped_mm
+    expected = multiply(inputs.float(), weights.float(), offs=ends).bfloat16()
+    with fast_products(nn.Linear(2, 2).bfloat16()):
+        for more in ({}, {"out_dtype": torch.bfloat16}):
+            assert torch.equal(multiply(inputs, weights, offs=ends, **more), expected)
+
+
 def test_differs_from_bf16_by_the_order_of_sums_alone(without_bf16: None) -> None:
     layer, inputs = nn.Linear(256, 64, bias=False).bfloat16(), draw(50, 256, seed=2)
     plain = layer(inputs)
@@ -85,7 +98,9 @@ def test_gradients_pass(without_bf16: None) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("frozen_head", [None, False, True])
+@pytest.mark.parametrize("make", [partial(make_llama, 2), make_mixtral])
 def test_backward_and_a_second_forward_are_among_them(
+    make: Callable[..., Any],
     attention: str,
     checkpointing: bool,
     frozen_head: bool | None,
@@ -110,7 +125,7 @@ def test_backward_and_a_second_forward_are_among_them(
     kept: dict[bool, list[torch.dtype]] = {False: [], True: []}
     for fast in (False, True):
         monkeypatch.setattr(module, "has_bf16", lambda fast=fast: not fast)
-        model: Any = make_llama(2, dtype=torch.bfloat16)
+        model = make().bfloat16()
         model.set_attn_implementation(attention)
         if frozen_head is not None:  # a chunked loss multiplies into buffers of its own
             model.get_output_embeddings().weight.requires_grad_(not frozen_head)

@@ -21,6 +21,7 @@ from .jobs import WITHOUT_RATE, Job
 from .stored_lines import Line, check_line, has_steps, machine_in_words, machine_of
 from .suite import Suite, make_suite
 from .suite_files import read_stored_keys
+from .suite_keys import SEARCH_SEEDS
 
 SEARCHES = "search"  # the folder of searches for recipes, in that of the benchmark
 # A final run's own key leaves out the learning rate, on which a timing doesn't depend.
@@ -187,7 +188,8 @@ class Results:
         """The suite of now, with the other rows of one before, which must be the same in all else."""
         asked, there = self.suite.model_dump(mode="json"), stored.model_dump(mode="json")
         decisive = {**self.suite.identity(), **stored.identity()}
-        if different := [key for key in asked if key in decisive and asked[key] != there[key]]:
+        kept = [key for key in asked if key in decisive or key in SEARCH_SEEDS]
+        if different := [key for key in kept if asked[key] != there[key]]:
             key = different[0]
             raise ConfigError(
                 f"{self.folder} holds the results of another suite: its {key} is {there[key]!r}, but {asked[key]!r} "

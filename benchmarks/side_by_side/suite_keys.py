@@ -5,12 +5,16 @@ from __future__ import annotations
 from layersample.config import TrainConfig
 from layersample.options import Role, names_with
 
+# What rates were tried with. It decides which rate is chosen, but no number of a run.
+SEARCH_SEEDS = ("search_seed", "search_seeds")
+
 # What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
 MAY_CHANGE = {
     "methods",
     "seeds",
     "learning_rates",
     "search_extensions",
+    *SEARCH_SEEDS,
     "baseline",
     "confidence",
     "equivalence",
