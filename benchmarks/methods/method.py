@@ -31,6 +31,8 @@ class Prepared:
         weight_tensors: Gives all tensors that hold weights besides the model's parameters and buffers.
         as_saved: Has the model compute with what a user keeps of it, where that isn't what it trains with: weights
             that are rounded while they train.
+        merged: Gives the model that a user would save, for other programs to load; needed where that is neither the
+            model nor what PEFT merges by itself.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Prepared:
     optimizer_tensors: Callable[[], Iterable[Tensor]] | None = None
     weight_tensors: Callable[[], Iterable[Tensor]] = tuple
     as_saved: Callable[[], AbstractContextManager[None]] | None = None
+    merged: Callable[[], nn.Module] | None = None
 
 
 Prepare = Callable[[nn.Module, TrainConfig], Prepared]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layersample.config import TrainConfig
@@ -37,14 +37,14 @@ def qlora_4bit(model: nn.Module, config: TrainConfig) -> Prepared:
     References:
         arXiv 2305.14314.
     """
-    return dataclasses.replace(_prepare(model, config), as_saved=None)
+    return _prepare(model, config, keep_rounded=True)
 
 
-def _prepare(model: nn.Module, config: TrainConfig) -> Prepared:
+def _prepare(model: nn.Module, config: TrainConfig, *, keep_rounded: bool = False) -> Prepared:
     """Adapters beside layers in 4 bits, whose exact weights can come back to be scored."""
     from peft import prepare_model_for_kbit_training
 
-    exact = _quantize(model, config)
+    dtype, exact = next(model.parameters()).dtype, _quantize(model, config)
     quantizable: Any = model
     quantizable.is_loaded_in_4bit = True  # as transformers marks one that it has quantized while loading
     # The Trainer switches checkpointing on, as for every other method.
@@ -71,7 +71,39 @@ def _prepare(model: nn.Module, config: TrainConfig) -> Prepared:
                 yield from (state.absmax, state.code)
                 state = state.state2
 
-    return Prepared(adapted, weight_tensors=scales, as_saved=as_saved)
+    def merged() -> nn.Module:
+        return _merge(adapted, {} if keep_rounded else exact, dtype)
+
+    return Prepared(
+        adapted, weight_tensors=scales, as_saved=None if keep_rounded else as_saved, merged=merged
+    )
+
+
+def _merge(adapted: Any, exact: Mapping[str, nn.Linear], dtype: torch.dtype) -> nn.Module:
+    """A plain model of adapters and the weights that they are beside: the exact ones where they are given.
+
+    PEFT would merge into four bits, and round once more.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = adapted.get_base_model()
+    state = {
+        name: own
+        for name, own in base.state_dict().items()
+        if "base_layer" not in name and "lora_" not in name
+    }
+    for name, layer in base.named_modules():
+        if not hasattr(layer, "base_layer"):
+            continue
+        beside = exact.get(name, layer.base_layer)
+        packed = getattr(beside.weight, "quant_state", None)
+        weight = beside.weight if packed is None else dequantize_4bit(beside.weight.data, packed)
+        state[f"{name}.weight"] = weight.float() + layer.get_delta_weight("default").float()
+        if beside.bias is not None:
+            state[f"{name}.bias"] = beside.bias
+    plain: nn.Module = type(base)(copy.deepcopy(base.config)).to(base.device, dtype)
+    plain.load_state_dict(state)
+    return plain
 
 
 def _quantize(model: nn.Module, config: TrainConfig) -> dict[str, nn.Linear]:

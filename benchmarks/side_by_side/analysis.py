@@ -159,7 +159,9 @@ def _row(
         summary=next((run["summary"] for run in runs), ""),
         trials=tuple(trials),
         rate=runs[0]["learning_rate"] if runs else None,
-        errors=tuple((line["key"], line["error"]) for line in lines if "error" in line),
+        errors=tuple(
+            (line["key"], line[kind]) for line in lines for kind in ("error", "lm_eval_error") if kind in line
+        ),
         runs=tuple(runs),
         failed=_failed(lines),
         loss=loss,

@@ -19,20 +19,28 @@ from transformers import PreTrainedTokenizerBase
 
 from layersample.errors import ConfigError, first_line
 
-Scores = dict[str, dict[str, float]]
+_TOKENS = 256  # that the harness generates where a task doesn't say how many
 
 # Those that its own command sets before it scores: all runs then see the same examples, and those that it would.
 _RANDOM_SEED, _SEED = 0, 1234
 
 
-def check_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> None:
+def check_tasks(names: Sequence[str], folder: Path | None, limit: int | None, positions: int | None) -> None:
     """Make sure that tasks can be asked, before anything trains.
 
+    Args:
+        names: Of tasks, as in :func:`load_tasks`.
+        folder: Task files of the user's.
+        limit: Examples of each task, at most.
+        positions: Tokens that the model reads at most; ``None`` where there is no limit.
+
     Raises:
-        ConfigError: As :func:`load_tasks`; if there is a folder or a limit, but no task.
+        ConfigError: As :func:`load_tasks`; if an answer would be longer than the model reads; if there is a folder or
+            a limit, but no task.
     """
     if names:
-        load_tasks(names, folder)
+        for name, task in load_tasks(names, folder)["tasks"].items():
+            _check_answers(name, task, positions)
     elif folder is not None or limit is not None:
         raise ConfigError(
             "lm_eval_tasks and lm_eval_limit are of tasks of lm-evaluation-harness, but none is named: give --lm-eval."
@@ -101,6 +109,19 @@ def _check(name: str, task: Any) -> None:
     task.set_fewshot_seed(seed=_SEED)  # some have been drawn
 
 
+def _check_answers(name: str, task: Any, positions: int | None) -> None:
+    """Make sure that a prompt finds room beside the answer: the harness cuts it to what is left."""
+    if task.OUTPUT_TYPE != "generate_until" or positions is None:
+        return
+    given = task.get_config("generation_kwargs") or {}
+    tokens = given.get("max_gen_toks") or given.get("max_new_tokens") or given.get("max_tokens") or _TOKENS
+    if tokens >= positions:
+        raise ConfigError(
+            f"lm_eval: answers must be shorter than the {positions} tokens that the model reads, but the task "
+            f"{name!r} has them generated to {tokens}: lower max_gen_toks in its file."
+        )
+
+
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,7 +129,7 @@ def evaluate(
     folder: Path | None,
     *,
     limit: int | None,
-) -> Scores:
+) -> dict[str, Any]:
     """Save a model, and have the harness load and score it.
 
     Args:
@@ -119,7 +140,8 @@ def evaluate(
         limit: Examples of each task, at most.
 
     Returns:
-        For each task and group, its metrics as the harness names them, those that are finite.
+        ``"lm_eval"``: for each task and group, its metrics as the harness names them, those that are finite; and
+        ``"lm_eval_higher_is_better"``: for each task and group, what is known of them.
 
     Raises:
         ConfigError: As :func:`load_tasks`.
@@ -139,7 +161,13 @@ def evaluate(
         found: Mapping[str, Any] = lm_eval.evaluate(
             scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=False
         )
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    return {
+        "lm_eval": {task: _numbers(metrics) for task, metrics in found["results"].items()},
+        "lm_eval_higher_is_better": {
+            task: {metric: up for metric, up in known.items() if up is not None}
+            for task, known in found.get("higher_is_better", {}).items()
+        },
+    }
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

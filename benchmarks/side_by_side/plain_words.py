@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from statistics import fmean
 from typing import Any
 
 from .analysis import Analysis
@@ -65,9 +66,26 @@ def _takes(row: Row, analysis: Analysis) -> str:
     return f", with {' and '.join(parts)}" if parts else ""
 
 
+def score_columns(analysis: Analysis) -> list[tuple[str, str]]:
+    """Task and metric of all that the harness scored."""
+    return sorted({column for row in analysis.finished for column in row.scores})
+
+
 def table(analysis: Analysis) -> list[dict[str, Any]]:
     """The numbers of each finished method, for other programs; ``None`` where one wasn't measured."""
-    return [_numbers(row, analysis) for row in analysis.finished]
+    columns = score_columns(analysis)
+    return [
+        {
+            **_numbers(row, analysis),
+            **{
+                f"lm_eval {task} {metric}": fmean(values)
+                if (values := row.scores.get((task, metric)))
+                else None
+                for task, metric in columns
+            },
+        }
+        for row in analysis.finished
+    ]
 
 
 def _numbers(row: Row, analysis: Analysis) -> dict[str, Any]:

@@ -164,6 +164,17 @@ class Row:
         return median(shares) if shares else None
 
     @property
+    def scores(self) -> dict[tuple[str, str], list[float]]:
+        """What the harness scored, one number a seed, by task and metric; nothing that isn't there of all seeds."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for run in self.runs:
+            for task, metrics in run.get("lm_eval", {}).items():
+                for metric, value in metrics.items():
+                    if "_stderr" not in metric:
+                        found.setdefault((task, metric), []).append(value)
+        return {column: values for column, values in found.items() if len(values) == len(self.runs)}
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Tokens that go through a step in a second, as its seconds are timed."""
         return fmean(run["tokens_per_second"] for run in self.timed) if self.timed else None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .analysis import Analysis
+from .comparison import estimate
+from .plain_words import score_columns
 from .power_words import power_afterwards
 from .rows import Row
-from .stored_lines import Line
 from .suite import Suite
-from .wording import DASH, mib, number, part_of, seconds
+from .wording import DASH, mib, number, part_of, seconds, with_interval
 
 _TIME_TOLERANCE = 0.1  # as far as seconds of runs repeat that have others beside them
 
@@ -168,24 +169,29 @@ def _choice(value: Any) -> str:
 
 def harness(analysis: Analysis) -> dict[str, Any]:
     """What the harness scored: a column for each task's metric, and a row a method; the mean over seeds."""
-    rows = [row for row in analysis.finished if all(run.get("lm_eval") for run in row.runs)]
-    scores = [run["lm_eval"] for row in rows for run in row.runs]
-    columns = sorted(
-        {
-            (task, key)
-            for one in scores
-            for task, metrics in one.items()
-            for key in metrics
-            if "_stderr" not in key
-        }
-    )
+    columns = score_columns(analysis)
+    level = analysis.suite.confidence
     return {
-        "columns": [f"{task}: {key}" for task, key in columns],
+        "columns": [f"{task}: {metric}{_direction(analysis, task, metric)}" for task, metric in columns],
         "rows": [
-            [row.name, *(number(row.mean(_metric(*column)), "{:.4f}") for column in columns)] for row in rows
+            [
+                row.name,
+                *(
+                    with_interval(estimate(values, level) if (values := row.scores.get(column)) else None, 4)
+                    for column in columns
+                ),
+            ]
+            for row in analysis.finished
+            if row.scores
         ],
     }
 
 
-def _metric(task: str, key: str) -> Callable[[Line], float | None]:
-    return lambda run: run["lm_eval"].get(task, {}).get(key)
+def _direction(analysis: Analysis, task: str, metric: str) -> str:
+    """Which scores are good, where the harness knows it; a metric's filter stands behind a comma."""
+    known = {
+        run.get("lm_eval_higher_is_better", {}).get(task, {}).get(metric.partition(",")[0])
+        for row in analysis.finished
+        for run in row.runs
+    } - {None}
+    return f" ({'higher' if known == {True} else 'lower'} is better)" if len(known) == 1 else ""

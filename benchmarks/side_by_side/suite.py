@@ -299,12 +299,13 @@ class Suite(Options):
                 can't be read, is too small, or its answers can't be judged.
         """
         # Seconds of imports, and an extra: reports and the command's help need neither.
+        from layersample.lengths import positions_of
         from layersample.training.arguments import training_arguments
         from layersample.training.models import load_config
 
         from .harness import check_tasks
 
-        load_config(self.model)
+        shape = load_config(self.model)
         for entry in self.entries:
             if (config := self.final_config(entry)).trainer:
                 training_arguments(config, Path("unused"))
@@ -315,7 +316,8 @@ class Suite(Options):
         if task.has_answers:
             right_answers(task, self.problems(parts))
         load_data(self.other_text)
-        check_tasks(self.lm_eval, self.lm_eval_tasks, self.lm_eval_limit)
+        positions = None if shape is None else positions_of(shape)
+        check_tasks(self.lm_eval, self.lm_eval_tasks, self.lm_eval_limit, positions)
 
     def problems(self, parts: Splits) -> list[dict[str, Any]]:
         """The test problems that are answered in full."""

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from layersample.activations.save_memory import save_memory
 from layersample.bf16_products import fast_products
 from layersample.environment import environment
-from layersample.errors import ConfigError
+from layersample.errors import ConfigError, first_line
 from layersample.layers.find import find_layers
 from layersample.lengths import fit_length
 from layersample.optim.memory_use import optimizer_tensors
@@ -96,7 +96,7 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
             scores = _train(suite, job, trainer, tokenizer, prepared.as_saved, before)
             if job.stage == "final" and suite.lm_eval:
                 with (prepared.as_saved or nullcontext)():
-                    scores["lm_eval"] = _score_by_harness(suite, trainer, tokenizer)
+                    scores |= _score_by_harness(suite, trainer, tokenizer, prepared.merged)
     return {
         "training_loss": [step["loss"] for step in recorder.steps],
         **scores,
@@ -264,12 +264,19 @@ def _choices_in_held_out(
 
 
 def _score_by_harness(
-    suite: Suite, trainer: TimedTrainer, tokenizer: PreTrainedTokenizerBase
+    suite: Suite,
+    trainer: TimedTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    merged: Callable[[], nn.Module] | None,
 ) -> dict[str, Any]:
+    """What the harness scores, or why it couldn't: what has been trained and measured isn't lost for it."""
     from .harness import evaluate  # seconds of imports, and an extra
 
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    return evaluate(trained, tokenizer, suite.lm_eval, suite.lm_eval_tasks, limit=suite.lm_eval_limit)
+    try:
+        trained = trainer.accelerator.unwrap_model(trainer.model) if merged is None else merged()
+        return evaluate(trained, tokenizer, suite.lm_eval, suite.lm_eval_tasks, limit=suite.lm_eval_limit)
+    except Exception as error:  # whatever a task's code does
+        return {"lm_eval_error": str(error) if isinstance(error, ConfigError) else first_line(error)}
 
 
 class LossCurve(TrainerCallback):

@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from layersample import ConfigError
 from layersample.training.models import load_model
-from layersample_benchmarks.side_by_side import harness
+from layersample_benchmarks.side_by_side import harness, plain_words, sections, training
+from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.fingerprints import fingerprint
 from layersample_benchmarks.side_by_side.jobs import Job
+from layersample_benchmarks.side_by_side.scoring import mean_loss
 from layersample_benchmarks.side_by_side.suite import Suite
 from layersample_benchmarks.side_by_side.training import run_job
 
@@ -63,6 +66,88 @@ def test_a_run_s_saved_model_is_scored_by_the_harness(
 
 
 @needs_harness
+@pytest.mark.parametrize("method", ["qlora", "qlora-4bit"])
+def test_adapters_beside_four_bits_are_merged_as_a_user_keeps_them(
+    method: str, make_tiny: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the exact model or the rounded one: what is saved has the loss that the run has measured."""
+    saved: list[float] = []
+
+    def evaluate(model: Any, tokenizer: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        assert type(model).__name__ == "LlamaForCausalLM" and not getattr(model, "is_loaded_in_4bit", False)
+        trainer = made[-1]
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "model", model)
+            saved.append(mean_loss(trainer, "held_out"))
+        return {"lm_eval": {}}
+
+    made: list[Any] = []
+    make = training._make_trainer
+
+    def keep(*given: Any) -> Any:
+        found = make(*given)
+        made.append(found[0])
+        return found
+
+    monkeypatch.setattr(training, "_make_trainer", keep)
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    suite = make_tiny([method], lm_eval=["any"])
+    measured = run_job(suite, Job(method, "final", 0, 1e-2, 3), lambda step: None)
+    assert "lm_eval_error" not in measured, measured["lm_eval_error"]
+    assert saved == [pytest.approx(measured["loss"]["held_out"][-1], rel=1e-4)]
+
+
+@needs_harness
+@pytest.mark.parametrize("method", ["qlora", "qlora-4bit"])
+def test_the_harness_loads_what_was_merged(
+    method: str, tasks: Path, make_tiny: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    suite = make_tiny([method], lm_eval=["own_task"], lm_eval_tasks=tasks)
+    measured = run_job(suite, Job(method, "final", 0, 1e-2, 1), lambda step: None)
+    assert measured["lm_eval"]["own_task"]["acc"] in (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("error", [ConfigError("a task is gone"), RuntimeError("broken\ntrace")])
+def test_a_run_is_kept_where_the_harness_fails_after_it(
+    error: Exception, make_tiny: Callable[..., Suite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "evaluate", Mock(side_effect=error))
+    suite = make_tiny(["lisa"], lm_eval=["any"], learning_rates=[1e-2], seeds=[0])
+    measured = run_job(suite, Job("lisa", "final", 0, 1e-2, 1), lambda step: None)
+    assert (
+        measured["lm_eval_error"] in ("a task is gone", "RuntimeError: broken") and "lm_eval" not in measured
+    )
+    line = {"key": "final/lisa/seed-0", "method": "lisa", "stage": "final", "seed": 0, "learning_rate": 1e-2}
+    (row,) = analyze(suite, [{**line, **measured}]).rows
+    assert row.runs and not row.failed and row.errors == (("final/lisa/seed-0", measured["lm_eval_error"]),)
+
+
+def test_scores_are_in_the_page_and_in_its_tables(
+    make_tiny: Callable[..., Suite], made_up: Callable[..., Any]
+) -> None:
+    suite = make_tiny(["full", "lisa"], lm_eval=["any"], learning_rates=[1e-2], seeds=[0, 1])
+    lines = [
+        {
+            **{"method": entry.name, "stage": "final", "seed": job.seed, "learning_rate": 1e-2},
+            **made_up(job, 1.0),
+            "lm_eval": {"own": {"acc|x,strict": 0.25 + 0.5 * job.seed, "acc_stderr,strict": 0.1, "ppl": 2.0}},
+            "lm_eval_higher_is_better": {"own": {"acc|x": True}},
+        }
+        for entry in suite.entries
+        for job in suite.final_jobs(entry, 1e-2)
+    ]
+    del lines[1]["lm_eval"]["own"]["ppl"]  # of one seed alone: of no use as a mean
+    analysis = analyze(suite, lines)
+    shown = sections.harness(analysis)
+    assert shown["columns"] == ["own: acc|x,strict (higher is better)", "own: ppl"]
+    assert shown["rows"] == [["full", "0.5000 ± 3.1766", "–"], ["lisa", "0.5000 ± 3.1766", "2.0000 ± 0.0000"]]
+    numbers = plain_words.table(analysis)
+    assert [row["lm_eval own acc|x,strict"] for row in numbers] == [0.5, 0.5]
+    assert [row["lm_eval own ppl"] for row in numbers] == [None, 2.0]
+
+
+@needs_harness
 def test_a_task_that_is_unknown_or_has_no_data_is_one_sentence(
     tasks: Path, make_tiny: Callable[..., Suite]
 ) -> None:
@@ -93,7 +178,8 @@ def test_equal_models_have_equal_scores(
     write(tasks, "shown", num_fewshot=3, fewshot_split="train", metric_list=[{"metric": "brier_score"}])
     model, tokenizer = load_model(str(tiny_model))
     found = [harness.evaluate(model, tokenizer, ["shown"], tasks, limit=None) for _ in range(2)]
-    assert found[0] == found[1] and found[0]["shown"]
+    assert found[0] == found[1] and found[0]["lm_eval"]["shown"]
+    assert found[0]["lm_eval_higher_is_better"]["shown"] == {"brier_score": False}
     shown = [
         [instance.args for instance in task.instances]
         for task in (harness.load_tasks(["shown"], tasks)["tasks"]["shown"] for _ in range(2))
@@ -110,9 +196,8 @@ def test_groups_in_groups_are_scored(
     for name, members in (("inner", ["own_task", "other_task"]), ("outer", ["inner"])):
         (tasks / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
     model, tokenizer = load_model(str(tiny_model))
-    assert {"own_task", "other_task"} <= harness.evaluate(
-        model, tokenizer, ["outer"], tasks, limit=None
-    ).keys()
+    scores = harness.evaluate(model, tokenizer, ["outer"], tasks, limit=None)["lm_eval"]
+    assert {"own_task", "other_task"} <= scores.keys()
 
 
 @needs_harness
@@ -123,6 +208,16 @@ def test_groups_in_groups_are_scored(
         ({"doc_to_text": "{{nope.x}}"}, "bad can't be used .*see their files"),
         ({"num_fewshot": 9, "fewshot_split": "train"}, "'bad' can't be asked .*see its file"),
         ({"metric_list": [{"metric": "no_such_metric"}]}, "bad can't be used .*see their files"),
+        (
+            {
+                **{"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{right}}"},
+                **{
+                    "generation_kwargs": {"until": ["."], "max_gen_toks": 9999},
+                    "metric_list": [{"metric": "exact_match"}],
+                },
+            },
+            r"answers must be shorter than the \d+ tokens that the model reads, but the task 'bad' .* to 9999",
+        ),
     ],
 )
 def test_a_task_that_can_not_be_asked_is_refused_before_anything_trains(
