@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from layersample.registry import PLUGIN_PREFIX, list_projections, list_samplers
 from layersample.training.readers import files_of, is_file_source
 
@@ -23,9 +25,9 @@ _PART = 2**20  # bytes of each end of a large file; training changes all of its 
 def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
 
-    The content of files counts: of the data, of other text, of a model's folder, of tasks for the harness, and of the
-    plug-in that the method, its sampler or its projection comes from. Of a file above 2 MiB its size and both ends
-    count.
+    The content of files counts: of the data, of other text, of a model's folder, of tasks for the harness and of data
+    that they name, and of the plug-in that the method, its sampler or its projection comes from. Of a file above 2 MiB
+    its size and both ends count.
 
     Raises:
         ConfigError: If a file of data is missing.
@@ -69,11 +71,38 @@ def _model_files(model: Path) -> list[Path]:
 
 
 def _harness_files(suite: Suite) -> list[Path]:
-    """The files of the user's tasks, where the harness scores any."""
+    """The files of the user's tasks, where the harness scores any, and the files of data that they name."""
     if suite.lm_eval_tasks is None or not suite.lm_eval:
         return []
     folder = Path(suite.lm_eval_tasks)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not _is_ignored(p.relative_to(folder)))
+    own = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_ignored(p.relative_to(folder)))
+    named = {Path(text) for path in own if path.suffix == ".yaml" for text in _texts([_read_task(path)])}
+    elsewhere = sorted(
+        path for path in named if _is_file(path) and path.resolve() not in {p.resolve() for p in own}
+    )
+    return [*own, *elsewhere]
+
+
+def _read_task(path: Path) -> Any:
+    """What a task's file holds, but for what its own tags stand for (functions, other files)."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+    except (yaml.YAMLError, UnicodeDecodeError):  # the harness says what is wrong with it
+        return None
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Plain YAML, whatever tags there are."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a template is no path, and may be too long for one
+        return False
 
 
 def _is_ignored(path: Path) -> bool:

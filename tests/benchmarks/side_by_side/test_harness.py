@@ -240,6 +240,22 @@ def test_what_python_compiles_of_a_task_is_none_of_its_files(
     assert fingerprint(suite, suite.entries[0]) != before
 
 
+def test_data_that_a_task_names_is_among_its_files(
+    tasks: Path, make_tiny: Callable[..., Suite], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_text('{"text": "a?", "right": 0}\n')
+    (tasks / "other.yaml").write_text(
+        f"task: other\nprocess_docs: !function utils.pick\ndataset_kwargs: {{data_files: {{train: [{elsewhere}]}}}}\n"
+        f"doc_to_text: {'x' * 5000}\n"
+    )
+    (tasks / "broken.yaml").write_text("{")
+    suite = make_tiny(["lisa"], lm_eval=["other"], lm_eval_tasks=tasks)
+    before = fingerprint(suite, suite.entries[0])
+    elsewhere.write_text('{"text": "b?", "right": 1}\n')
+    assert fingerprint(suite, suite.entries[0]) != before
+
+
 def test_keys_of_the_harness_without_a_task_are_refused(tasks: Path, make_tiny: Callable[..., Suite]) -> None:
     for keys in ({"lm_eval_tasks": tasks}, {"lm_eval_limit": 3}):
         with pytest.raises(ConfigError, match="but none is named: give --lm-eval"):
