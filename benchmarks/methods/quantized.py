@@ -72,14 +72,15 @@ def _prepare(model: nn.Module, config: TrainConfig, *, keep_rounded: bool = Fals
                 state = state.state2
 
     def merged() -> nn.Module:
-        return _merge(adapted, {} if keep_rounded else exact, dtype)
+        plain: nn.Module = _merge(adapted, {} if keep_rounded else exact, dtype)
+        return plain
 
     return Prepared(
         adapted, weight_tensors=scales, as_saved=None if keep_rounded else as_saved, merged=merged
     )
 
 
-def _merge(adapted: Any, exact: Mapping[str, nn.Linear], dtype: torch.dtype) -> nn.Module:
+def _merge(adapted: Any, exact: Mapping[str, nn.Linear], dtype: torch.dtype) -> Any:
     """A plain model of adapters and the weights that they are beside: the exact ones where they are given.
 
     PEFT would merge into four bits, and round once more.
@@ -98,11 +99,14 @@ def _merge(adapted: Any, exact: Mapping[str, nn.Linear], dtype: torch.dtype) -> 
         beside = exact.get(name, layer.base_layer)
         packed = getattr(beside.weight, "quant_state", None)
         weight = beside.weight if packed is None else dequantize_4bit(beside.weight.data, packed)
-        state[f"{name}.weight"] = weight.float() + layer.get_delta_weight("default").float()
+        delta = layer.get_delta_weight("default").float()
+        # The exact ones are none of the model's modules, so they stayed where it was loaded.
+        state[f"{name}.weight"] = (weight.to(delta.device).float() + delta).to(dtype)
         if beside.bias is not None:
             state[f"{name}.bias"] = beside.bias
-    plain: nn.Module = type(base)(copy.deepcopy(base.config)).to(base.device, dtype)
+    plain: Any = type(base)(copy.deepcopy(base.config)).to(base.device, dtype)
     plain.load_state_dict(state)
+    plain.generation_config = copy.deepcopy(base.generation_config)  # where an answer ends
     return plain
 
 

@@ -182,7 +182,7 @@ def _row(
 
 def _standing(loss: Estimate | None, difference: Difference | None, baseline: float | None) -> float | None:
     """What a row is ranked by: means of other seeds than the baseline's say little beside it."""
-    if baseline is not None and difference is not None and difference.count:
+    if baseline is not None and difference is not None:
         return baseline + difference.mean
     return None if loss is None else loss.mean
 

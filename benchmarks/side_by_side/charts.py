@@ -112,6 +112,11 @@ def _against(
     }
     rows = [row for row in analysis.finished if row.name in costs and row.name in losses]
     points = {row.name: (costs[row.name], losses[row.name]) for row in rows}
+    if not points:
+        return ""
+    means = {row.name: row.loss.mean for row in rows if row.loss is not None}
+    ranked = any(abs(means[name] - loss) > 1e-9 for name, (_, loss) in points.items())
+    by = f", by the seeds shared with {analysis.suite.reference}" if ranked else ""
 
     def draw(axes: Axes) -> None:
         axes.step(*_columns([points[name] for name in front if name in points]), where="post", color=GRID)
@@ -120,8 +125,8 @@ def _against(
             mark = "D" if row.name == analysis.suite.reference else "o"
             size = 7 if row.name in front else 5
             (point,) = axes.plot(x, y, mark, color=color_of(row, analysis), markersize=size)
-            _name(point, row.name, f"{row.name}: {y:.3f} nats, {x:,.0f} {unit}")
-        axes.set(xlabel=label, ylabel="held-out loss (nats a token)")
+            _name(point, row.name, f"{row.name}: {means[row.name]:.3f} nats, {x:,.0f} {unit}")
+        axes.set(xlabel=label, ylabel=f"held-out loss (nats a token{by})")
         axes.margins(0.14)
         axes.grid(linewidth=0.6)
         # What can't be labelled without an overlap has its name on hover and its number in the table.

@@ -145,13 +145,13 @@ def _margin(equal: float | None, not_worse: float | None, alpha: float) -> Margi
 
 
 def _pairs(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, np.ndarray]:
-    """Differences to the baseline of each method, of the seeds that both have."""
+    """Differences to the baseline of each method, of the seeds that both have; nothing of one that shares none."""
     return {
         name: np.array(
             [own[seed] - values[baseline][seed] for seed in sorted(own.keys() & values[baseline].keys())]
         )
         for name, own in values.items()
-        if name != baseline
+        if name != baseline and own.keys() & values[baseline].keys()
     }
 
 

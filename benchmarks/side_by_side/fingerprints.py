@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def fingerprint(suite: Suite, entry: MethodEntry) -> str:
     """What decides the numbers of a method's runs, in a few letters, but for the learning rate and seed of each.
 
     The content of files counts: of the data, of other text, of a model's folder, of tasks for the harness and of data
-    that they name, and of the plug-in that the method, its sampler or its projection comes from. Of a file above 2 MiB
-    its size and both ends count.
+    whose full path they give, and of the plug-in that the method, its sampler or its projection comes from. Of a file
+    above 2 MiB its size and both ends count.
 
     Raises:
         ConfigError: If a file of data is missing.
@@ -76,33 +77,43 @@ def _harness_files(suite: Suite) -> list[Path]:
         return []
     folder = Path(suite.lm_eval_tasks)
     own = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_ignored(p.relative_to(folder)))
-    named = {Path(text) for path in own if path.suffix == ".yaml" for text in _texts([_read_task(path)])}
-    elsewhere = sorted(
-        path for path in named if _is_file(path) and path.resolve() not in {p.resolve() for p in own}
-    )
-    return [*own, *elsewhere]
+    named = {
+        file for path in own if path.suffix == ".yaml" for text in _named_data(path) for file in _files(text)
+    }
+    return [*own, *sorted(named - {path.resolve() for path in own})]
 
 
-def _read_task(path: Path) -> Any:
-    """What a task's file holds, but for what its own tags stand for (functions, other files)."""
+def _named_data(path: Path) -> list[str]:
+    """The texts in which a task's file may name data of its own."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
-    except (yaml.YAMLError, UnicodeDecodeError):  # the harness says what is wrong with it
-        return None
+        task = _TaskLoader(path.read_text(encoding="utf-8")).get_single_data()
+        held = task if isinstance(task, Mapping) else {}
+        return list(_texts([held.get("dataset_path"), held.get("dataset_kwargs")]))
+    except (yaml.YAMLError, ValueError, RecursionError):  # the harness says what is wrong with it
+        return []
 
 
-class _TaskLoader(yaml.SafeLoader):
-    """Plain YAML, whatever tags there are."""
+class _TaskLoader(yaml.BaseLoader):
+    """Plain YAML, whatever tags there are: texts, lists and mappings alone come out of it."""
 
 
 _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
-def _is_file(path: Path) -> bool:
+def _files(text: str) -> list[Path]:
+    """The files that a text names: one, those of a folder, or those of a pattern; a name on the hub is none."""
+    if not Path(text).is_absolute():  # it depends on where the harness runs, which may be elsewhere next time
+        return []
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # a template is no path, and may be too long for one
-        return False
+        found = [Path(text)] if Path(text).exists() else [Path(name) for name in glob(text, recursive=True)]
+        return [
+            file.resolve()
+            for path in found
+            for file in (path.rglob("*") if path.is_dir() else [path])
+            if file.is_file() and not _is_ignored(file.relative_to(path.parent))
+        ]
+    except (OSError, ValueError):  # too long, or with a NUL
+        return []
 
 
 def _is_ignored(path: Path) -> bool:

@@ -115,7 +115,7 @@ def _check_answers(name: str, task: Any, positions: int | None) -> None:
         return
     given = task.get_config("generation_kwargs") or {}
     tokens = given.get("max_gen_toks") or given.get("max_new_tokens") or given.get("max_tokens") or _TOKENS
-    if tokens >= positions:
+    if not str(tokens).isdecimal() or int(tokens) >= positions:
         raise ConfigError(
             f"lm_eval: answers must be shorter than the {positions} tokens that the model reads, but the task "
             f"{name!r} has them generated to {tokens}: lower max_gen_toks in its file."

@@ -55,6 +55,8 @@ class LiveBenchmark:
             words = f"[red]failed:[/] {plain(measured['error'])}"
         else:
             words = _outcome(job, measured)
+        if "lm_eval_error" in measured:
+            words += f"; [red]the harness failed:[/] {plain(measured['lm_eval_error'])}"
         self._ended += 1
         if self._runs is not None:
             self._bar.advance(self._runs)

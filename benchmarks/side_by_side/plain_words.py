@@ -22,7 +22,7 @@ _VERDICTS = {
 
 def best_trade_offs(analysis: Analysis) -> str | None:
     """What a reader wants to know first; ``None`` where there is nothing to compare."""
-    if len(analysis.finished) < 2:
+    if sum(not row.failed for row in analysis.finished) < 2:
         return None
     # At equal time the seconds differ by less than a step: a front of them would be of what was left over.
     fronts = {"time": () if analysis.suite.matches_time else analysis.fast_front, "memory": analysis.front}
@@ -42,9 +42,10 @@ def describe(row: Row, analysis: Analysis) -> str:
     reference = analysis.suite.reference
     said = f"{row.name} ends at {row.loss.mean:.3f} nats"
     if row.failed:
-        return f"{said} in {len(row.runs)} seeds and failed in {len(row.failed)}, so it isn't compared."
+        ended = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}"
+        return f"{said} in {ended} and failed in {len(row.failed)}, so it isn't compared."
     baseline = next((other for other in analysis.finished if other.name == reference), None)
-    if baseline is None or row is baseline:
+    if baseline is None or row is baseline or baseline.failed:
         return f"{said}{_takes(row, analysis)}."
     if row.difference is not None:
         said += f", {signed(row.difference.mean)} to {reference} ({_VERDICTS[row.difference.verdict]})"

@@ -183,7 +183,9 @@ def findings(analysis: Analysis) -> list[str]:
         said.append(f"Nothing is compared: {name}, the baseline, has no run that ended well.")
     elif baseline.failed:
         said.append(f"Nothing is compared: runs of {name}, the baseline, failed ({_seeds(baseline.failed)}).")
-    if rows := [row for row in analysis.rows if row.failed and row is not baseline]:
+    if names := [row.name for row in analysis.rows if row.failed and not row.runs and row is not baseline]:
+        said.append(f"All runs failed of: {', '.join(names)}.")
+    if rows := [row for row in analysis.rows if row.failed and row.runs and row is not baseline]:
         listed = ", ".join(f"{row.name} ({_seeds(row.failed)})" for row in rows)
         said.append(f"Not compared, since the seeds that didn't fail would flatter them: {listed}.")
     for verdict, words in (("lower", "Lower held-out loss than"), ("higher", "Higher held-out loss than")):

@@ -188,7 +188,8 @@ class Results:
         """The suite of now, with the other rows of one before, which must be the same in all else."""
         asked, there = self.suite.model_dump(mode="json"), stored.model_dump(mode="json")
         decisive = {**self.suite.identity(), **stored.identity()}
-        kept = [key for key in asked if key in decisive or key in SEARCH_SEEDS]
+        searched = any(line["stage"] in ("search", "runoff") for line in lines)
+        kept = [key for key in asked if key in decisive or (searched and key in SEARCH_SEEDS)]
         if different := [key for key in kept if asked[key] != there[key]]:
             key = different[0]
             raise ConfigError(

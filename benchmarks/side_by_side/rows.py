@@ -177,7 +177,10 @@ class Row:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens that go through a step in a second, as its seconds are timed."""
-        return fmean(run["tokens_per_second"] for run in self.timed) if self.timed else None
+        own = self.seconds("wall")
+        if not own:
+            return None
+        return fmean(run["tokens_per_second"] * step_seconds(run, "wall") for run in self.timed) / own
 
     @property
     def probabilities(self) -> list[float] | None:

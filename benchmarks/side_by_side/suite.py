@@ -20,7 +20,7 @@ from .entries import MethodEntry, named_entry
 from .jobs import Given, Job, Stage
 from .recipe_space import RecipeSpace
 from .seeds import as_seeds, check_seeds
-from .suite_keys import HARNESS, MATCHING, MAY_CHANGE, SET_HERE, TRAINER_SET_HERE
+from .suite_keys import DECIDES_NOTHING, HARNESS, MATCHING, SET_HERE, TRAINER_SET_HERE
 from .tasks import Splits, get_task, right_answers, split
 
 ALL = "all"
@@ -184,7 +184,7 @@ class Suite(Options):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of all methods."""
-        left_out = MAY_CHANGE | (MATCHING if self.match == "steps" else set())
+        left_out = DECIDES_NOTHING | (MATCHING if self.match == "steps" else set())
         left_out |= set() if self.lm_eval else HARNESS
         if self.attention is None:  # runs may be stored from before it was a key
             left_out |= {"attention"}

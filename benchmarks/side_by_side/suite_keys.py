@@ -8,8 +8,8 @@ from layersample.options import Role, names_with
 # What rates were tried with. It decides which rate is chosen, but no number of a run.
 SEARCH_SEEDS = ("search_seed", "search_seeds")
 
-# What may change from one call to the next: rows, rates and seeds are added, and the report reads the rest.
-MAY_CHANGE = {
+# What decides no number of a run: rows, rates and seeds are added, and the report reads the rest.
+DECIDES_NOTHING = {
     "methods",
     "seeds",
     "learning_rates",

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from layersample_benchmarks.side_by_side.analysis import analyze
-from layersample_benchmarks.side_by_side.charts import all_curves, time_and_loss
+from layersample_benchmarks.side_by_side.charts import all_curves, memory_and_loss, time_and_loss
 from layersample_benchmarks.side_by_side.entries import MethodEntry
-from layersample_benchmarks.side_by_side.plain_words import describe, table
+from layersample_benchmarks.side_by_side.plain_words import best_trade_offs, describe, table
 from layersample_benchmarks.side_by_side.power_words import power_afterwards
 from layersample_benchmarks.side_by_side.report import findings
 from layersample_benchmarks.side_by_side.sections import timing_words
@@ -197,6 +197,41 @@ def test_rows_of_other_seeds_are_ranked_by_the_seeds_that_they_share_with_the_ba
     assert analysis.row("lisa").standing == pytest.approx(2.1) and analysis.row("full").standing == 2.0
 
 
+def test_a_row_that_shares_no_seed_with_the_baseline_is_not_compared(lines: Callable[..., Any]) -> None:
+    entries: list[Any] = [MethodEntry(name="lisa", seeds=[5]), "full"]
+    suite = Suite(methods=entries, seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    found = lines(suite.model_copy(update={"seeds": [5]}), {"lisa": {5: 1.0}, "full": {}})
+    found += lines(suite.model_copy(update={"methods": ["full"]}), {"full": [1.0, 1.2]})
+    analysis = analyze(suite, found)
+    row = analysis.row("lisa")
+    assert row.difference is None and row.standing == 1.0
+    assert "nan" not in describe(row, analysis) + str(table(analysis)) + memory_and_loss(analysis)
+
+
+def test_nothing_is_called_best_where_all_but_one_failed(lines: Callable[..., Any]) -> None:
+    suite = Suite(methods=["full", "lisa"], seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    found = lines(suite, {"full": [1.0, 1.2], "lisa": [0.5, 0.6]})
+    for number in (1, 3):
+        found[number] |= {"key": "k", "error": "nan"}
+    analysis = analyze(suite, found)
+    assert best_trade_offs(analysis) is None and time_and_loss(analysis) == memory_and_loss(analysis) == ""
+    assert "its" not in describe(analysis.row("lisa"), analysis).split("so it")[0]
+    for number in (2, 3):
+        found[number] |= {"key": "k", "error": "nan"}
+    assert "All runs failed of: lisa." in findings(analyze(suite, found))
+
+
+def test_a_picture_says_what_rows_of_other_seeds_are_ranked_by(lines: Callable[..., Any]) -> None:
+    entries: list[Any] = [MethodEntry(name="lisa", seeds=[0]), "full"]
+    suite = Suite(methods=entries, seeds=[0, 1], steps=4, learning_rates=[1e-3])
+    drawn = memory_and_loss(analyze(suite, lines(suite, {"full": [1.0, 3.0], "lisa": [1.1]})))
+    assert "by the seeds shared with full" in drawn and "lisa: 1.100 nats" in drawn
+    alike = suite.model_copy(update={"methods": ["full", "lisa"]})
+    assert "shared" not in memory_and_loss(
+        analyze(alike, lines(alike, {"full": [1.0, 3.0], "lisa": [1.1, 2.0]}))
+    )
+
+
 def test_what_seeds_can_show_is_said_for_each_number_of_them(lines: Callable[..., Any]) -> None:
     few, many = [1.0, 1.3, 1.1], [1.0, 1.3, 1.1, 1.4, 1.25]
     entries: list[Any] = ["full", "lora", MethodEntry(name="lisa", seeds=[0, 1, 2])]
@@ -228,6 +263,8 @@ def test_seconds_a_step_are_those_of_as_many_steps_as_the_runs_have(
     row = analyze(suite, [*lines(suite, {"lisa": [1.0]}), whole]).rows[0]
     assert row.seconds("cpu") == pytest.approx(1.5) and row.seconds("cpu", "forward") == 2.0
     assert row.training_seconds("cpu") == pytest.approx(13.0)
+    alone = whole["tokens_per_second"]
+    assert row.tokens_per_second == pytest.approx(2 * alone), "a step takes half as long as the mean one"
 
 
 def test_seconds_of_several_machines_are_compared_nowhere(lines: Callable[..., Any]) -> None:

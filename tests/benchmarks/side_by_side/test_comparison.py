@@ -91,13 +91,12 @@ def test_seeds_are_paired_by_their_number() -> None:
     ("ours", "verdict"),
     [
         ({0: 1.0}, "not tested"),
-        ({}, "not tested"),
         ({0: 2.0, 1: 2.0}, "not tested"),
         ({0: 1.0, 1: 1.0}, "no difference shown"),
     ],
 )
 def test_too_little_to_test(ours: dict[int, float], verdict: str) -> None:
-    """One seed, no common seed, and differences without any spread."""
+    """One seed, and differences without any spread."""
     difference = compare({"a": ours, "b": {0: 1.0, 1: 1.0}}, "b")["a"]
     assert difference.verdict == verdict and difference.p is None and difference.low is None
 
@@ -164,3 +163,8 @@ def test_methods_at_the_margin_are_called_equal_at_the_stated_rate_at_most(metho
         margins = compare_margins({**values, "base": base}, "base", 0.02)
         called += any(margin.verdict != "not shown" for margin in margins.values())
     assert called / 400 <= 0.08, "5%, but for chance"
+
+
+def test_what_shares_no_seed_with_the_baseline_is_left_out() -> None:
+    values = {"a": {}, "b": {0: 1.0, 1: 1.0}, "c": {7: 1.0}}
+    assert compare(values, "b") == {} and compare_margins(values, "b", 0.1) == {}

@@ -9,10 +9,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
 from layersample import ConfigError
+from layersample.config import TrainConfig
 from layersample.training.models import load_model
+from layersample_benchmarks.methods.catalog import get_method
 from layersample_benchmarks.side_by_side import harness, plain_words, sections, training
 from layersample_benchmarks.side_by_side.analysis import analyze
 from layersample_benchmarks.side_by_side.fingerprints import fingerprint
@@ -95,6 +98,16 @@ def test_adapters_beside_four_bits_are_merged_as_a_user_keeps_them(
     measured = run_job(suite, Job(method, "final", 0, 1e-2, 3), lambda step: None)
     assert "lm_eval_error" not in measured, measured["lm_eval_error"]
     assert saved == [pytest.approx(measured["loss"]["held_out"][-1], rel=1e-4)]
+
+
+def test_a_merged_model_ends_its_answers_where_the_base_does(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model(str(tiny_model), torch.bfloat16)
+    model.generation_config.eos_token_id = [1, 2]
+    prepared = get_method("qlora").prepare(model, TrainConfig(model=str(tiny_model)))
+    assert prepared.merged is not None
+    merged: Any = prepared.merged()
+    assert merged.generation_config.eos_token_id == [1, 2] and merged.dtype == torch.bfloat16
 
 
 @needs_harness
@@ -249,11 +262,20 @@ def test_data_that_a_task_names_is_among_its_files(
         f"task: other\nprocess_docs: !function utils.pick\ndataset_kwargs: {{data_files: {{train: [{elsewhere}]}}}}\n"
         f"doc_to_text: {'x' * 5000}\n"
     )
-    (tasks / "broken.yaml").write_text("{")
+    for number, text in enumerate(("{", "metadata: {date: 2024-02-30}", "dataset_kwargs: &a [*a]", "- a")):
+        (tasks / f"odd-{number}.yaml").write_text(text)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "part.jsonl").write_text("1\n")
+    (tasks / "of_folder.yaml").write_text(f"dataset_path: {folder}\n")
+    (tmp_path / "some-1.csv").write_text("1\n")
+    (tasks / "of_pattern.yaml").write_text(f"dataset_kwargs: {{data_files: '{tmp_path}/some-*.csv'}}\n")
     suite = make_tiny(["lisa"], lm_eval=["other"], lm_eval_tasks=tasks)
-    before = fingerprint(suite, suite.entries[0])
-    elsewhere.write_text('{"text": "b?", "right": 1}\n')
-    assert fingerprint(suite, suite.entries[0]) != before
+    found = [fingerprint(suite, suite.entries[0])]
+    for data in (elsewhere, folder / "part.jsonl", tmp_path / "some-1.csv"):
+        data.write_text("another\n")
+        found.append(fingerprint(suite, suite.entries[0]))
+    assert len(set(found)) == 4
 
 
 def test_keys_of_the_harness_without_a_task_are_refused(tasks: Path, make_tiny: Callable[..., Suite]) -> None:
