@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +72,11 @@ def _prepare(model: nn.Module, config: TrainConfig, *, keep_rounded: bool = Fals
                 yield from (state.absmax, state.code)
                 state = state.state2
 
-    def merged() -> nn.Module:
-        plain: nn.Module = _merge(adapted, {} if keep_rounded else exact, dtype)
-        return plain
-
     return Prepared(
-        adapted, weight_tensors=scales, as_saved=None if keep_rounded else as_saved, merged=merged
+        adapted,
+        weight_tensors=scales,
+        as_saved=None if keep_rounded else as_saved,
+        merged=partial(_merge, adapted, {} if keep_rounded else exact, dtype),
     )
 
 

@@ -45,6 +45,11 @@ class Analysis:
         return tuple(sorted(ended, key=lambda row: (bool(row.failed), row.standing)))
 
     @property
+    def seconds_compare(self) -> bool:
+        """Whether the seconds of all rows are of one machine, and may stand beside each other."""
+        return len(self.machines) < 2
+
+    @property
     def done(self) -> int:
         """Final runs that have ended well."""
         return sum(len(row.runs) for row in self.rows)

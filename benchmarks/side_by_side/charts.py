@@ -93,7 +93,7 @@ def memory_and_loss(analysis: Analysis) -> str:
 
 def time_and_loss(analysis: Analysis) -> str:
     """Seconds of training against held-out loss, with the Pareto front; ``""`` where they are of several machines."""
-    if len(analysis.machines) > 1:
+    if not analysis.seconds_compare:
         return ""
     points = {
         row.name: seconds
@@ -159,7 +159,7 @@ def all_curves(analysis: Analysis) -> str:
     """
     if not any(map(_has_curve, analysis.finished)):
         return ""
-    by_time = analysis.suite.matches_time and len(analysis.machines) < 2
+    by_time = analysis.suite.matches_time and analysis.seconds_compare
 
     def draw(axes: Axes) -> None:
         for row in reversed(analysis.finished):

@@ -50,7 +50,7 @@ def describe(row: Row, analysis: Analysis) -> str:
     if row.difference is not None:
         said += f", {signed(row.difference.mean)} to {reference} ({_VERDICTS[row.difference.verdict]})"
     takes = [("memory", row.memory_bytes, baseline.memory_bytes)]
-    if len(analysis.machines) < 2:
+    if analysis.seconds_compare:
         clock = analysis.clock
         takes.insert(0, ("seconds", row.training_seconds(clock), baseline.training_seconds(clock)))
     parts = [f"{own / other:.2f} of its {what}" for what, own, other in takes if own is not None and other]

@@ -204,7 +204,7 @@ def findings(analysis: Analysis) -> list[str]:
         said.append(f"Not tested, for want of seeds that differ: {', '.join(row.name for row in rows)}.")
     if len(analysis.front) > 1:
         said.append(f"No method here has both less memory and less loss than: {', '.join(analysis.front)}.")
-    if len(analysis.machines) > 1:
+    if not analysis.seconds_compare:
         said.append(
             f"Seconds are of several machines ({'; '.join(analysis.machines)}), so don't compare them."
         )

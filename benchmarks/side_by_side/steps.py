@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from .clock import PHASES
@@ -19,7 +20,7 @@ def times(recorder: Recorder, *, each: bool) -> dict[str, Any]:
     """
     quiet = recorder.quiet
     seconds = {
-        kind: {phase: mean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
+        kind: {phase: fmean([s["seconds"].get(phase, {}).get(kind, 0.0) for s in quiet]) for phase in PHASES}
         for kind in ("cpu", "wall")
     }
     wall = sum(seconds["wall"].values())
@@ -30,7 +31,7 @@ def times(recorder: Recorder, *, each: bool) -> dict[str, Any]:
             "first_step": _beyond_others(recorder.steps[0], seconds),
             **({"each": _each(recorder, seconds)} if each else {}),
         },
-        "tokens_per_second": mean([step["tokens"] for step in quiet]) / wall,
+        "tokens_per_second": fmean([step["tokens"] for step in quiet]) / wall,
     }
 
 
@@ -85,11 +86,8 @@ def layers_over_time(recorder: Recorder, names: list[str]) -> dict[str, Any]:
         "layers": names,
         "active": spans,  # first step, last step, indices of the layers that trained
         "coverage": len(last) / len(names),
-        "staleness": mean([len(steps) - last.get(index, 0) for index in range(len(names))]),
-        "inclusion_probabilities": [mean(column) for column in zip(*chances, strict=True)] if known else None,
+        "staleness": fmean([len(steps) - last.get(index, 0) for index in range(len(names))]),
+        "inclusion_probabilities": [fmean(column) for column in zip(*chances, strict=True)]
+        if known
+        else None,
     }
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean of one value at least."""
-    return sum(values) / len(values)

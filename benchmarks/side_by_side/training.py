@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from .clock import PhaseClock
 from .jobs import Job
 from .recorder import Recorder, TimedTrainer, peak_bytes, put_around
 from .scoring import HeldOut, choice_tokens, mean_loss, score_held_out, share_right
-from .steps import layers_over_time, mean, times
+from .steps import layers_over_time, times
 from .suite import Suite
 from .tasks import Task, get_task, split
 
@@ -106,8 +107,8 @@ def run_job(suite: Suite, job: Job, report: Report) -> dict[str, Any]:
         "cpu_seconds": time.process_time(),
         "summary": method.summary,
         "parameters": parameters,
-        "trainable_parameters": mean([step["trainable_parameters"] for step in recorder.steps]),
-        "moving_parameters": mean([step["moving_parameters"] for step in recorder.steps]),
+        "trainable_parameters": fmean([step["trainable_parameters"] for step in recorder.steps]),
+        "moving_parameters": fmean([step["moving_parameters"] for step in recorder.steps]),
         "options": config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}),
         "environment": {**environment(), "git": git_revision()},
     }
